@@ -1,0 +1,198 @@
+"""A batch as the model takes it.
+
+Legend: B rows on this rank, F dense columns, K sparse keys.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from pyarrow import types
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from mtrec.features import BadRowsError, Encoder, FeatureCounts
+from mtrec.features.arrays import floats, is_number, nulls, plain
+from mtrec.kinds import nearest
+
+
+@dataclass
+class Batch:
+    """Features and labels of some rows.
+
+    Attributes:
+        dense_BF: float32.
+        sparse: rows of the unweighted tables, keys in the encoder's order; values int64, lengths int32.
+        weighted: the same for tables with weights; None where there are none.
+        labels: {task: (B,) float32}; NaN is unobserved.
+        sample_weight_B: float32, or None.
+        stream_rows: rows of each of this rank's streams, in order; they sum to B.
+    """
+
+    dense_BF: Tensor
+    sparse: KeyedJaggedTensor
+    weighted: KeyedJaggedTensor | None
+    labels: dict[str, Tensor]
+    sample_weight_B: Tensor | None
+    stream_rows: tuple[int, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return len(self.dense_BF)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
+        """The batch on a device; copies overlap with computation where the batch is pinned."""
+        device = torch.device(device)
+        weight = self.sample_weight_B
+        return Batch(
+            self.dense_BF.to(device, non_blocking=non_blocking),
+            self.sparse.to(device, non_blocking=non_blocking),
+            None if self.weighted is None else self.weighted.to(device, non_blocking=non_blocking),
+            {name: label.to(device, non_blocking=non_blocking) for name, label in self.labels.items()},
+            None if weight is None else weight.to(device, non_blocking=non_blocking),
+            self.stream_rows,
+        )
+
+    def pin_memory(self) -> "Batch":
+        """The batch in page-locked memory (CUDA only)."""
+        weight = self.sample_weight_B
+        return Batch(
+            self.dense_BF.pin_memory(),
+            self.sparse.pin_memory(),
+            None if self.weighted is None else self.weighted.pin_memory(),
+            {name: label.pin_memory() for name, label in self.labels.items()},
+            None if weight is None else weight.pin_memory(),
+            self.stream_rows,
+        )
+
+
+@dataclass(frozen=True)
+class Label:
+    """Where a label comes from: a column of numbers times `scale` (such as 0.001 for milliseconds to seconds).
+
+    `low` and `high` bound the scaled value (None: open); `integer` allows whole numbers only.
+    """
+
+    column: str
+    scale: float = 1.0
+    low: float | None = None
+    high: float | None = None
+    integer: bool = False
+
+
+def label_values(batch: pa.RecordBatch, label: Label) -> npt.NDArray[np.float32]:
+    """(B,) labels in natural units, NaN for null.
+
+    Raises ValueError for a column that is missing or holds no numbers, BadRowsError for a NaN, an infinity or a value
+    outside of the range.
+
+    >>> batch = pa.record_batch({"watch_ms": [1500, None]})
+    >>> label_values(batch, Label("watch_ms", scale=0.001, low=0.0)).tolist()
+    [1.5, nan]
+    """
+    array = _column(batch, label.column, "label")
+    values_B = floats(array)
+    null_B = nulls(array)
+    if types.is_null(array.type):
+        null_B = np.ones(len(array), np.bool_)
+    scaled_B = values_B * label.scale
+    with np.errstate(over="ignore"):
+        narrow_B = scaled_B.astype(np.float32)  # a double above 3.4e38 would be an infinite label
+    good_B = np.isfinite(narrow_B)
+    if label.low is not None:
+        good_B &= scaled_B >= label.low
+    if label.high is not None:
+        good_B &= scaled_B <= label.high
+    if label.integer:
+        good_B &= np.floor(scaled_B) == scaled_B
+    if null_B is not None:
+        good_B |= null_B
+    if not good_B.all():
+        bad = np.flatnonzero(~good_B)
+        raise BadRowsError("label", label.column, bad, _wish(label), array[int(bad[0])].as_py())
+    return narrow_B
+
+
+def make_batch(
+    record_batch: pa.RecordBatch,
+    encoder: Encoder,
+    labels: Mapping[str, Label],
+    sample_weight: str | None,
+    stream_rows: tuple[int, ...] | None = None,
+    counts: FeatureCounts | None = None,
+) -> Batch:
+    """A batch on the CPU; no copy beyond the encoder's.
+
+    Args:
+        labels: {task: Label}; empty for scoring.
+        sample_weight: column with a finite weight a row, not negative; null counts as 1.
+        stream_rows: default: all rows are of one stream.
+        counts: nulls and unseen values are added to it.
+
+    Raises ValueError and BadRowsError as `Encoder.encode` and `label_values` do.
+    """
+    rows = (record_batch.num_rows,) if stream_rows is None else tuple(stream_rows)
+    if sum(rows) != record_batch.num_rows:
+        raise ValueError(f"`stream_rows` should sum to the {record_batch.num_rows} rows of the batch. Found {rows}.")
+    encoded = encoder.encode(record_batch, counts)
+    weighted = None
+    if encoder.weighted_keys:
+        weighted = KeyedJaggedTensor(
+            keys=list(encoder.weighted_keys),
+            values=torch.from_numpy(encoded.weighted_values),
+            weights=torch.from_numpy(encoded.weights),
+            lengths=torch.from_numpy(encoded.weighted_lengths_KB).reshape(-1),
+            stride=record_batch.num_rows,
+        )
+    weight_B = None if sample_weight is None else torch.from_numpy(_sample_weight(record_batch, sample_weight))
+    return Batch(
+        dense_BF=torch.from_numpy(encoded.dense_BF),
+        sparse=KeyedJaggedTensor(
+            keys=list(encoder.sparse_keys),
+            values=torch.from_numpy(encoded.values),
+            lengths=torch.from_numpy(encoded.lengths_KB).reshape(-1),
+            stride=record_batch.num_rows,
+        ),
+        weighted=weighted,
+        labels={task: torch.from_numpy(label_values(record_batch, label)) for task, label in labels.items()},
+        sample_weight_B=weight_B,
+        stream_rows=rows,
+    )
+
+
+def _sample_weight(batch: pa.RecordBatch, column: str) -> npt.NDArray[np.float32]:
+    array = _column(batch, column, "`data.sample_weight`")
+    values_B = floats(array)
+    null_B = nulls(array)
+    if null_B is not None:
+        values_B = np.where(null_B, 1.0, values_B)
+    bad = np.flatnonzero(~((values_B >= 0) & np.isfinite(values_B.astype(np.float32))))
+    if len(bad):
+        found = array[int(bad[0])].as_py()
+        raise BadRowsError("`data.sample_weight`", column, bad, "hold finite weights, not negative", found)
+    return values_B.astype(np.float32)
+
+
+def _column(batch: pa.RecordBatch, name: str, place: str) -> Any:
+    index = batch.schema.get_field_index(name)
+    if index < 0:
+        raise ValueError(f"{place}: there should be a column '{name}'. Found none.{nearest(name, batch.schema.names)}")
+    array = plain(batch.column(index))
+    if not is_number(array.type):
+        raise ValueError(f"{place}: column '{name}' should hold numbers. Found type {array.type}.")
+    return array
+
+
+def _wish(label: Label) -> str:
+    if label.integer and (label.low, label.high) == (0, 1):
+        return "be 0, 1 or null"
+    bounds = [f"at least {label.low:g}"] if label.low is not None else []
+    bounds += [f"at most {label.high:g}"] if label.high is not None else []
+    unit = f" (after times {label.scale:g})" if label.scale != 1.0 else ""
+    numbers = "whole numbers" if label.integer else "finite numbers"
+    return f"hold {numbers}{' of ' if bounds else ''}{' and '.join(bounds)}{unit}, or null"

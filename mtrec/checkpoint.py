@@ -1,0 +1,298 @@
+"""Checkpoints: complete, atomic, independent of the number of workers.
+
+A checkpoint is a folder `checkpoints/step-00000300` written by torch.distributed.checkpoint (every rank its shards), plus
+`state.json` (step, reader position, metrics) and, last of all, `manifest.json` with the size and SHA-256 of every file. A
+folder without a valid manifest is not a checkpoint: the newest valid one is the truth. What is in it: tables and their
+optimizer state, dense weights and theirs, the balancer's buffers.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
+
+from mtrec import parallel
+
+log = logging.getLogger(__name__)
+FORMAT = 1
+PROBE_BYTES = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint: its folder, and what `state.json` says."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+    @property
+    def metric(self) -> float | None:
+        """The value of the run's best metric at this step, None where there was no validation."""
+        value = self.state.get("metric")
+        return None if value is None else float(value)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or trusted; the message names the folder and the file."""
+
+
+def folder_of(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step-{step:08d}"
+
+
+def find(checkpoints: Path, verify: bool = True) -> list[Checkpoint]:
+    """The valid checkpoints of a run, newest first. An invalid one is passed over with a warning that names the bad file."""
+    return list(_valid(checkpoints, verify))
+
+
+def _valid(checkpoints: Path, verify: bool) -> Iterator[Checkpoint]:
+    for folder in sorted(checkpoints.glob("step-*"), reverse=True):
+        if not (folder / "manifest.json").is_file():
+            log.warning(
+                "Checkpoint %s has no manifest.json (it was being written when the run stopped): passed over.", folder
+            )
+            continue
+        problem = check(folder) if verify else None
+        if problem:
+            log.warning("Checkpoint %s is damaged and passed over: %s", folder, problem)
+            continue
+        yield Checkpoint(folder, json.loads((folder / "state.json").read_text()))
+
+
+def newest(checkpoints: Path) -> Checkpoint | None:
+    """The newest valid checkpoint; older ones are not looked at."""
+    return next(_valid(checkpoints, verify=True), None)
+
+
+def check(folder: Path) -> str | None:
+    """What is wrong with a checkpoint (the file, and what was found), or None."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        files = dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"manifest.json is not readable ({error})."
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing."
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} should have {expected['bytes']} bytes. Found {path.stat().st_size}."
+        if _sha256(path) != expected["sha256"]:
+            return f"{name} was altered: its SHA-256 is not the manifest's."
+    return None
+
+
+def best(found: list[Checkpoint]) -> Checkpoint | None:
+    """The checkpoint with the largest metric; the newest where none has one."""
+    with_metric = [each for each in found if each.metric is not None]
+    return max(with_metric, key=lambda each: (each.metric, each.step)) if with_metric else (found[0] if found else None)
+
+
+class Saver:
+    """Writes checkpoints of one run, in the background if asked; every rank makes one and calls it alike.
+
+    In the background rank 0 commits a checkpoint as soon as all ranks' files are there; what went wrong there is raised by
+    the next `save` or `finish`.
+
+    Args:
+        checkpoints: folder on storage that all ranks see.
+        keep_last: newest checkpoints kept; keep_best: best ones kept besides.
+        in_background: training waits only until the tensors are copied.
+    """
+
+    def __init__(self, checkpoints: Path, keep_last: int, keep_best: int, in_background: bool) -> None:
+        self._checkpoints, self._keep_last, self._keep_best = checkpoints, keep_last, keep_best
+        # saving beside the training needs collectives of its own: shared with the training's they would be mixed up
+        self._group = parallel.new_group() if in_background else None
+        self._committer = ThreadPoolExecutor(1, "mtrec-checkpoint") if in_background else None
+        self._pending: tuple[Future[Any], Path] | None = None
+
+    def save(
+        self, tensors: Mapping[str, Any], state: Mapping[str, Any], files: Mapping[str, bytes] | None = None
+    ) -> Path:
+        """Does a save, or starts one; it counts once its manifest is written, at the latest when `finish` returns.
+
+        `files`: {name: content} that rank 0 lays beside the tensors.
+
+        Raises CheckpointError (a full disk, say); earlier checkpoints are then as they were.
+        """
+        self.finish()
+        folder = folder_of(self._checkpoints, int(state["step"]))
+        try:
+            if parallel.rank() == 0:
+                if folder.exists():
+                    discard(folder)  # a run that died left it here, or this step is made again
+                folder.mkdir(parents=True)
+                for name, content in (files or {}).items():
+                    (folder / name).write_bytes(content)
+            parallel.barrier()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                if self._committer is None:
+                    save(dict(tensors), checkpoint_id=folder)
+                    self._commit(folder, dict(state))
+                    return folder
+                written = async_save(
+                    dict(tensors), checkpoint_id=folder, process_group=self._group, async_stager=BlockingAsyncStager()
+                )
+                assert isinstance(written, Future)
+                self._pending = self._committer.submit(self._commit_written, written, folder, dict(state)), folder
+        except (OSError, CheckpointException) as error:
+            raise self._failure(folder, error) from error
+        return folder
+
+    def finish(self) -> None:
+        """Waits for the save under way, until it is committed. Raises CheckpointError where it failed."""
+        if self._pending is None:
+            return
+        (future, folder), self._pending = self._pending, None
+        try:
+            future.result()
+        except (OSError, CheckpointException) as error:
+            raise self._failure(folder, error) from error
+
+    def _commit_written(self, written: "Future[Any]", folder: Path, state: dict[str, Any]) -> None:
+        written.result()
+        self._commit(folder, state)
+
+    def _commit(self, folder: Path, state: dict[str, Any]) -> None:
+        """Rank 0 writes the manifest: DCP's own metadata, written after all ranks' files, is there already."""
+        if parallel.rank() != 0:
+            return
+        write_atomically(folder / "state.json", json.dumps(state, indent=1))
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            for path in sorted(folder.iterdir())
+            if path.name != "manifest.json"
+        }
+        write_atomically(folder / "manifest.json", json.dumps({"format": FORMAT, "files": files}, indent=1))
+        self._remove_old(folder)
+
+    def _remove_old(self, newest: Path) -> None:
+        found = [each for each in find(self._checkpoints, verify=False) if each.folder <= newest]
+        ranked = sorted(
+            (e for e in found if e.metric is not None), key=lambda e: (e.metric or 0.0, e.step), reverse=True
+        )
+        kept = {each.folder for each in [*found[: self._keep_last], *ranked[: self._keep_best]]}
+        for each in found:
+            if each.folder not in kept:
+                discard(each.folder)
+        for folder in self._checkpoints.glob("step-*"):
+            if folder < newest and not (folder / "manifest.json").is_file():
+                discard(folder)  # what a run that died was writing
+
+    def _failure(self, folder: Path, error: BaseException) -> CheckpointError:
+        cause: BaseException = error
+        if isinstance(error, CheckpointException):
+            cause = next(iter(error.failures.values()))[0]
+        if not isinstance(cause, OSError):
+            cause = _write_error(folder) or cause  # torch.save hides the reason of a write that failed
+        good = [each.folder.name for each in find(self._checkpoints, verify=False)]
+        return CheckpointError(
+            f"Checkpoint {folder} could not be written: {cause}. "
+            + (
+                f"The last good one is {good[0]}; continue from it with --resume."
+                if good
+                else "There is no earlier one."
+            )
+        )
+
+
+def discard(folder: Path) -> None:
+    """Deletes a checkpoint, its manifest first: a half-deleted folder is no checkpoint."""
+    (folder / "manifest.json").unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def load(folder: Path, tensors: Mapping[str, Any]) -> None:
+    """Fills the tensors (plain, or sharded in any way) in place. Raises CheckpointError naming what does not fit."""
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for key, value in tensors.items():
+            if key not in stored:
+                raise CheckpointError(f"{folder} holds no '{key}'. It was written by another model: {_some(stored)}.")
+            size = getattr(stored[key], "size", None)
+            if size is not None and tuple(size) != tuple(value.size()):
+                raise CheckpointError(f"{folder}: '{key}' has the shape {tuple(size)}; the model expects {tuple(value.size())}.")
+        load_state(dict(tensors), checkpoint_id=folder)
+
+
+def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """{key: shape} of the tensors of a checkpoint."""
+    return {key: tuple(meta.size) for key, meta in _stored(folder).items()}
+
+
+def read(folder: Path, prefix: str = "") -> dict[str, Tensor]:
+    """Whole tensors of a checkpoint, gathered to this process, on the CPU; only keys that start with `prefix`."""
+    return read_keys(folder, [key for key in _stored(folder) if key.startswith(prefix)])
+
+
+def read_keys(folder: Path, keys: Sequence[str]) -> dict[str, Tensor]:
+    """Whole tensors of a checkpoint, gathered to this process alone, on the CPU. Raises KeyError for one that it lacks."""
+    stored = _stored(folder)
+    tensors = {key: torch.empty(tuple(stored[key].size), dtype=stored[key].properties.dtype) for key in keys}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        load_state(tensors, checkpoint_id=folder, no_dist=True)
+    return tensors
+
+
+def _stored(folder: Path) -> dict[str, TensorStorageMetadata]:
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {key: meta for key, meta in stored.items() if isinstance(meta, TensorStorageMetadata)}
+
+
+def _some(names: Mapping[str, Any]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:5]) + (", ..." if len(listed) > 5 else "")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_error(folder: Path) -> OSError | None:
+    """Why nothing can be written into a folder, if so: a full disk, a quota, no permission."""
+    path = folder / f".probe.{os.getpid()}"
+    try:
+        with path.open("wb") as file:
+            file.write(bytes(PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    finally:
+        path.unlink(missing_ok=True)
+    return None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file has its old content or the new one, never a part."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)

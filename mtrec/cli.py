@@ -1,0 +1,309 @@
+"""The command `mtrec`: thin. Every command imports what it needs when it runs, so that `--help` answers at once."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train, evaluate and compare multi-objective recommenders: torchrec tables, Ray workers, Parquet in and out.",
+)
+ExperimentFile = Annotated[Path, typer.Argument(help="YAML file of the experiment")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="K=V", help="override a key: --set training.epochs=2")
+]
+RunFolder = Annotated[Path, typer.Argument(help="folder of a run")]
+
+
+def main() -> None:
+    """Runs the command; a user's mistake ends it with one message and exit code 1, without a stack trace."""
+    try:
+        app(standalone_mode=True)
+    except ValueError as error:
+        if "--debug" in sys.argv:
+            raise
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        sys.exit(1)
+
+
+@app.callback()
+def _common(debug: Annotated[bool, typer.Option("--debug", help="show the stack trace of an error")] = False) -> None:
+    """Checks that the installed packages fit together before any of them is imported."""
+    from mtrec.versions import check_versions
+
+    check_versions()
+
+
+@app.command()
+def train(
+    experiment: ExperimentFile,
+    output: Annotated[Path | None, typer.Option(help="folder of the run; default runs/<name>-<time>")] = None,
+    workers: Annotated[str, typer.Option(help="number of Ray workers; default: one a GPU, or 1")] = "auto",
+    set_: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue a run from its newest checkpoint")] = False,
+    warm_start: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="start from this run's weights and vocabularies")
+    ] = None,
+    local: Annotated[bool, typer.Option("--local", help="train in this process, without Ray")] = False,
+    json_: Annotated[Path | None, typer.Option("--json", help="also write the last validation's metrics here")] = None,
+) -> None:
+    """Train an experiment. Exit code 75: stopped by SIGTERM, with a checkpoint; run it again with --resume."""
+    from mtrec.config import load_experiment
+    from mtrec.launch import Stopped, launch
+    from mtrec.stopping import EXIT_CODE
+
+    try:
+        launch(
+            load_experiment(experiment, set_ or ()),
+            output=output,
+            workers=workers,
+            resume=resume,
+            warm_start=warm_start,
+            local=local,
+            json_file=json_,
+        )
+    except Stopped as stopped:
+        typer.secho(str(stopped), fg=typer.colors.YELLOW, err=True)
+        raise typer.Exit(EXIT_CODE) from None
+
+
+@app.command()
+def check(
+    experiment: ExperimentFile,
+    set_: Overrides = None,
+    sample_rows: Annotated[int, typer.Option(help="rows read for label, drift and leak checks")] = 100_000,
+) -> None:
+    """Check an experiment and its data in seconds, without a worker: columns, types, labels, tables, model size, drift, leaks."""
+    from mtrec.check import check_experiment
+    from mtrec.config import load_experiment
+    from mtrec.display import show_check
+
+    report = check_experiment(load_experiment(experiment, set_ or ()), sample_rows)
+    show_check(report)
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    data: Annotated[str, typer.Option(help="Parquet file, folder or glob")],
+    by: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="also give the metrics for each value of a column")
+    ] = None,
+    where: Annotated[str | None, typer.Option(help="only rows that fulfil this condition")] = None,
+    json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the metrics here")] = None,
+) -> None:
+    """Evaluate a run's best checkpoint on labelled Parquet files."""
+    from mtrec.display import show_metrics
+    from mtrec.launch import evaluate_run
+
+    metrics = evaluate_run(run, data, where=where, by=by)
+    if json_ is not None:
+        json_.parent.mkdir(parents=True, exist_ok=True)
+        json_.write_text(json.dumps(metrics, indent=1) + "\n")
+    show_metrics(metrics, title=f"{run} on {data}")
+
+
+@app.command()
+def score(
+    run: RunFolder,
+    input_: Annotated[str, typer.Argument(metavar="INPUT", help="Parquet file, folder, glob or URI")],
+    output: Annotated[str, typer.Argument(help="folder (or URI) for one file for each input file")],
+    columns: Annotated[
+        str | None, typer.Option(metavar="A,B", help="input columns to keep; default: all but labels; none: no column")
+    ] = None,
+    workers: Annotated[str, typer.Option(help="number of Ray actors; default: one a GPU, or one a CPU")] = "auto",
+    formula: Annotated[str | None, typer.Option(help="column `score`, such as 'p_click * log1p(dwell_seconds)'")] = None,
+    top: Annotated[int | None, typer.Option(min=1, metavar="K", help="write only the K best rows of each group ...")] = None,
+    by: Annotated[str | None, typer.Option(metavar="COLUMN", help="... of this column")] = None,
+    where: Annotated[str | None, typer.Option(help="only rows that fulfil this condition")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace files that another job wrote")] = False,
+    allow_null_jump: Annotated[
+        bool, typer.Option("--allow-null-jump", help="score although a feature has many more nulls than in training")
+    ] = False,
+    local: Annotated[bool, typer.Option("--local", help="score in this process, without Ray")] = False,
+) -> None:
+    """Score Parquet files with a run's best checkpoint; takes up what an earlier call left unfinished."""
+    from mtrec.dataset import Source
+    from mtrec.display_scoring import show_scoring
+    from mtrec.launch import score_run
+    from mtrec.scored_files import Asked
+
+    kept = None if columns is None else () if columns == "none" else tuple(filter(None, columns.split(",")))
+    asked = Asked(
+        str(run), Source(input_, where), output, kept, formula, top, by, overwrite=overwrite, allow_null_jump=allow_null_jump
+    )
+    manifest = score_run(asked, workers, local)
+    show_scoring(manifest, output)
+    if manifest["failed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    comparison: Annotated[Path, typer.Argument(help="YAML file of the comparison")],
+    workers: Annotated[int, typer.Option(min=1, help="workers a run")] = 1,
+    parallel: Annotated[int | None, typer.Option(min=1, help="runs at a time; default: as many as fit")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="make only the runs that are missing")] = False,
+    output: Annotated[Path | None, typer.Option(help="folder of the comparison; default runs/<name>-<time>")] = None,
+) -> None:
+    """Compare variants of an experiment over several seeds; says which difference is real, and writes report.html."""
+    from mtrec.launch_compare import launch_comparison
+
+    launch_comparison(comparison, workers=workers, parallel=parallel, resume=resume, output=output)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="folder of a run, or of a comparison")],
+    output: Annotated[Path | None, typer.Option("--output", help="HTML file; default report.html in that folder")] = None,
+) -> None:
+    """Write report.html for a run or, from the saved predictions, again for a comparison."""
+    from mtrec.launch_compare import write_report
+
+    typer.echo(f"report: {write_report(run, output)}")
+
+
+@app.command()
+def synth(
+    out: Annotated[Path, typer.Argument(help="folder to write to")],
+    rows: Annotated[int | None, typer.Option(help="training rows; default 500,000, reference 2,000,000")] = None,
+    seed: Annotated[int, typer.Option()] = 7,
+    files: Annotated[int, typer.Option(help="training files")] = 8,
+    conflict: Annotated[
+        float, typer.Option(help="0 to 1: how much click and conversion pull the shared factors apart")
+    ] = 0.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the log that is there")] = False,
+    preset: Annotated[str, typer.Option(help="log, or reference: the workload of the benchmark")] = "log",
+    days: Annotated[int | None, typer.Option(help="write a partition dt=... for each of so many days")] = None,
+    drift: Annotated[float | None, typer.Option(help="with --days: share of ids replaced each day; default 0.05")] = None,
+) -> None:
+    """Write a synthetic log of impressions, with its true probabilities in columns of their own."""
+    from mtrec.synthetic import write_log, write_reference
+
+    if preset == "reference":
+        log = write_reference(out, rows=2_000_000 if rows is None else rows, seed=seed, files=files, overwrite=overwrite)
+    elif preset == "log":
+        share = (0.05 if days else 0.0) if drift is None else drift
+        log = write_log(
+            out,
+            rows=500_000 if rows is None else rows,
+            seed=seed,
+            files=files,
+            conflict=conflict,
+            days=days,
+            drift=share,
+            overwrite=overwrite,
+        )
+    else:
+        raise ValueError(f"--preset should be log or reference. Found '{preset}'.")
+    typer.echo(
+        f"{log.folder}: {log.rows:,} training and {log.validation_rows:,} validation rows in {len(log.files)} files "
+        f"({log.num_bytes / 1e6:.1f} MB); clicks {log.click_rate:.1%}, conversions {log.conversion_rate:.1%} of the clicks, "
+        f"mean dwell {log.mean_dwell_seconds:.1f} s a click"
+    )
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of experiment files, for editors that complete and check."""
+    from mtrec.config import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=1))
+
+
+@app.command()
+def inspect(run: RunFolder) -> None:
+    """Show and verify what a run holds: checkpoints, tables, rows touched, versions."""
+    from mtrec.display import show_run
+    from mtrec.launch import inspect_run
+
+    show_run(inspect_run(run))
+
+
+ClusterAddress = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="dashboard of the cluster; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, port 8265 here"),
+]
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="id of a job, or the name or folder of its run")]
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def submit(
+    context: typer.Context,
+    command: Annotated[str, typer.Argument(metavar="COMMAND ...", help="train, score or compare, with its arguments")],
+    address: ClusterAddress = None,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="return once the job is sent")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check, show what would be sent, send nothing")] = False,
+    with_code: Annotated[bool, typer.Option("--with-code", help="send this mtrec along; its dependencies must be there")] = False,
+) -> None:
+    """Send a command to a Ray cluster as a job, follow its log, return its exit code.
+
+    The same submission again follows the run while it is under way, and continues it afterwards.
+    """
+    import typer.main
+
+    from mtrec.jobs import arguments
+    from mtrec.jobs.submit import SUBMITTED, submit_job
+
+    known = getattr(typer.main.get_command(app), "commands", {})
+    if command not in SUBMITTED or command not in known:
+        raise ValueError(f"`mtrec submit` should be followed by {', '.join(SUBMITTED)}. Found '{command}'.")
+    values = arguments.parsed(known[command], context.args)
+    job = SUBMITTED[command](values, lambda changed: arguments.written(known[command], changed), with_code)
+    ask = typer.prompt if sys.stdin.isatty() else None
+    raise typer.Exit(submit_job(job, address=address, wait=not no_wait, dry_run=dry_run, say=typer.echo, ask=ask))
+
+
+jobs = typer.Typer(no_args_is_help=True, help="The jobs of a Ray cluster: list, status, logs, stop.")
+app.add_typer(jobs, name="jobs")
+
+
+@jobs.command("list")
+def list_jobs(address: ClusterAddress = None) -> None:
+    """List the cluster's jobs, the newest first."""
+    from mtrec.display import show_rows
+    from mtrec.jobs.follow import list_jobs
+
+    rows, note = list_jobs(address)
+    if note:
+        typer.echo(note)
+    show_rows(rows, empty="no jobs")
+
+
+@jobs.command()
+def status(job: JobName, address: ClusterAddress = None) -> None:
+    """Show where a job stands; of a failed one, why."""
+    from mtrec.jobs.follow import job_status
+
+    for name, value in job_status(address, job).items():
+        typer.echo(f"{name}: {value}")
+
+
+@jobs.command()
+def logs(
+    job: JobName,
+    address: ClusterAddress = None,
+    follow: Annotated[bool, typer.Option("--follow", help="until the job ends; returns its exit code")] = False,
+) -> None:
+    """Print a job's log."""
+    from mtrec.jobs.follow import job_logs
+
+    ask = typer.prompt if sys.stdin.isatty() else None
+    raise typer.Exit(job_logs(address, job, wait=follow, say=typer.echo, ask=ask))
+
+
+@jobs.command()
+def stop(job: JobName, address: ClusterAddress = None) -> None:
+    """Stop a job. Its run keeps its checkpoints; the same submission continues it."""
+    from mtrec.jobs.follow import stop_job
+
+    typer.echo(stop_job(address, job))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,397 @@
+"""The plots of a report as plain Plotly figures ({"data", "layout"}); colours of text and grid are the page's business."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# Okabe and Ito (2008), in an order whose first members differ most; readable on white and on near-black
+COLOURS = ("#8c8c8c", "#0f88d0", "#e08214", "#17a27c", "#d0568f", "#b59a00", "#7a6fd0", "#d1495b", "#4aa3a2")
+POINTS_SHOWN = 200  # of a gate's curve
+ROW_PIXELS, EDGE_PIXELS = 30, 105
+
+Figure = dict[str, Any]
+
+
+def colours(variants: Sequence[str]) -> dict[str, str]:
+    """{variant: colour}; the first, the baseline, is grey."""
+    return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(variants)}
+
+
+def _figure(data: list[Figure], title: str, x: str, y: str = "", height: int = 320, **axes: Any) -> Figure:
+    layout: Figure = {
+        "title": {
+            "text": title,
+            **{"x": 0, "xref": "container", "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top"},
+            "pad": {"l": 10, "t": 12},
+        },
+        "height": height,
+        "margin": {"l": 8, "r": 16, "t": 42, "b": 14},
+        "xaxis": {"title": {"text": x, "font": {"size": 12.5}, "standoff": 8}, "automargin": True, "nticks": 6},
+        "yaxis": {"title": {"text": y, "font": {"size": 12.5}, "standoff": 8}, "automargin": True},
+        "showlegend": False,
+    }
+    for axis, changes in axes.items():
+        layout[axis] = {**layout.get(axis, {}), **changes} if isinstance(changes, dict) else changes
+    return {"data": data, "layout": layout}
+
+
+def _height(rows: int) -> int:
+    return EDGE_PIXELS + ROW_PIXELS * max(2, rows)
+
+
+def metric_intervals(results: Mapping[str, Any], task: str, metric: str) -> Figure:
+    """A dot and its interval a variant, and a small mark for each seed."""
+    names, tints = list(results["variants"]), colours(list(results["variants"]))
+    data: list[Figure] = []
+    for name in names:
+        found = results["variants"][name]["metrics"][task][metric]
+        if found["value"] is None:
+            continue
+        seeds = [value for value in found["by_seed"].values() if value is not None]
+        data.append(_dots(seeds, [name] * len(seeds), tints[name], name, size=6, opacity=0.55, symbol="line-ns-open"))
+        data.append(_interval(found, name, tints[name]))
+    return _figure(data, f"{task}: {metric}", metric, height=_height(len(names)), yaxis=_categories(names))
+
+
+def differences(results: Mapping[str, Any], task: str, metric: str) -> Figure:
+    """Variant minus baseline with its interval, and the line of no difference."""
+    rows = [row for row in results["differences"] if (row["task"], row["metric"]) == (task, metric) and row["value"] is not None]
+    tints = colours(list(results["variants"]))
+    names = [name for name in results["variants"] if name != results["baseline"]]
+    data = [_interval(row, row["variant"], tints[row["variant"]]) for row in rows]
+    line = {
+        "type": "line",
+        "x0": 0,
+        "x1": 0,
+        "yref": "paper",
+        "y0": 0,
+        "y1": 1,
+        "line": {"width": 1, "dash": "dot", "color": "#888"},
+    }
+    title = f"{task}: {metric} minus {results['baseline']}'s"
+    return _figure(data, title, f"difference in {metric}", height=_height(len(names)), yaxis=_categories(names), shapes=[line])
+
+
+def _interval(found: Mapping[str, Any], name: str, colour: str) -> Figure:
+    value, low, high = found["value"], found["low"], found["high"]
+    dot = _dots([value], [name], colour, name, size=10)
+    if low is not None and high is not None:
+        dot["error_x"] = {
+            "type": "data",
+            "symmetric": False,
+            "array": [high - value],
+            "arrayminus": [value - low],
+            "color": colour,
+            "thickness": 2,
+            "width": 5,
+        }
+        dot["hovertemplate"] = f"{name}: %{{x:.5f}} ({low:.5f} to {high:.5f})<extra></extra>"
+    return dot
+
+
+def _dots(x: list[Any], y: list[Any], colour: str, name: str, size: int, opacity: float = 1.0, symbol: str = "circle") -> Figure:
+    marker = {"color": colour, "size": size, "opacity": opacity, "symbol": symbol}
+    return {"type": "scatter", "mode": "markers", "x": x, "y": y, "name": name, "marker": marker}
+
+
+def _categories(names: Sequence[str]) -> Figure:
+    # top to bottom in the order of the table, half a row of room at both ends
+    return {
+        "categoryorder": "array",
+        "categoryarray": list(reversed(names)),
+        "range": [-0.6, len(names) - 0.4],
+        "type": "category",
+    }
+
+
+def variance_sources(results: Mapping[str, Any], task: str, metric: str) -> Figure:
+    """Variance of the difference over users and over seeds, in units of the metric squared."""
+    rows = [row for row in results["differences"] if (row["task"], row["metric"]) == (task, metric) and row["value"] is not None]
+    names = [name for name in results["variants"] if name != results["baseline"]]
+    data = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "y": [row["variant"] for row in rows],
+            "x": [row[f"variance_{what}"] for row in rows],
+            "name": label,
+            "marker": {"color": colour},
+        }
+        for what, label, colour in (
+            ("users", "test users" if results["test_users"] else "test rows", COLOURS[1]),
+            ("seeds", "seeds", COLOURS[2]),
+        )
+    ]
+    return _figure(
+        data,
+        f"{task}: {metric}",
+        "variance of the difference",
+        height=_height(len(names)) + 30,
+        yaxis=_categories(names),
+        xaxis={"exponentformat": "e", "nticks": 4, "rangemode": "tozero"},
+        barmode="stack",
+        showlegend=True,
+        legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "traceorder": "normal"},
+        margin={"l": 8, "r": 16, "t": 66, "b": 14},
+    )
+
+
+def learning_curves(results: Mapping[str, Any], task: str) -> Figure:
+    """Mean of the validation metric over seeds, with a band of one standard deviation."""
+    tints, data, metric = colours(list(results["variants"])), [], ""
+    for name, variant in results["variants"].items():
+        curve = variant["curves"]["validation"].get(task)
+        points = [each for each in (curve or {"mean": []})["mean"] if each[1] is not None]
+        if not points or variant["again"]:
+            continue
+        metric = curve["metric"]
+        steps, means, sds = [p[0] for p in points], [p[1] for p in points], [p[2] for p in points]
+        band = [m + s for m, s in zip(means, sds, strict=True)] + [
+            m - s for m, s in zip(reversed(means), reversed(sds), strict=True)
+        ]
+        base: Figure = {"type": "scatter", "legendgroup": name, "name": name}
+        data.append(
+            {
+                **base,
+                "x": steps + steps[::-1],
+                "y": band,
+                "fill": "toself",
+                "fillcolor": tints[name],
+                "opacity": 0.13,
+                "line": {"width": 0},
+                "mode": "lines",
+                "hoverinfo": "skip",
+                "showlegend": False,
+            }
+        )
+        data.append({**base, "x": steps, "y": means, "mode": "lines+markers", "line": {"color": tints[name], "width": 2}})
+    return _figure(data, f"{task}: {metric} on validation rows", "step", height=330)
+
+
+def pareto(results: Mapping[str, Any], first: str, second: str) -> Figure:
+    """Two objectives against each other; a ring marks the Pareto front over all objectives."""
+    tints, data = colours(list(results["variants"])), []
+    metrics = results["primary"]
+    for name, variant in results["variants"].items():
+        x, y = (variant["metrics"][task][metrics[task]] for task in (first, second))
+        if x["value"] is None or y["value"] is None:
+            continue
+        dot = _dots([x["value"]], [y["value"]], tints[name], name, size=11)
+        if results["across"][name]["pareto"]:
+            dot["marker"] |= {"symbol": "circle-open-dot", "size": 16, "line": {"width": 2.5}}
+        dot["hovertemplate"] = f"{name}: %{{x:.5f}}, %{{y:.5f}}<extra></extra>"
+        data.append(dot)
+    return _figure(data, f"{first} and {second}", f"{first} {metrics[first]}", f"{second} {metrics[second]}", height=330)
+
+
+def calibration(results: Mapping[str, Any], task: str) -> Figure:
+    """Mean label against mean prediction in bins of equal rows; on the diagonal predictions are right on average."""
+    tints, data, most = colours(list(results["variants"])), [], 0.0
+    for name, variant in results["variants"].items():
+        found = variant["calibration"].get(task)
+        if found is None or variant["again"]:
+            continue
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "x": found["prediction"],
+                "y": found["label"],
+                "name": name,
+                "line": {"color": tints[name], "width": 1.5},
+                "marker": {"size": 5},
+            }
+        )
+        most = max(most, *found["prediction"], *found["label"])
+    data.insert(
+        0,
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "x": [0, most],
+            "y": [0, most],
+            "line": {"dash": "dot", "width": 1, "color": "#888"},
+            "hoverinfo": "skip",
+        },
+    )
+    return _figure(data, f"{task}: label against prediction", "mean prediction", "mean label", height=330)
+
+
+def gate_heat(gates: Mapping[str, Any], name: str) -> Figure:
+    """Gate x expert: mean weight at the end of the first seed's training (experts have no order that seeds share)."""
+    rows = {gate: next(iter(seeds.values()))["shares"][-1] for gate, seeds in gates.items()}
+    width = max(len(each) for each in rows.values())
+    z = [[*each, *([None] * (width - len(each)))] for each in rows.values()]
+    text = [["" if value is None else f"{value:.2f}" for value in each] for each in z]
+    data = [
+        {
+            "type": "heatmap",
+            "z": z,
+            "x": [str(index) for index in range(width)],
+            "y": list(rows),
+            "text": text,
+            "texttemplate": "%{text}",
+            "zmin": 0,
+            "zmax": 1,
+            "colorscale": [[0, "#eef3f8"], [0.5, "#5b9bd5"], [1, "#123d6b"]],
+            "showscale": False,
+            "xgap": 2,
+            "ygap": 2,
+            "hovertemplate": "%{y}, expert %{x}: %{z:.3f}<extra></extra>",
+        }
+    ]
+    return _figure(
+        data,
+        f"{name}: weight of each expert",
+        "expert",
+        height=_height(len(rows)),
+        yaxis={"autorange": "reversed"},
+        xaxis={"type": "category"},
+    )
+
+
+def expert_use(gates: Mapping[str, Any], name: str) -> Figure:
+    """Mean weight of each expert over training, the first seed: one line an expert of each gate."""
+    data = []
+    for (gate, seeds), colour in zip(gates.items(), itertools.cycle(COLOURS[1:])):
+        found = next(iter(seeds.values()))
+        every = max(1, len(found["steps"]) // POINTS_SHOWN)
+        data += [
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "x": found["steps"][::every],
+                "y": [share[expert] for share in found["shares"][::every]],
+                "name": gate,
+                "legendgroup": gate,
+                "showlegend": expert == 0,
+                "line": {"color": colour, "width": 1.3},
+                "hovertemplate": f"{gate}, expert {expert}: %{{y:.3f}}<extra></extra>",
+            }
+            for expert in range(len(found["shares"][0]))
+        ]
+    legend = {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"}
+    lines = 1 + len(gates) // 2  # of the legend, where the figure is narrow
+    return _figure(
+        data,
+        f"{name}: expert use over training",
+        "step",
+        "weight",
+        height=310 + 24 * lines,
+        yaxis={"rangemode": "tozero"},
+        showlegend=True,
+        legend=legend,
+        margin={"l": 8, "r": 16, "t": 50 + 24 * lines, "b": 14},
+    )
+
+
+def segments(results: Mapping[str, Any], task: str) -> Figure:
+    """Difference to the baseline by segment: the colour its size, a dot where the interval leaves out 0 (exploratory)."""
+    rows = [
+        row
+        for row in results["segments"]
+        if row["task"] == task and row["variant"] != results["again"] and row["value"] is not None
+    ]
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    order = {row["segment"]: row["rows"] for row in rows}
+    found = {(row["variant"], row["segment"]): row for row in rows}
+    z: list[list[float | None]] = []
+    text: list[list[str]] = []
+    for segment in order:
+        line = [found.get((name, segment)) for name in names]
+        z.append([None if each is None else each["value"] for each in line])
+        text.append([_cell(each) for each in line])
+    most = max((abs(value) for line in z for value in line if value is not None), default=1.0)
+    data = [
+        {
+            "type": "heatmap",
+            "z": z,
+            "x": names,
+            "y": [f"{segment} ({rows:,})" for segment, rows in order.items()],
+            "text": text,
+            "texttemplate": "%{text}",
+            "zmin": -most,
+            "zmax": most,
+            "colorscale": [[0, "#c8553d"], [0.5, "#f2f2f2"], [1, "#2a7fb8"]],
+            "showscale": False,
+            "xgap": 2,
+            "ygap": 2,
+        }
+    ]
+    title = f"{task}: {results['primary'][task]} minus {results['baseline']}'s"
+    return _figure(
+        data,
+        title,
+        "",
+        height=_height(len(order)) + 20,
+        yaxis={"autorange": "reversed", "type": "category"},
+        xaxis={"type": "category", "nticks": 0},
+    )
+
+
+def _cell(row: Mapping[str, Any] | None) -> str:
+    if row is None or row["value"] is None:
+        return ""
+    clear = row["low"] is not None and (row["low"] > 0 or row["high"] < 0)
+    return f"{row['value']:+.3f}{'•' if clear else ''}"
+
+
+COSTS = {
+    "flops_per_row": "FLOPs a row (forward)",
+    "train_rows_per_second": "rows/s in training",
+}
+
+
+def cost_against_quality(results: Mapping[str, Any], task: str, cost: str) -> Figure:
+    """A primary metric with its interval against one cost."""
+    tints, data, metric = colours(list(results["variants"])), [], results["primary"][task]
+    for name, variant in results["variants"].items():
+        found, price = variant["metrics"][task][metric], variant["cost"][cost]
+        if found["value"] is None or price is None or variant["again"]:
+            continue
+        dot = _dots([price], [found["value"]], tints[name], name, size=11)
+        dot["hovertemplate"] = f"{name}: %{{x:,.0f}}, %{{y:.5f}}<extra></extra>"
+        data.append(dot)
+    return _figure(data, f"{task} against {COSTS[cost]}", COSTS[cost], metric, height=330, xaxis={"rangemode": "tozero"})
+
+
+def losses(events: Sequence[Mapping[str, Any]]) -> Figure:
+    """Training losses of one run."""
+    steps = [event for event in events if event["event"] == "step"]
+    data = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "x": [event["step"] for event in steps],
+            "y": [event["losses"][task] for event in steps],
+            "name": task,
+            "line": {"color": colour, "width": 1.5},
+        }
+        for task, colour in zip(steps[0]["losses"] if steps else (), itertools.cycle(COLOURS[1:]))
+    ]
+    legend = {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"}
+    return _figure(
+        data,
+        "training loss before weighting",
+        "step",
+        height=330,
+        showlegend=True,
+        legend=legend,
+        margin={"l": 8, "r": 16, "t": 66, "b": 14},
+    )
+
+
+def validations(events: Sequence[Mapping[str, Any]], task: str, metric: str) -> Figure:
+    """One metric of one run over its validations."""
+    found = {event["step"]: event["metrics"]["tasks"][task].get(metric) for event in events if event["event"] == "validation"}
+    line = {"color": COLOURS[1], "width": 2}
+    data = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "x": sorted(found),
+            "y": [found[step] for step in sorted(found)],
+            "line": line,
+        }
+    ]
+    return _figure(data, f"{task}: {metric} on validation rows", "step", height=300)

@@ -1,0 +1,328 @@
+"""The comparison: one base experiment, named variants as differences over it, seeds, budget; all checked before anything runs.
+
+    base: mmoe.yaml                                  # beside the comparison file
+    baseline: mmoe                                   # the base's name in tables
+    variants: {ple: {set: {model.architecture: ple}}}
+    seeds: 5
+
+`load_plan(path)` returns a `Plan`; every mistake is found here, by the path of the key that holds it.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pydantic
+import torch
+from pydantic import Field
+
+from mtrec.architectures import ARCHITECTURES
+from mtrec.config import Experiment, Section, apply_overrides, load_experiment, parse_experiment, with_absolute_paths
+from mtrec.evaluate import MAIN_METRIC, Measures, check_best_metric
+from mtrec.formula import ranking_formula
+from mtrec.gradients import check_place
+from mtrec.kinds import PositiveFloat, PositiveInt, check_options, explain, nearest, resolve
+from mtrec.model import DensePart, task_specs
+from mtrec.run import check_device, evaluation_columns, open_source
+from mtrec.tasks import Objectives
+from mtrec.yaml_tree import read_yaml
+
+AGAIN = " again"  # the A/A row: the baseline with other seeds
+AGAIN_SEEDS = 1_000  # what is added to the seeds for it
+COUNTS = ("rows", "positives", "rows_given", "positives_given", "auc_error_bound", "gauc_coverage", "gauc_coverage_given")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+KEPT = ("seed", "output", "name", "data.test", "evaluation.group_by")  # what a variant may not change
+
+
+class Budget(Section):
+    """What every run may spend: one of the three. Without a budget each run makes the epochs of its experiment."""
+
+    steps: PositiveInt | None = None
+    seconds: PositiveFloat | None = Field(None, description="of training, the same for all; slower variants see fewer rows")
+    rows: PositiveInt | None = Field(None, description="training rows, counted over epochs")
+
+    @pydantic.model_validator(mode="after")
+    def _one(self) -> "Budget":
+        given = [name for name in ("steps", "seconds", "rows") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"`budget` should be one of steps, seconds or rows. Found {', '.join(given) or 'none'}.")
+        return self
+
+
+class Range(Section):
+    """Numbers from `low` to `high`, drawn evenly on a log scale unless `log: false`."""
+
+    low: float
+    high: float
+    log: bool = True
+
+
+class Search(Section):
+    """The same number of trials for every variant; the best on validation goes on to the seeds."""
+
+    trials: PositiveInt
+    space: dict[str, Range | list[Any]] = Field(min_length=1, description="{path: {low, high} or a list of values}")
+    seed: int = 0
+
+
+class Variant(Section):
+    set: dict[str, Any] = Field(default_factory=dict, description="{path of the experiment: value}")
+
+
+class Comparison(Section):
+    """A comparison file."""
+
+    name: str = "comparison"
+    base: str = Field(description="the experiment file, relative to the comparison file")
+    note: str | None = Field(None, description="a remark for the head of the report")
+    set: dict[str, Any] = Field(default_factory=dict, description="changes of the base itself, for all variants")
+    baseline: str = Field("base", description="the base's name in tables")
+    variants: dict[str, Variant] = Field(min_length=1)
+    seeds: PositiveInt | list[int] = 5
+    budget: Budget | None = None
+    match: Literal["none", "parameters", "flops"] = Field(
+        "none", description="scale expert widths until the dense part has the base's"
+    )
+    primary: dict[str, str] | None = Field(None, description="{task: metric}; default: AUC, XAUC, R2 or accuracy of each task")
+    segment: str | None = Field(None, description="column whose values are reported apart")
+    single_task: str | None = Field(None, description="the variant that the MTL gain is measured against")
+    curve_points: PositiveInt = Field(8, description="validations a run where the base sets no validate_every")
+    search: Search | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A checked comparison.
+
+    Attributes:
+        comparison: the file.
+        experiments: {variant: experiment}, baseline first, the A/A row not among them.
+        diffs: {variant: {path: value}}.
+        primary: {task: metric}.
+        seeds: of every variant; `again_seeds`: of the A/A row.
+    """
+
+    comparison: Comparison
+    experiments: dict[str, Experiment]
+    diffs: dict[str, dict[str, Any]]
+    primary: dict[str, str]
+    seeds: tuple[int, ...]
+
+    @property
+    def baseline(self) -> str:
+        return self.comparison.baseline
+
+    @property
+    def again(self) -> str:
+        return self.baseline + AGAIN
+
+    @property
+    def again_seeds(self) -> tuple[int, ...]:
+        return tuple(seed + AGAIN_SEEDS for seed in self.seeds)
+
+    @property
+    def single_task(self) -> str | None:
+        """The variant that the MTL gain is measured against: as named, else the one with that architecture."""
+        named = self.comparison.single_task
+        found = [name for name, each in self.experiments.items() if each.model.architecture.kind == "single_task"]
+        return named or (found[0] if found else None)
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Reads and checks a comparison file, its base experiment and every variant, and the columns of the test files.
+
+    Raises ValueError naming the path of the key: a misspelt one in a variant's diff, a variant that equals the base or
+    another one, fewer than two seeds, a metric that its task does not have, a test source that is missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no comparison file '{path}' (looked in {Path.cwd()}).")
+    tree = {"name": path.stem, **read_yaml(path.read_text(encoding="utf-8"), str(path))}
+    try:
+        comparison = Comparison.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise ValueError(explain(error, "", Comparison)) from None
+    seeds = tuple(range(comparison.seeds)) if isinstance(comparison.seeds, int) else tuple(comparison.seeds)
+    if len(set(seeds)) < 2 or len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= AGAIN_SEEDS:
+        raise ValueError(
+            f"`seeds` should be at least 2 different numbers from 0 to {AGAIN_SEEDS - 1}: with one, chance cannot be told from "
+            f"a difference. Found {comparison.seeds!r}."
+        )
+    base_file = path.parent / comparison.base
+    load_experiment(base_file)  # its own mistakes, told in its own terms
+    base_tree = {"name": base_file.stem, **read_yaml(base_file.read_text(encoding="utf-8"), str(base_file))}
+    base_tree = _changed(base_tree, comparison.set, "set")
+    base = _parsed(base_tree, "set")
+    diffs: dict[str, dict[str, Any]] = {comparison.baseline: {}}
+    experiments = {comparison.baseline: base}
+    _check_name(comparison.baseline, "baseline", ())
+    for name, variant in comparison.variants.items():
+        place = f"variants.{name}.set"
+        _check_name(name, f"variants.{name}", experiments)
+        _check_kept(variant.set, place)
+        made = _parsed(_changed(base_tree, variant.set, place), place)
+        twin = next((other for other, each in experiments.items() if each == made), None)
+        if twin is not None:
+            what = "the base" if twin == comparison.baseline else f"the variant '{twin}'"
+            raise ValueError(
+                f"`{place}` should change something. Found a variant equal to {what}; A/A is in every comparison anyway."
+            )
+        experiments[name], diffs[name] = made, dict(variant.set)
+    plan = Plan(comparison, experiments, diffs, _primary(comparison, base), seeds)
+    _check(plan)
+    return plan
+
+
+def _check_name(name: str, place: str, taken: Mapping[str, Any] | tuple[()]) -> None:
+    if not NAME.fullmatch(name) or name in taken:
+        raise ValueError(
+            f"`{place}` should be a name of its own of letters, digits, _ . + - (it names a folder). Found '{name}'."
+        )
+
+
+def _check_kept(changes: Mapping[str, Any], place: str) -> None:
+    for key in changes:
+        kept = next((each for each in KEPT if key == each or key.startswith(each + ".") or each.startswith(key + ".")), None)
+        if kept is not None:
+            raise ValueError(f"`{place}` should leave `{kept}` as it is: all variants share it, or they could not be compared.")
+
+
+def _changed(tree: Mapping[str, Any], changes: Mapping[str, Any], place: str) -> dict[str, Any]:
+    try:
+        return apply_overrides(tree, [f"{key}={json.dumps(value)}" for key, value in changes.items()])
+    except ValueError as error:
+        raise ValueError(f"`{place}`: {str(error).removeprefix('--set ')}") from None
+
+
+def _parsed(tree: Mapping[str, Any], place: str) -> Experiment:
+    try:
+        return with_absolute_paths(parse_experiment(tree))
+    except ValueError as error:
+        raise ValueError(f"`{place}`: {error}") from None
+
+
+def _primary(comparison: Comparison, base: Experiment) -> dict[str, str]:
+    """{task: metric}, checked against the metrics that the task has."""
+    objectives = Objectives(task_specs(base))
+    known = Measures(base, objectives).compute()["tasks"]
+    if comparison.primary is None:
+        found = {}
+        for name, spec in objectives.specs.items():
+            if not base.tasks[name].auxiliary:
+                metric = MAIN_METRIC[spec.task.family]
+                found[name] = metric if metric in known[name] else f"{metric}_given"
+        return found
+    for task, metric in comparison.primary.items():
+        if task not in known:
+            raise ValueError(f"`primary` should name tasks ({', '.join(known)}). Found '{task}'.{nearest(task, known)}")
+        names = [name for name in known[task] if name not in COUNTS]
+        if metric not in names:
+            raise ValueError(
+                f"`primary.{task}` should be a metric of the task ({', '.join(names)}). Found '{metric}'.{nearest(metric, names)}"
+            )
+    if not comparison.primary:
+        raise ValueError("`primary` should name one metric for at least one task. Found none.")
+    return dict(comparison.primary)
+
+
+def _check(plan: Plan) -> None:
+    comparison = plan.comparison
+    base = plan.experiments[plan.baseline]
+    if base.data.test is None:
+        raise ValueError(
+            "`data.test` of the base should name the files that the variants are compared on. "
+            "Set it here: `set: {data.test: ...}`."
+        )
+    if comparison.single_task is not None and comparison.single_task not in plan.experiments:
+        raise ValueError(
+            f"`single_task` should name a variant ({', '.join(plan.experiments)}). "
+            f"Found '{comparison.single_task}'.{nearest(comparison.single_task, plan.experiments)}"
+        )
+    if comparison.search is not None:
+        if base.data.validation is None:
+            raise ValueError("`search` chooses on validation rows, and the base has no `data.validation`.")
+        for name, experiment in plan.experiments.items():
+            for overrides in search_draws(comparison.search):
+                varied(experiment, overrides, f"search.space (variant {name})")
+    for name, experiment in plan.experiments.items():
+        try:
+            check_best_metric(experiment, Objectives(task_specs(experiment)))
+            check_place(experiment)
+            ranking_formula(experiment)
+            check_device(experiment, "cuda" if torch.cuda.is_available() else "cpu")
+            if experiment.tasks.keys() != base.tasks.keys():
+                raise ValueError(f"`tasks` should be those of the base ({', '.join(base.tasks)}).")
+            open_source(experiment, experiment.data.train, "data.train")
+        except ValueError as error:
+            raise ValueError(f"Variant '{name}': {error}") from None
+    segment = [comparison.segment] if comparison.segment else []
+    open_source(base, base.data.test, "data.test", [*evaluation_columns(base), *segment])
+    if base.data.validation is not None:
+        open_source(base, base.data.validation, "data.validation", evaluation_columns(base))
+
+
+def varied(experiment: Experiment, overrides: Mapping[str, Any], place: str) -> Experiment:
+    """The experiment with some paths changed; its mistakes are told with `place`."""
+    return _parsed(_changed(experiment.model_dump(mode="json"), overrides, place), place)
+
+
+def search_draws(search: Search) -> list[dict[str, Any]]:
+    """The trials of a search, the same for every variant: latin hypercube draws, so that few trials cover each range.
+
+    >>> draws = search_draws(Search(trials=3, space={"optimizer.dense.learning_rate": Range(low=1e-4, high=1e-2)}))
+    >>> sorted(int(np.log10(each["optimizer.dense.learning_rate"]) // (2 / 3)) for each in draws)
+    [-6, -5, -4]
+    """
+    rng = np.random.default_rng(search.seed)
+    draws: list[dict[str, Any]] = [{} for _ in range(search.trials)]
+    for path, space in search.space.items():
+        at = (rng.permutation(search.trials) + rng.random(search.trials)) / search.trials
+        for draw, share in zip(draws, at, strict=True):
+            if isinstance(space, list):
+                draw[path] = space[int(share * len(space))]
+            elif space.log:
+                draw[path] = float(np.exp(np.log(space.low) + share * (np.log(space.high) - np.log(space.low))))
+            else:
+                draw[path] = float(space.low + share * (space.high - space.low))
+    return draws
+
+
+def dense_size(experiment: Experiment, input_dim: int) -> dict[str, int]:
+    """{"parameters": ..., "flops": ...} of everything above the tables, without making it. `input_dim`: width of x_BD."""
+    with torch.device("meta"):
+        part = DensePart(input_dim, experiment, task_specs(experiment))
+    return {"parameters": sum(each.numel() for each in part.parameters()), "flops": part.flops_per_row()}
+
+
+def matched(experiment: Experiment, input_dim: int, what: str, target: int) -> tuple[Experiment, dict[str, Any]]:
+    """The experiment with its expert widths scaled by one factor, so that `what` of the dense part comes nearest to `target`.
+
+    Returns it and what was done: {"from", "to": widths, "size": what it has now}. Raises ValueError for an architecture that
+    has no `expert_layers`.
+    """
+    kind = experiment.model.architecture
+    options = check_options(resolve(kind.kind, ARCHITECTURES, "model.architecture.kind"), kind.options, "model.architecture")
+    if "expert_layers" not in options:
+        raise ValueError(f"`match: {what}` scales `expert_layers`, which the architecture {kind.kind} does not have.")
+    widths = [int(width) for width in options["expert_layers"]]
+
+    def at(factor: float) -> tuple[Experiment, list[int], int]:
+        scaled = [max(1, round(width * factor)) for width in widths]
+        architecture = kind.model_copy(update={"expert_layers": scaled})
+        made = experiment.model_copy(update={"model": experiment.model.model_copy(update={"architecture": architecture})})
+        return made, scaled, dense_size(made, input_dim)[what]
+
+    low, high = 1e-3, 1.0
+    while at(high)[2] < target and high < 1e4:
+        high *= 2.0
+    for _ in range(40):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if at(middle)[2] < target else (low, middle)
+        if high / low < 1 + 1e-4:
+            break
+    made, scaled, size = min((at(low), at(high), at(1.0)), key=lambda each: abs(each[2] - target))
+    return made, {"from": widths, "to": scaled, "size": size, "target": target, "what": what}

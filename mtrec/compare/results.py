@@ -1,0 +1,423 @@
+"""From saved predictions to results.json and results.csv: metrics, paired differences, verdicts, cost.
+
+Nothing here trains or predicts: whoever has the folder of a comparison can compute its numbers again, with this or with
+scikit-learn.
+
+Legend: N test rows.
+"""
+
+import csv
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from mtrec.checkpoint import write_atomically
+from mtrec.compare.interval import metric_interval
+from mtrec.compare.plan import Plan
+from mtrec.compare.runs import (
+    LABEL,
+    LOG,
+    PREDICTIONS,
+    SEGMENT,
+    USER,
+    WEIGHT,
+    events_of,
+    folder_of,
+    gate_shares,
+    is_done,
+    read_done,
+)
+from mtrec.compare.statistics import METRIC_NAMES, Difference, Scores, holm, paired_difference, smallest_detectable, what_sharpens
+from mtrec.compare.verdict import delta_m, direction, outcome, pareto_front, seesaw, verdict
+from mtrec.config import Experiment
+from mtrec.model import task_specs
+from mtrec.run import open_run
+from mtrec.tasks import Objectives
+
+Floats = NDArray[np.float64]
+
+RESULTS = "results.json"
+SHOWN: dict[str, tuple[str, ...]] = {
+    "binary": ("auc", "gauc", "log_loss", "normalized_entropy", "calibration"),
+    "dwell": ("xauc", "mae", "rmse", "r2_log1p", "sum_ratio"),
+    "regression": ("r2", "xauc", "mae", "rmse"),
+    "multiclass": ("accuracy", "log_loss"),
+}
+MAX_SEGMENTS = 10  # the largest; the others are added up
+CALIBRATION_BINS = 12
+POWER = 0.8
+
+
+class Measured:
+    """What finished runs predicted, as the statistics want it.
+
+    Args:
+        folder: of the comparison.
+        runs: {variant: {seed: name of its run}}, finished ones.
+        experiment: of the baseline.
+
+    Raises ValueError where two runs did not predict the same rows.
+    """
+
+    def __init__(self, folder: Path, runs: Mapping[str, Mapping[int, str]], experiment: Experiment) -> None:
+        self.experiment, self.objectives = experiment, Objectives(task_specs(experiment))
+        self.tables: dict[str, dict[int, pa.Table]] = {}
+        first: pa.Table | None = None
+        for variant, by_seed in runs.items():
+            self.tables[variant] = {}
+            for seed, name in by_seed.items():
+                table = pq.read_table(folder_of(folder, name) / PREDICTIONS)
+                first = table if first is None else first
+                for column in first.column_names:
+                    shared = column in (USER, SEGMENT, WEIGHT) or column.startswith(LABEL)
+                    if shared and (column not in table.column_names or not table[column].equals(first[column])):
+                        raise ValueError(
+                            f"{folder_of(folder, name)}: column '{column}' of {PREDICTIONS} should be that of the other runs, "
+                            "row by row. The test files changed between runs: compare in a new folder."
+                        )
+                self.tables[variant][seed] = table
+        if first is None:
+            raise ValueError(f"{folder} holds no finished run yet.")
+        self.rows = first.num_rows
+        self.user = first[USER].to_numpy() if USER in first.column_names else None
+        self.weight = first[WEIGHT].to_numpy() if WEIGHT in first.column_names else None
+        self.segment = first[SEGMENT].to_pylist() if SEGMENT in first.column_names else None
+        self._labels = {
+            name: torch.from_numpy(first[LABEL + name].to_numpy(zero_copy_only=False).astype(np.float64))
+            for name in self.objectives.names
+        }
+
+    def label(self, task: str, given: bool) -> Floats:
+        """(N,) labels of a task's metrics, NaN where they do not count; `given`: those of the suffix `_given`."""
+        spec, also_on = self.objectives.specs[task], self.experiment.tasks[task].also_on
+        if spec.given is not None and not given:
+            return self.objectives.joint_label(task, self._labels).numpy()
+        label_N: Floats = self.objectives.reached_label(task, self._labels).numpy()
+        if given and spec.given is None and also_on is not None:
+            return np.where(self._labels[also_on].numpy() == 1.0, label_N, np.nan)
+        return label_N
+
+    def scores(self, variant: str, task: str, metric: str, keep_N: NDArray[np.bool_] | None = None) -> Scores:
+        """The runs of a variant for a metric of a task, on all rows or those of `keep_N`."""
+        spec, given = self.objectives.specs[task], metric.endswith("_given")
+        joint = spec.given is not None and not given
+        columns = self.objectives.expected_names(task) if joint else spec.task.prediction_names()
+        if metric.removesuffix("_given") == "r2_log1p":
+            columns = (LOG + task,)
+        keep_N = np.ones(self.rows, bool) if keep_N is None else keep_N
+        prediction = {}
+        for seed, table in self.tables[variant].items():
+            found = [table[column].to_numpy()[keep_N].astype(np.float64) for column in columns]
+            prediction[seed] = found[0] if len(found) == 1 else np.stack(found, axis=1)
+        user = None if self.user is None else self.user[keep_N]
+        weight = None if self.weight is None else self.weight[keep_N]
+        return Scores(prediction, self.label(task, given)[keep_N], user, weight)
+
+    def metrics(self, task: str) -> list[str]:
+        """The metrics that are reported of a task."""
+        spec, first = self.objectives.specs[task], next(iter(next(iter(self.tables.values())).values()))
+        names = [name for name in SHOWN[spec.task.family] if name in METRIC_NAMES]
+        if self.user is None:
+            names = [name for name in names if name != "gauc"]
+        if f"{LOG}{task}" not in first.column_names:
+            names = [name for name in names if name != "r2_log1p"]
+        suffixes = [""] if spec.given is None or spec.task.family in ("binary", "dwell") else []
+        if spec.given is not None or self.experiment.tasks[task].also_on is not None:
+            suffixes.append("_given")
+        # of the expected value over all rows there is no log scale
+        return [n + s for s in suffixes for n in names if not (n == "r2_log1p" and spec.given is not None and s == "")]
+
+
+def finished_runs(plan: Plan, folder: Path) -> dict[str, dict[int, str]]:
+    """{variant: {seed: name}} of the runs that are done, the A/A row last."""
+    found = {}
+    for variant in [*plan.experiments, plan.again]:
+        seeds = plan.again_seeds if variant == plan.again else plan.seeds
+        found[variant] = {seed: f"{variant}/seed-{seed}" for seed in seeds if is_done(folder, f"{variant}/seed-{seed}")}
+    return found
+
+
+def compute(plan: Plan, folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that is known of a comparison from the files of its runs, as plain values.
+
+    `facts`: what the job knows beside them: sizes and matching, the search, versions (plan.json).
+    Raises ValueError where the baseline or all variants have fewer than two finished runs.
+    """
+    runs = finished_runs(plan, folder)
+    short = [name for name, by_seed in runs.items() if len(by_seed) < 2]
+    if plan.baseline in short or len(short) >= len(runs) - 1:
+        raise ValueError(
+            f"{folder} holds too few finished runs: the baseline and a variant need two seeds each. `--resume` goes on."
+        )
+    notes = [f"{name} has {len(runs[name])} finished runs and is left out; it needs two." for name in short]
+    notes += [
+        f"{name}: {len(by_seed)} of {len(plan.seeds)} seeds are finished."
+        for name, by_seed in runs.items()
+        if name not in short and len(by_seed) < len(plan.seeds)
+    ]
+    runs = {name: by_seed for name, by_seed in runs.items() if name not in short}
+    measured = Measured(folder, runs, plan.experiments[plan.baseline])
+    metrics = {
+        task: list(dict.fromkeys([plan.primary.get(task, ""), *measured.metrics(task)])) for task in measured.objectives.names
+    }
+    metrics = {task: [name for name in names if name] for task, names in metrics.items()}
+    rows, primaries = _differences(plan, measured, runs, metrics)
+    variants = {
+        name: {
+            "diff": plan.diffs.get(name, {}),
+            "baseline": name == plan.baseline,
+            "again": name == plan.again,
+            "size": facts["sizes"].get(name, facts["sizes"][plan.baseline]),
+            "search": facts["search"].get(name, facts["search"][plan.baseline]),
+            "cost": _cost([read_done(folder, each) for each in by_seed.values()]),
+            "runs": {str(seed): read_done(folder, each) for seed, each in by_seed.items()},
+            "metrics": {
+                task: {metric: _interval(measured, name, task, metric) for metric in names} for task, names in metrics.items()
+            },
+            "curves": _curves(folder, by_seed, plan.primary),
+            "gates": _gates(folder, by_seed),
+            "calibration": {task: _calibration(measured, name, task) for task in measured.objectives.names},
+        }
+        for name, by_seed in runs.items()
+    }
+    found = {
+        "name": plan.comparison.name,
+        "baseline": plan.baseline,
+        "again": plan.again,
+        "primary": plan.primary,
+        "seeds": list(plan.seeds),
+        "again_seeds": list(plan.again_seeds),
+        "budget": plan.comparison.budget.model_dump(exclude_none=True) if plan.comparison.budget else None,
+        "match": plan.comparison.match,
+        "test_rows": measured.rows,
+        "test_users": None if measured.user is None else len(np.unique(measured.user)),
+        "user_column": measured.experiment.evaluation.group_by,
+        "segment_column": plan.comparison.segment,
+        "notes": notes,
+        "variants": variants,
+        "differences": rows,
+        "across": _across(plan, variants, rows, primaries),
+        "segments": _segments(plan, measured, runs),
+        "facts": dict(facts),
+    }
+    plain: dict[str, Any] = _plain(found)
+    return plain
+
+
+def _differences(
+    plan: Plan, measured: Measured, runs: Mapping[str, Any], metrics: Mapping[str, Sequence[str]]
+) -> tuple[list[dict[str, Any]], dict[tuple[str, str], Difference]]:
+    """One entry a variant, task and metric, and the differences of the primary metrics.
+
+    Holm over variants x primary metrics; the A/A row stands apart, it is a check.
+    """
+    found: list[tuple[str, str, str, bool, Difference]] = []
+    for variant in runs:
+        if variant == plan.baseline:
+            continue
+        for task, names in metrics.items():
+            for metric in names:
+                base, other = (measured.scores(each, task, metric) for each in (plan.baseline, variant))
+                found.append((variant, task, metric, plan.primary.get(task) == metric, paired_difference(metric, base, other)))
+    counted = [index for index, (variant, _, _, primary, _) in enumerate(found) if primary and variant != plan.again]
+    adjusted = dict(zip(counted, holm([found[index][4].p_value for index in counted]).tolist(), strict=True))
+    rows, primaries = [], {}
+    for index, (variant, task, metric, primary, difference) in enumerate(found):
+        p_value = adjusted.get(index, difference.p_value)
+        numbers = dataclasses.asdict(difference)
+        values = {"baseline_value": numbers.pop("baseline"), "variant_value": numbers.pop("variant")}
+        row = {"variant": variant, "task": task, **numbers, **values, "metric": metric, "primary": primary}
+        row |= {"adjusted_p": p_value if primary else None, "undefined": math.isnan(difference.p_value)}
+        if primary:
+            comparisons = max(1, len(counted)) if variant != plan.again else 1
+            row |= {
+                "outcome": outcome(difference, p_value),
+                "verdict": verdict(variant, plan.baseline, task, difference, p_value, comparisons),
+                "detectable": smallest_detectable(difference, POWER, comparisons),
+                "sharpen": what_sharpens(difference),
+            }
+            primaries[variant, task] = difference
+        rows.append(row)
+    return rows, primaries
+
+
+def _across(
+    plan: Plan, variants: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], primaries: Mapping[tuple[str, str], Difference]
+) -> dict[str, Any]:
+    """{variant: MTL gain, seesaw, on the Pareto front}; over the primary metrics."""
+    single = plan.single_task if plan.single_task in variants else None
+    values = {
+        name: {task: each["metrics"][task][metric]["value"] for task, metric in plan.primary.items()}
+        for name, each in variants.items()
+    }
+    ordered = {task: metric for task, metric in plan.primary.items() if direction(metric)}  # of a ratio, more is not better
+    larger = [direction(metric) > 0 for metric in ordered.values()]
+    points = np.array([[each[task] for task in ordered] for each in values.values()], dtype=np.float64)
+    front = dict(zip(values, pareto_front(points, larger).tolist(), strict=True)) if ordered and np.isfinite(points).all() else {}
+    found = {}
+    for name in variants:
+        adjusted = {row["task"]: row["adjusted_p"] for row in rows if row["variant"] == name and row["primary"]}
+        differences = {task: difference for (variant, task), difference in primaries.items() if variant == name}
+        found[name] = {
+            "delta_m": delta_m(ordered, values[name], values[single]) if single and ordered else None,
+            "delta_m_against": single,
+            "seesaw": bool(differences) and seesaw(differences, adjusted),
+            "pareto": front.get(name),
+        }
+    return found
+
+
+def _interval(measured: Measured, variant: str, task: str, metric: str) -> dict[str, Any]:
+    found = metric_interval(metric, measured.scores(variant, task, metric))
+    return {"value": found.value, "low": found.low, "high": found.high, "by_seed": {str(s): v for s, v in found.by_seed.items()}}
+
+
+def _cost(done: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Medians over seeds: a machine has moments of its own."""
+    names = (
+        "dense_parameters",
+        "table_parameters",
+        "flops_per_row",
+        "train_rows_per_second",
+        "score_rows_per_second",
+        "peak_memory_bytes",
+        "wall_seconds",
+        "steps",
+    )
+    found: dict[str, Any] = {}
+    for name in names:
+        values = [each[name] for each in done if each.get(name) is not None]
+        found[name] = float(np.median(values)) if values else None
+    return found
+
+
+def _curves(folder: Path, by_seed: Mapping[int, str], primary: Mapping[str, str]) -> dict[str, Any]:
+    """{task: {"metric", "steps", "by_seed": {seed: values}, "best_step"}} of the validations, and the training losses."""
+    found: dict[str, Any] = {}
+    losses: dict[str, dict[str, dict[int, float]]] = {}
+    for seed, name in by_seed.items():
+        validations: dict[int, Any] = {}
+        for event in events_of(open_run(folder_of(folder, name))):
+            if event["event"] == "validation":
+                validations[event["step"]] = event["metrics"]["tasks"]  # a repeated step of a resumed run: the last holds
+            elif event["event"] == "step":
+                for task, value in event["losses"].items():
+                    losses.setdefault(task, {}).setdefault(str(seed), {})[event["step"]] = value
+        for task, metric in primary.items():
+            entry = found.setdefault(task, {"metric": metric, "by_seed": {}})
+            entry["by_seed"][str(seed)] = [[step, values[task].get(metric)] for step, values in sorted(validations.items())]
+    for task, entry in found.items():
+        steps = sorted({step for points in entry["by_seed"].values() for step, _ in points})
+        means = []
+        for step in steps:
+            values = [v for points in entry["by_seed"].values() for s, v in points if s == step and v is not None]
+            means.append([step, float(np.mean(values)), float(np.std(values)), len(values)] if values else [step, None, None, 0])
+        entry["mean"] = means
+        known = [(step, mean) for step, mean, _, _ in means if mean is not None]
+        entry["best_step"] = max(known, key=lambda each: _goodness(primary[task], each[1]))[0] if known else None
+    return {"validation": found, "losses": {t: {s: sorted(v.items()) for s, v in by.items()} for t, by in losses.items()}}
+
+
+def _goodness(metric: str, value: float) -> float:
+    """Larger is better."""
+    return direction(metric) * value if direction(metric) else -abs(value - 1)
+
+
+def _gates(folder: Path, by_seed: Mapping[int, str]) -> dict[str, Any]:
+    """{gate: {seed: {"steps", "shares"}}} from the logs; {} without gates. Experts have no order that seeds share."""
+    found: dict[str, Any] = {}
+    for seed, name in by_seed.items():
+        for gate, each in gate_shares(events_of(open_run(folder_of(folder, name)))).items():
+            found.setdefault(gate, {})[str(seed)] = each
+    return found
+
+
+def _calibration(measured: Measured, variant: str, task: str) -> dict[str, Any] | None:
+    """Mean prediction and mean label in bins of equal rows, over all seeds; of one number a row."""
+    spec = measured.objectives.specs[task]
+    if spec.task.family == "multiclass":
+        return None
+    metric = "auc" if spec.given is None or spec.task.family in ("binary", "dwell") else "auc_given"
+    scores = measured.scores(variant, task, metric)
+    keep_N = ~np.isnan(scores.label)
+    predictions = np.concatenate([each[keep_N] for each in scores.prediction.values()])
+    labels = np.tile(scores.label[keep_N], len(scores.prediction))
+    order = np.argsort(predictions, kind="stable")
+    parts = [part for part in np.array_split(order, CALIBRATION_BINS) if len(part)]
+    return {
+        "prediction": [float(np.mean(predictions[part])) for part in parts],
+        "label": [float(np.mean(labels[part])) for part in parts],
+        "rows": [len(part) // len(scores.prediction) for part in parts],
+    }
+
+
+def _segments(plan: Plan, measured: Measured, runs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The primary metrics on the rows of each value of the segment column (the largest ones); all of it exploratory."""
+    if measured.segment is None:
+        return []
+    values = np.array(["null" if each is None else each for each in measured.segment])
+    names, counts = np.unique(values, return_counts=True)
+    order = np.argsort(-counts)[:MAX_SEGMENTS]
+    found = []
+    for index in order:
+        keep_N = values == names[index]
+        for task, metric in plan.primary.items():
+            base = measured.scores(plan.baseline, task, metric, keep_N)
+            if len(np.unique(base.label[~np.isnan(base.label)])) < 2:
+                continue  # nothing to order
+            for variant in runs:
+                if variant == plan.baseline:
+                    continue
+                difference = paired_difference(metric, base, measured.scores(variant, task, metric, keep_N), bootstrap_draws=200)
+                entry = {
+                    "segment": str(names[index]),
+                    "rows": int(counts[index]),
+                    "task": task,
+                    "metric": metric,
+                    "variant": variant,
+                }
+                entry |= {key: getattr(difference, key) for key in ("value", "low", "high", "baseline", "p_value")}
+                found.append({**entry, "variant_value": difference.variant})
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Values that JSON has; NaN and infinities become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write(results: Mapping[str, Any], folder: Path) -> None:
+    """results.json (everything) and results.csv (one line a variant, task and metric)."""
+    write_atomically(folder / RESULTS, json.dumps(results, indent=1) + "\n")
+    rows = {(row["variant"], row["task"], row["metric"]): row for row in results["differences"]}
+    names = ("value", "low", "high", "standard_error", "variance_users", "variance_seeds", "p_value", "adjusted_p", "detectable")
+    part = folder / "results.csv.part"
+    with part.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out)
+        head = ["variant", "task", "metric", "primary", "metric_value", "metric_low", "metric_high", "seeds"]
+        writer.writerow(
+            [*head, *(f"difference_{name}" if name in ("value", "low", "high") else name for name in names), "outcome"]
+        )
+        for variant, each in results["variants"].items():
+            for task, metrics in each["metrics"].items():
+                for metric, found in metrics.items():
+                    row = rows.get((variant, task, metric), {})
+                    primary = results["primary"].get(task) == metric
+                    line = [variant, task, metric, primary, found["value"], found["low"], found["high"], len(found["by_seed"])]
+                    writer.writerow([*line, *(row.get(name) for name in names), row.get("outcome", "")])
+    part.replace(folder / "results.csv")

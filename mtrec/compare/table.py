@@ -1,0 +1,55 @@
+"""The table of a comparison in the terminal."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+COLOURS = {"better": "green", "worse": "red"}
+
+
+def show_results(results: Mapping[str, Any], to: Console) -> None:
+    """A row a variant: each task's primary metric as difference to the baseline with its interval; then the verdicts."""
+    primary, baseline = results["primary"], results["baseline"]
+    seeds = len(results["seeds"])
+    users = f", {results['test_users']:,} users" if results["test_users"] else ", rows taken as independent (no user column)"
+    to.print(
+        f"[bold]{results['name']}[/]: against {baseline}; {seeds} seeds, {results['test_rows']:,} test rows{users}",
+        soft_wrap=True,
+    )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("variant", no_wrap=True)
+    for task, metric in primary.items():
+        table.add_column(f"{task} {metric}", justify="right")
+    for name in ("dense par.", "train rows/s", "peak MB"):
+        table.add_column(name, justify="right")
+    rows = {(row["variant"], row["task"]): row for row in results["differences"] if row["primary"]}
+    for name, variant in results["variants"].items():
+        cells = []
+        for task, metric in primary.items():
+            row = rows.get((name, task))
+            if row is None:
+                value = variant["metrics"][task][metric]["value"]
+                cells.append("-" if value is None else f"{value:.4f}")
+            elif row["value"] is None:
+                cells.append("undefined")
+            else:
+                colour = COLOURS.get(row["outcome"], "")
+                text = f"{row['value']:+.4f} ± {(row['high'] - row['low']) / 2:.4f}"
+                cells.append(f"[{colour}]{text}[/]" if colour else text)
+        cost = variant["cost"]
+        speed = cost["train_rows_per_second"]
+        cells += [
+            f"{cost['dense_parameters']:,.0f}",
+            f"{speed:,.0f}" if speed else "-",
+            f"{cost['peak_memory_bytes'] / 1e6:,.0f}",
+        ]
+        flag = " (seesaw)" if results["across"][name]["seesaw"] else ""
+        table.add_row(name + flag, *cells)
+    to.print(table)
+    for row in results["differences"]:
+        if row["primary"] and row["variant"] != results["again"]:
+            to.print(row["verdict"], soft_wrap=True, markup=False)
+    for note in results["notes"]:
+        to.print(f"[yellow]note:[/] {note}", soft_wrap=True)

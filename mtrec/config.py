@@ -1,0 +1,466 @@
+"""The experiment: a typed tree read from one YAML file, with `--set key=value` overrides and errors that give the YAML path.
+
+Read it from the bottom: `load_experiment(path, overrides)` returns an `Experiment`. What a `kind:` accepts stands in the
+signature of its class (see kinds.py), not here. Relative paths are relative to the current folder, `${NAME}` is replaced
+by the environment variable.
+"""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from annotated_types import Gt, Le
+from pydantic import BeforeValidator, Field
+
+from mtrec.architectures import ARCHITECTURES
+from mtrec.balancing import BALANCERS, Balancer, make_balancer
+from mtrec.features import FEATURES
+from mtrec.interactions import INTERACTIONS
+from mtrec.kinds import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Widths,
+    check_options,
+    explain,
+    nearest,
+    option_types,
+    options_model,
+    resolve,
+)
+from mtrec.tasks import TASKS
+from mtrec.yaml_tree import expand, read_yaml
+
+
+class Section(pydantic.BaseModel):
+    """A part of the tree in which only declared keys are allowed."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", protected_namespaces=(), frozen=True)
+
+
+class Kind(pydantic.BaseModel):
+    """`{kind: mmoe, num_experts: 4}`: the kind of a thing and its options."""
+
+    model_config = pydantic.ConfigDict(extra="allow", protected_namespaces=(), frozen=True)
+    kind: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+def _from_word(key: str, default: str | None = None) -> Any:
+    """Lets the section be written as its one main value: `architecture: mmoe`, `train: data/train`; or without it."""
+
+    def full(value: Any) -> Any:
+        if isinstance(value, dict) and default is not None:
+            return {key: default, **value}
+        return {key: value} if isinstance(value, str | list) else value
+
+    return full
+
+
+class Source(Section):
+    """Parquet files, and which of their rows.
+
+    `path`: a file, a folder, a glob or a list of these; local or s3://, gs://, hdfs://. `where`: a condition on columns or
+    Hive partitions, such as `dt <= 2026-01-14 and tab in [0, 1]`. `window`: first and last value of the date partition.
+    """
+
+    path: str | list[str]
+    where: str | None = Field(None, description="rows that it drops leave their places in the batches empty")
+    window: tuple[str, str] | None = None
+    window_column: str = "dt"
+
+    @pydantic.field_validator("window", mode="before")
+    @classmethod
+    def _dates_as_text(cls, value: Any) -> Any:
+        return [str(end) for end in value] if isinstance(value, list | tuple) else value
+
+
+Share = Annotated[float, Gt(0.0), Le(1.0)]
+AnySource = Annotated[Source, BeforeValidator(_from_word("path"), json_schema_input_type=str | list[str] | Source)]
+AnyKind = Annotated[Kind, BeforeValidator(_from_word("kind"), json_schema_input_type=str | Kind)]
+ArchitectureKind = Annotated[Kind, BeforeValidator(_from_word("kind", "mmoe"), json_schema_input_type=str | Kind)]
+InteractionKind = Annotated[Kind, BeforeValidator(_from_word("kind", "dcn_v2"), json_schema_input_type=str | Kind)]
+
+
+class Data(Section):
+    """Where the rows come from and how they are cut into batches."""
+
+    train: AnySource
+    validation: AnySource | None = None
+    test: AnySource | None = Field(None, description="read by `mtrec compare`, once, at the end; checked by `mtrec check`")
+    batch_size: PositiveInt | Literal["auto"] = Field(
+        "auto", description="rows of a global batch; auto: 512 below 1 M rows, else 4,096"
+    )
+    num_streams: PositiveInt = Field(8, description="logical streams; the largest number of workers")
+    shuffle: bool = True
+    shuffle_window: PositiveInt = Field(16_384, description="rows of a stream that are permuted together")
+    prefetch: PositiveInt = Field(4, description="batches that the reading thread keeps ready")
+    sample_weight: str | None = Field(None, description="column with a non-negative weight a row")
+    on_bad_rows: Literal["error", "skip"] = Field(
+        "error", description="labels out of range and the like: error names the row, skip leaves it out and counts it"
+    )
+    max_bad_fraction: Probability = Field(0.01, description="with skip: more bad rows than this share end the run")
+
+
+class Task(Section):
+    """One objective. Options of its kind stand beside these."""
+
+    model_config = pydantic.ConfigDict(extra="allow", protected_namespaces=(), frozen=True)
+    kind: str
+    label: str | None = Field(None, description="column of the label (default: the task's name); null means unobserved")
+    given: str | None = Field(None, description="the task without whose label 1 this one cannot happen")
+    space: Literal["observed", "entire"] = Field(
+        "observed", description="observed: rows where `given` is 1; entire: ESMM, all rows"
+    )
+    weight: PositiveFloat | Literal["auto"] = Field(
+        "auto", description="auto: 1 / (2 x loss of predicting the base rate), in [0.2, 5]"
+    )
+    denominator: Literal["count", "expected"] = Field(
+        "count", description="expected: the rate of the fit x rows, for rare tasks"
+    )
+    also_on: str | None = Field(None, description="give metrics also on the rows where this task's label is 1")
+    auxiliary: bool = Field(False, description="left out of scoring, of the best metric and of early stopping")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Balancing(Kind):
+    """How the tasks' losses are weighed against each other. Options of the kind, and those of every balancer, stand beside.
+
+    A balancer sees losses that are multiplied with `tasks.*.weight` already, and what it returns is multiplied onto that: the
+    weight (`auto`: every loss starts near 0.5) is the unit of a loss, the balancer what changes during training.
+    """
+
+    kind: str = "static"
+    at: Literal["parameters", "batch_sum", "representation"] = Field(
+        "parameters",
+        description="where gradients are compared: shared dense parameters, x_BD summed over rows, x_BD row by row",
+    )
+    rows: Share = Field(1.0, description="share of each stream's rows that gradients are compared on, drawn anew each time")
+    log_gradients: bool = Field(
+        False, description="compare gradients every `every` steps for the log, also where the kind does not need it"
+    )
+
+
+class Model(Section):
+    """From ids and numbers to the tasks' representations."""
+
+    embedding_dim: PositiveInt | Literal["auto"] = Field("auto", description="auto: 8 below 1 M training rows, else 16")
+    interaction: InteractionKind = Kind(kind="dcn_v2")
+    architecture: ArchitectureKind = Kind(kind="mmoe")
+    tower_layers: Widths = (32,)
+    dropout: Probability = Field(0.0, description="dropout on the shared representation, before the experts")
+
+
+class TableOptimizer(Section):
+    """The optimizer fused into the embedding tables."""
+
+    kind: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"
+    learning_rate: PositiveFloat = 0.1
+    eps: PositiveFloat = 1e-8
+    clip_value: PositiveFloat | None = Field(None, description="gradients of rows are clipped to +- this")
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: NonNegativeInt = 0
+
+
+class DenseOptimizer(Section):
+    """The optimizer of everything but the tables."""
+
+    kind: Literal["adamw", "adam", "sgd"] = "adamw"
+    learning_rate: PositiveFloat | Literal["auto"] = Field("auto", description="auto: 0.001 x sqrt(batch_size / 512)")
+    weight_decay: NonNegativeFloat = 1e-2
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    clip_norm: PositiveFloat | None = Field(
+        10.0, description="the global norm of the dense gradient is clipped to this"
+    )
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: NonNegativeInt | Literal["auto"] = Field(
+        "auto", description="auto: a twentieth of the steps, at most 500"
+    )
+
+
+class Optimizer(Section):
+    tables: TableOptimizer = TableOptimizer()
+    dense: DenseOptimizer = DenseOptimizer()
+
+
+class EarlyStopping(Section):
+    """Stop when the best metric has not grown by `min_gain` in `patience` validations."""
+
+    patience: PositiveInt = 3
+    min_gain: NonNegativeFloat = 0.0
+
+
+class Training(Section):
+    epochs: PositiveInt = 1
+    reset_tables: Literal["never", "every_epoch"] = Field(
+        "never", description="every_epoch: tables start anew, the dense part stays"
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the dense part; tables stay fp32")
+    validate_every: PositiveInt | None = Field(None, description="steps; default: at the end of each epoch")
+    checkpoint_every: PositiveInt | None = Field(None, description="steps; default: with each validation")
+    checkpoint_async: bool = True
+    keep_last: PositiveInt = 2
+    keep_best: NonNegativeInt = 1
+    best_metric: str | dict[str, float] | None = Field(
+        None,
+        description="`click/auc`, or {`click/auc`: 1, `dwell/xauc`: 0.5}; default: mean of AUC or XAUC over tasks",
+    )
+    early_stopping: EarlyStopping | None = None
+    log_every: PositiveInt = 50
+    max_steps: PositiveInt | None = Field(None, description="stop after so many steps (debugging, benchmarks)")
+    deterministic: bool = True
+    threads_per_worker: PositiveInt = Field(1, description="CPU threads a worker; one a worker is fastest")
+    max_failures: NonNegativeInt = Field(3, description="how often Ray restarts workers that died")
+    collective_timeout_seconds: PositiveInt = 600
+    max_nonfinite_steps: PositiveInt = Field(
+        20, description="so many steps without a finite gradient in a row end the run"
+    )
+
+
+class Evaluation(Section):
+    group_by: str | None = Field(None, description="column of GAUC's groups, usually the user's id")
+    batch_size: PositiveInt = 8_192
+    memory_limit_mb: PositiveInt = Field(1_024, description="metrics spill sorted runs to disk beyond this")
+    bins: PositiveInt | None = Field(None, description="binned metrics in so many bins instead of exact ones")
+
+
+class Scoring(Section):
+    formula: str | None = Field(
+        None,
+        description="column `score`, such as `p_click * log1p(dwell_seconds)`; default: the first task's prediction",
+    )
+
+
+AnyBalancing = Annotated[Balancing, BeforeValidator(_from_word("kind"), json_schema_input_type=str | Balancing)]
+
+
+class Experiment(Section):
+    """Everything that a run depends on but the data itself and the number of workers."""
+
+    name: str = "experiment"
+    seed: NonNegativeInt = 0
+    data: Data
+    features: dict[str, AnyKind] = Field(min_length=1)
+    tasks: dict[str, Task] = Field(min_length=1)
+    model: Model = Model()
+    balancing: AnyBalancing = Balancing()
+    optimizer: Optimizer = Optimizer()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    scoring: Scoring = Scoring()
+    output: str | None = Field(None, description="folder of the run; default: runs/<name>")
+
+    def label_column(self, task: str) -> str:
+        """The column with the task's label."""
+        return self.tasks[task].label or task
+
+
+KNOWN = {
+    "features": FEATURES,
+    "tasks": TASKS,
+    "architecture": ARCHITECTURES,
+    "interaction": INTERACTIONS,
+    "balancing": BALANCERS,
+}
+
+
+DEFAULT_KINDS = {"architecture": "mmoe", "interaction": "dcn_v2", "balancing": "static"}
+
+
+def load_experiment(path: str | Path, overrides: Sequence[str] = (), *, absolute: bool = True) -> Experiment:
+    """Reads and checks an experiment file; `overrides` are `key.path=value` with YAML values.
+
+    `absolute`: relative data paths are those of the current folder; False leaves them as they are written.
+
+    Raises ValueError that names the YAML path, what was found, and the nearest right key of a misspelt one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no experiment file '{path}' (looked in {Path.cwd()}).")
+    for folder in (str(Path.cwd()), str(path.resolve().parent)):
+        if folder not in sys.path:
+            sys.path.append(folder)  # so that `kind: my_module:MyClass` finds a module beside the experiment
+    tree = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    experiment = parse_experiment(apply_overrides(tree, overrides), default_name=path.stem)
+    return with_absolute_paths(experiment) if absolute else experiment
+
+
+def with_absolute_paths(experiment: Experiment) -> Experiment:
+    """The experiment with local paths that do not depend on the current folder: workers stand elsewhere."""
+
+    def absolute(source: Source | None) -> Source | None:
+        if source is None:
+            return None
+        paths = [source.path] if isinstance(source.path, str) else source.path
+        whole = [path if "://" in path else os.path.abspath(os.path.expanduser(path)) for path in paths]
+        return source.model_copy(update={"path": whole[0] if isinstance(source.path, str) else whole})
+
+    data = experiment.data
+    update = {name: absolute(getattr(data, name)) for name in ("train", "validation", "test")}
+    return experiment.model_copy(update={"data": data.model_copy(update=update)})
+
+
+def parse_experiment(tree: Mapping[str, Any], default_name: str = "experiment") -> Experiment:
+    """Checks a tree of plain values (as YAML gives it), kinds and their options included."""
+    values = {"name": default_name, **expand(dict(tree), "")}
+    try:
+        experiment = Experiment.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise ValueError(explain(error, "", Experiment)) from None
+    findings = []
+    for place, kind, known in _kinds_of(experiment):
+        try:
+            if isinstance(kind, Balancing):
+                auxiliary = [name for name, task in experiment.tasks.items() if task.auxiliary]
+                make_balancer(kind.kind, kind.options, list(experiment.tasks), auxiliary, experiment.seed)
+            else:
+                others = Task.model_fields if isinstance(kind, Task) else ()
+                check_options(resolve(kind.kind, known, f"{place}.kind"), kind.options, place, also_known=others)
+        except ValueError as error:
+            findings.append(str(error))
+    findings += _wrong_names(experiment)
+    if findings:
+        raise ValueError("\n".join(findings))
+    if isinstance(experiment.data.batch_size, int) and experiment.data.batch_size % experiment.data.num_streams:
+        raise ValueError(
+            f"`data.batch_size` should be a multiple of data.num_streams ({experiment.data.num_streams}). "
+            f"Found {experiment.data.batch_size}."
+        )
+    return experiment
+
+
+def _wrong_names(experiment: Experiment) -> list[str]:
+    """What names a task that is not there."""
+    findings, tasks = [], experiment.tasks
+    for name, task in tasks.items():
+        if task.also_on is not None and task.also_on not in tasks:
+            findings.append(
+                f"`tasks.{name}.also_on` should name a task ({', '.join(tasks)}). "
+                f"Found '{task.also_on}'.{nearest(task.also_on, tasks)}"
+            )
+        elif task.also_on is not None and task.given is not None:
+            findings.append(f"`tasks.{name}.also_on` should be left out: metrics are given where `given` is 1 anyway.")
+    wish = experiment.training.best_metric
+    if experiment.data.validation is None:
+        needy = ("early_stopping", "best_metric", "validate_every")
+        findings += [
+            f"`training.{key}` needs `data.validation`. Found none."
+            for key in needy
+            if getattr(experiment.training, key) is not None
+        ]
+    for path in [wish] if isinstance(wish, str) else list(wish or ()):
+        task_name, slash, metric = path.partition("/")
+        if task_name not in tasks or not slash or not metric:
+            findings.append(
+                f"`training.best_metric` should be a task and one of its metrics, such as {next(iter(tasks))}/auc. "
+                f"Found '{path}'.{nearest(task_name, tasks)}"
+            )
+    return findings
+
+
+def _kinds_of(experiment: Experiment) -> list[tuple[str, Kind | Task, Mapping[str, type]]]:
+    places: list[tuple[str, Kind | Task, Mapping[str, type]]] = []
+    places += [(f"features.{name}", kind, FEATURES) for name, kind in experiment.features.items()]
+    places += [(f"tasks.{name}", kind, TASKS) for name, kind in experiment.tasks.items()]
+    places.append(("model.interaction", experiment.model.interaction, INTERACTIONS))
+    places.append(("model.architecture", experiment.model.architecture, ARCHITECTURES))
+    places.append(("balancing", experiment.balancing, BALANCERS))
+    return places
+
+
+def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of the tree with `a.b.c=value` set; the value is read as YAML.
+
+    >>> apply_overrides({"a": {"b": 1}}, ["a.b=[2, 3]", "a.c=x"])
+    {'a': {'b': [2, 3], 'c': 'x'}}
+    """
+    changed = dict(tree)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip(".") or not all(key.split(".")):
+            raise ValueError(f"--set should be key.path=value, such as --set training.epochs=2. Found '{override}'.")
+        value = read_yaml(f"value: {text}", f"--set {override}")["value"]
+        changed = _with(changed, key.split("."), value, override)
+    return changed
+
+
+def _with(tree: Mapping[str, Any], keys: list[str], value: Any, override: str, above: str = "") -> dict[str, Any]:
+    changed = dict(tree)
+    if len(keys) == 1:
+        changed[keys[0]] = value
+        if keys[0] == "kind":
+            changed = _fitting(changed, tree.get("kind", DEFAULT_KINDS.get(above)), above)
+        return changed
+    below = changed.get(keys[0], {})
+    if isinstance(below, str | list):  # `architecture: mmoe` and `train: path` are short for a mapping
+        main = "kind" if isinstance(below, str) and keys[0] in KNOWN else "path"
+        below = {main: below}
+    elif below is None:
+        below = {}
+    if not isinstance(below, dict):
+        raise ValueError(f"--set {override}: `{keys[0]}` holds {below!r}, not a mapping.")
+    changed[keys[0]] = _with(below, keys[1:], value, override, above if above in ("features", "tasks") else keys[0])
+    return changed
+
+
+def _fitting(node: dict[str, Any], old: Any, place: str) -> dict[str, Any]:
+    """The node, its kind just changed, without those options of the old kind that the new one does not have."""
+    known, new = KNOWN.get(place, {}), node["kind"]
+    if old == new or old not in known or not isinstance(new, str) or (new not in known and ":" not in new):
+        return node  # what is wrong is told when the whole is checked
+    dropped = option_types(known[old]).keys() - option_types(resolve(new, known, f"{place}.kind")).keys()
+    return {key: value for key, value in node.items() if key not in dropped}
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of an experiment file, every kind with its options, for editors that complete and check."""
+    schema = Experiment.model_json_schema()
+    task_fields = schema["$defs"].pop("Task")["properties"]
+    balancing_fields = (
+        schema["$defs"].pop("Balancing")["properties"] | options_model(Balancer).model_json_schema()["properties"]
+    )
+    for place, known in KNOWN.items():
+        house = task_fields if place == "tasks" else balancing_fields if place == "balancing" else {}
+        choices: list[dict[str, Any]] = [] if place in ("features", "tasks") else [{"enum": sorted(known)}]
+        for name, cls in known.items():
+            options = options_model(cls).model_json_schema()
+            schema["$defs"].update(options.pop("$defs", {}))
+            properties = {**house, **options.get("properties", {}), "kind": {"const": name}}
+            choices.append(
+                {
+                    "type": "object",
+                    "title": name,
+                    "description": (cls.__doc__ or "").strip().split("\n")[0],
+                    "properties": properties,
+                    "required": ["kind", *options.get("required", [])],
+                    "additionalProperties": False,
+                }
+            )
+        own = {"type": "object", "properties": {"kind": {"type": "string", "pattern": ":"}}, "required": ["kind"]}
+        schema["$defs"][f"kind_of_{place}"] = {"anyOf": [*choices, own]}
+    top, model = schema["properties"], schema["$defs"]["Model"]["properties"]
+    for place in ("features", "tasks"):
+        top[place]["additionalProperties"] = {"$ref": f"#/$defs/kind_of_{place}"}
+    top["balancing"] = {"$ref": "#/$defs/kind_of_balancing"}
+    for place in ("architecture", "interaction"):
+        model[place] = {"$ref": f"#/$defs/kind_of_{place}"}
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return schema
+
+
+def to_yaml(experiment: Experiment) -> str:
+    """The experiment with every default written out, as it is stored in a run."""
+    return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

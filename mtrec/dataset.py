@@ -1,0 +1,535 @@
+"""A dataset: Parquet files on any filesystem as one table with one schema, known from the footers before a row is read.
+
+`open_dataset` finds the files, reads their footers, agrees on one type a column, leaves out row groups in which no row
+can satisfy `where` or `window`, and gives a `Dataset`, from which row groups are decoded a chunk at a time.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import re
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mtrec import where as conditions
+from mtrec.files import Identity, Location, find_files, footer_bounds, open_file, read_footer
+from mtrec.kinds import nearest
+from mtrec.schema import common_type, plain
+from mtrec.where import Bounds, Condition
+
+_FOOTER_THREADS = 16  # latency, not work: most of the time is spent waiting for a disk or an object store
+_SAMPLE_ROW_GROUPS = 16
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the configuration says of a dataset: `data.train`, `data.validation` or `data.test`.
+
+    Args:
+        path: a file, folder, glob or URI, or several of them.
+        where: rows to keep, such as `dt <= 2026-01-14 and channel in [1, 2]` (see `mtrec.where`).
+        window: first and last value of `window_column`, both included: `[2026-11-01, 2026-11-07]`.
+        window_column: the column of the window, as a rule the key of date partitions (`dt=2026-11-01`).
+    """
+
+    path: str | Sequence[str]
+    where: str | None = None
+    window: tuple[conditions.Value, conditions.Value] | None = None
+    window_column: str = "dt"
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of the dataset, what it was when its footer was first read, and the types of its columns."""
+
+    location: Location
+    identity: Identity
+    schema: pa.Schema
+
+    @property
+    def path(self) -> str:
+        return self.location.shown
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A row group of the dataset: row group `index` of file `file_index`. `filtered`: `where` may drop rows in it."""
+
+    file_index: int
+    index: int
+    num_rows: int
+    filtered: bool = False
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Parquet files as one table.
+
+    Attributes:
+        place: the YAML path for error messages, such as `data.train`.
+        files: the files, in order.
+        row_groups: those that are not empty and may hold wanted rows, in order.
+        schema: the wanted columns in the order in which they were asked for, each with one type for all files.
+        column_names: all columns that every file has, and the partition keys.
+        condition: `where` and `window`, bound to the types; None keeps every row.
+        condition_schema: the columns that the condition reads.
+        fingerprint: changes when the files' contents, their order or the condition change; not when they are moved.
+        notes: what a user should know: other types in some files, missing optional columns, days without files.
+    """
+
+    place: str
+    files: tuple[File, ...]
+    row_groups: tuple[RowGroup, ...]
+    schema: pa.Schema
+    column_names: tuple[str, ...]
+    condition: Condition | None
+    condition_schema: pa.Schema
+    partition_types: Mapping[str, pa.DataType]
+    fingerprint: str
+    notes: tuple[str, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of `row_groups`, before `where` drops any of them."""
+        return sum(group.num_rows for group in self.row_groups)
+
+    @property
+    def filtered(self) -> bool:
+        """Whether `where` may drop rows inside of row groups."""
+        return any(group.filtered for group in self.row_groups)
+
+    def chunks(
+        self, row_group: RowGroup, columns: Sequence[str], rows: int
+    ) -> Generator[tuple[pa.RecordBatch, pa.BooleanArray | None], None, None]:
+        """Decodes a row group, `rows` at a time: (columns in the dataset's types, mask of the rows that stay or None).
+
+        Holds one chunk, not the row group. Raises ValueError naming file and row group where the file was replaced
+        since the dataset was opened, is damaged, or holds a value that the common type cannot.
+        """
+        file = self.files[row_group.file_index]
+        extra = self.condition_schema if row_group.filtered else pa.schema([])
+        fields = [self.schema.field(name) for name in columns]
+        fields += [field for field in extra if field.name not in columns]
+        schema, keys, stored = pa.schema(fields), dict(file.location.keys), file.schema.names
+        read = [field.name for field in fields if field.name not in keys and field.name in stored]
+        # the common case, without a Python step for each column: all there, in the dataset's types
+        as_stored = all(name not in keys and name in stored for name in schema.names) and all(
+            file.schema.field(field.name).type == field.type for field in fields
+        )
+        with open_file(file.location, file.identity) as parquet:
+            batches = parquet.iter_batches(rows, row_groups=[row_group.index], columns=read, use_threads=False)
+            while (raw := self._decoded(batches, file, row_group)) is not None:
+                if as_stored:
+                    arrays = raw.select(schema.names).columns
+                else:
+                    arrays = [self._column(raw, field, file, row_group) for field in fields]
+                batch = pa.RecordBatch.from_arrays(arrays, schema=schema) if fields else raw
+                if row_group.filtered and self.condition is not None:
+                    yield batch.select(list(columns)), conditions.mask(self.condition, batch)
+                else:
+                    yield batch, None
+
+    def _decoded(self, batches: Iterator[pa.RecordBatch], file: File, row_group: RowGroup) -> pa.RecordBatch | None:
+        try:
+            return next(batches, None)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"'{file.path}', row group {row_group.index}, cannot be decoded: {error}") from error
+
+    def _column(self, raw: pa.RecordBatch, field: pa.Field, file: File, row_group: RowGroup) -> pa.Array:
+        keys = dict(file.location.keys)
+        if field.name in keys:
+            value = _partition_value(keys[field.name], field.type)
+            return pa.repeat(pa.scalar(value, field.type), raw.num_rows)
+        if field.name not in file.schema.names:
+            return pa.nulls(raw.num_rows, field.type)
+        column = raw.column(field.name)
+        if column.type == field.type:
+            return column
+        try:
+            return column.cast(field.type)
+        except pa.ArrowException as error:
+            raise ValueError(
+                f"'{file.path}', row group {row_group.index}, column '{field.name}': {column.type} should become "
+                f"{field.type}, the type that suits all files of `{self.place}`, but: {error}"
+            ) from error
+
+    def read(self, row_group: RowGroup, columns: Sequence[str]) -> pa.Table:
+        """The wanted rows of a row group, decoded whole. Raises as `chunks`."""
+        parts = [_kept(batch, mask) for batch, mask in self.chunks(row_group, columns, row_group.num_rows)]
+        return pa.Table.from_batches(parts, pa.schema([self.schema.field(name) for name in columns]))
+
+    def batches(
+        self, columns: Sequence[str], rows: int, row_groups: Sequence[RowGroup] | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        """The wanted rows in order, at most `rows` at a time (fewer where row groups end or `where` drops rows)."""
+        for row_group in self.row_groups if row_groups is None else row_groups:
+            for batch, mask in self.chunks(row_group, columns, rows):
+                kept = _kept(batch, mask)
+                if kept.num_rows:
+                    yield kept
+
+    def sample(self, rows: int, columns: Sequence[str]) -> pa.Table:
+        """Some `rows` wanted rows from places spread over the dataset: the same ones each time, fewer if there are."""
+        step = max(1, len(self.row_groups) // _SAMPLE_ROW_GROUPS)
+        spread = [group for start in range(step) for group in self.row_groups[start::step]]
+        share = -(-rows // min(_SAMPLE_ROW_GROUPS, len(spread)))
+        found: list[pa.RecordBatch] = []
+        read, missing = 0, rows
+        for group in spread:
+            wanted = min(share, missing)
+            for batch in self.batches(columns, max(wanted, 1024), [group]):
+                found.append(batch.slice(0, wanted))
+                wanted -= found[-1].num_rows
+                missing -= found[-1].num_rows
+                if wanted == 0:
+                    break
+            read += group.num_rows
+            if missing == 0 or read > 100 * max(rows, 65536):  # a rare condition: enough was searched
+                break
+        return pa.Table.from_batches(found, pa.schema([self.schema.field(name) for name in columns]))
+
+    def minmax(self, column: str) -> tuple[Any, Any] | None:
+        """Least and greatest value of a column (of its items, for lists), from the footers.
+
+        None where the footers do not say, the column is all null, or `where` drops rows inside of row groups (then the
+        extremes may be those of dropped rows). Raises KeyError for a column that is not in `schema`.
+        """
+        self.schema.field(column)
+        if self.filtered:
+            return None
+        wanted: dict[int, list[RowGroup]] = {}
+        for group in self.row_groups:
+            wanted.setdefault(group.file_index, []).append(group)
+
+        def bounds_of(item: tuple[int, list[RowGroup]]) -> list[Bounds | None]:
+            file = self.files[item[0]]
+            if column not in file.schema.names or column in dict(file.location.keys):
+                return [_missing_bounds(file, column, group, self.partition_types) for group in item[1]]
+            with open_file(file.location, file.identity) as parquet:
+                bounds = footer_bounds(parquet.metadata, [column])[column]
+            return [bounds[group.index] for group in item[1]]
+
+        with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+            bounds = [bound for found in pool.map(bounds_of, wanted.items()) for bound in found]
+        known = [bound for bound in bounds if bound is None or bound.nulls != bound.rows]
+        if not known or any(bound is None or bound.low is None or bound.high is None for bound in known):
+            return None
+        return min(bound.low for bound in known if bound), max(bound.high for bound in known if bound)
+
+
+def open_dataset(source: Source, columns: Sequence[str], optional: Collection[str] = (), *, place: str) -> Dataset:
+    """Opens the Parquet files that `source` names, for reading `columns`.
+
+    Files may hold further columns, in any order. A column of `optional` may be missing from some or all files: it is
+    null there. Types may differ as far as `mtrec.schema.common_type` goes. Folders `dt=2026-01-01` are columns (dates,
+    integers or text, by all their values) and go before a column of that name in the file.
+
+    Raises ValueError naming `place` (a YAML path, such as `data.train`), the file and what to do, for: a path that
+    names nothing; a file that is no whole Parquet; a missing column (with the nearest name); types that do not go
+    together; a condition that does not parse or bind; no rows.
+
+    >>> import tempfile, pyarrow.parquet
+    >>> folder = tempfile.mkdtemp()
+    >>> pyarrow.parquet.write_table(pa.table({"user": [1, 2, 3]}), folder + "/a.parquet", row_group_size=2)
+    >>> dataset = open_dataset(Source(folder, where="user >= 3"), ["user"], place="data.train")
+    >>> len(dataset.row_groups), [batch.to_pydict() for batch in dataset.batches(["user"], rows=100)]
+    (1, [{'user': [3]}])
+    """
+    locations, twice = find_files(source.path, place)
+    notes = [f"`{place}.path` names '{path}' twice; it is read once." for path in twice]
+    dataset = _open(source, locations, _partition_types(locations), columns, frozenset(optional), place, notes)
+    if not dataset.row_groups:
+        raise ValueError(_no_rows(source, place, dataset))
+    return dataset
+
+
+def open_each(
+    source: Source, columns: Sequence[str], optional: Collection[str] = (), *, place: str
+) -> list[tuple[Location, Dataset | ValueError]]:
+    """Every file that `source` names as a dataset of its own, in order; of a file that cannot be read, the error.
+
+    Types are those of the file itself, but for partition keys, which have one type for all files. A file may have no rows.
+    Raises ValueError where `source` names nothing or its condition does not parse.
+    """
+    locations, _ = find_files(source.path, place)
+    if source.where is not None:
+        conditions.parse(source.where, f"{place}.where")
+    partition_types = _partition_types(locations)
+
+    def opened(location: Location) -> Dataset | ValueError:
+        try:
+            return _open(source, [location], partition_types, columns, frozenset(optional), place, [])
+        except ValueError as error:
+            return error
+
+    with ThreadPoolExecutor(min(_FOOTER_THREADS, len(locations))) as pool:
+        return list(zip(locations, pool.map(opened, locations), strict=True))
+
+
+def _open(
+    source: Source,
+    locations: Sequence[Location],
+    partition_types: Mapping[str, pa.DataType],
+    columns: Sequence[str],
+    optional: frozenset[str],
+    place: str,
+    notes: list[str],
+) -> Dataset:
+    """The dataset of some files; it may have no row groups."""
+    condition = None if source.where is None else conditions.parse(source.where, f"{place}.where")
+    named = () if condition is None else conditions.columns_of(condition)
+    named += (source.window_column,) if source.window is not None else ()
+
+    def first_look(location: Location) -> tuple[File, tuple[int, ...], dict[str, list[Bounds | None]]]:
+        metadata, identity = read_footer(location)
+        rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+        return File(location, identity, _file_schema(metadata, location)), rows, footer_bounds(metadata, named)
+
+    with ThreadPoolExecutor(min(_FOOTER_THREADS, len(locations))) as pool:
+        looks = list(pool.map(first_look, locations))
+    files = _with_shared_schemas([look[0] for look in looks])
+    for name in named:
+        if name in optional and not any(name in file.schema.names for file in files) and name not in partition_types:
+            continue
+        _require(name, files, partition_types, f"{place}.where" if name != source.window_column else f"{place}.window")
+    needed = list(dict.fromkeys([*columns, *named]))
+    types = _unify(needed, files, partition_types, optional, place, notes)
+    condition = _bound_condition(source, condition, types, place)
+    row_groups = _prune(files, [look[1] for look in looks], [look[2] for look in looks], condition, partition_types)
+    _note_absent_days(source, locations, partition_types, place, notes)
+    return Dataset(
+        place=place,
+        files=tuple(files),
+        row_groups=tuple(row_groups),
+        schema=pa.schema([(name, types[name]) for name in dict.fromkeys(columns)]),
+        column_names=_column_names(files),
+        condition=condition,
+        condition_schema=pa.schema([(name, types[name]) for name in dict.fromkeys(named)]),
+        partition_types=partition_types,
+        fingerprint=_fingerprint(files, row_groups, condition),
+        notes=tuple(notes),
+    )
+
+
+def _kept(batch: pa.RecordBatch, mask: pa.BooleanArray | None) -> pa.RecordBatch:
+    return batch if mask is None else batch.filter(mask)
+
+
+def _file_schema(metadata: pq.FileMetaData, location: Location) -> pa.Schema:
+    schema = metadata.schema.to_arrow_schema().remove_metadata()
+    if len(set(schema.names)) < len(schema.names):
+        twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
+        raise ValueError(f"'{location.shown}' should have each column once. Found twice: {', '.join(twice)}.")
+    return schema
+
+
+def _with_shared_schemas(files: list[File]) -> list[File]:
+    """Thousands of files with equal schemas keep one object."""
+    seen: dict[pa.Schema, pa.Schema] = {}
+    return [dataclasses.replace(file, schema=seen.setdefault(file.schema, file.schema)) for file in files]
+
+
+def _column_names(files: Sequence[File]) -> tuple[str, ...]:
+    shared = None
+    for file in files:
+        names = dict.fromkeys([*file.schema.names, *(key for key, _ in file.location.keys)])
+        shared = names if shared is None else {name: None for name in shared if name in names}
+    return tuple(shared or ())
+
+
+def _require(name: str, files: Sequence[File], partition_types: Mapping[str, pa.DataType], place: str) -> None:
+    """Raises ValueError where no file has the column `name`, which a condition reads."""
+    known = dict.fromkeys([*(name for file in files for name in file.schema.names), *partition_types])
+    if name not in known:
+        raise ValueError(f"`{place}` should name a column of the data. Found '{name}'.{nearest(name, known)}")
+
+
+def _partition_types(locations: Sequence[Location]) -> dict[str, pa.DataType]:
+    """Dates where all values of a key are dates, integers where all are integers, else text."""
+    values: dict[str, set[str]] = {}
+    for location in locations:
+        for key, value in location.keys:
+            values.setdefault(key, set()).update(() if value is None else (value,))
+    return {key: _partition_type(found) for key, found in values.items()}
+
+
+def _partition_type(values: set[str]) -> pa.DataType:
+    if values and all(re.fullmatch(r"-?\d{1,18}", value) for value in values):
+        return pa.int64()
+    try:
+        for value in values:
+            datetime.date.fromisoformat(value if re.fullmatch(r"\d{4}-\d\d-\d\d", value) else "no date")
+    except ValueError:
+        return pa.string()
+    return pa.date32() if values else pa.string()
+
+
+def _partition_value(value: str | None, type_: pa.DataType) -> int | str | datetime.date | None:
+    if value is None or pa.types.is_string(type_):
+        return value
+    return int(value) if pa.types.is_integer(type_) else datetime.date.fromisoformat(value)
+
+
+def _unify(
+    columns: Sequence[str],
+    files: Sequence[File],
+    partition_types: Mapping[str, pa.DataType],
+    optional: Collection[str],
+    place: str,
+    notes: list[str],
+) -> dict[str, pa.DataType]:
+    """{column: type for all files}; says in `notes` where files differ. Raises ValueError naming the files."""
+    types: dict[str, pa.DataType] = {}
+    for name in columns:
+        first: dict[pa.DataType, File] = {}  # the first file with each type
+        absent = []
+        for file in files:
+            if any(key == name for key, _ in file.location.keys):
+                first.setdefault(partition_types[name], file)
+            elif (position := file.schema.get_field_index(name)) >= 0:
+                first.setdefault(file.schema.field(position).type, file)
+            else:
+                absent.append(file)
+        if absent and name not in optional:
+            raise ValueError(_missing_column(name, absent, files, place))
+        if absent and len(absent) < len(files):
+            notes.append(f"Column '{name}' is missing from {_several(absent)} and null there.")
+        elif absent:
+            notes.append(f"Column '{name}' is in no file of `{place}` and null everywhere.")
+        common: pa.DataType = pa.null()
+        for type_, file in first.items():
+            wider = common_type(common, plain(type_))
+            if wider is None:
+                before = next(path for other, path in first.items() if common_type(plain(other), plain(type_)) is None)
+                raise ValueError(
+                    f"`{place}` should have one type for column '{name}' in all files. "
+                    f"Found {_type_of(before, name)} in '{before.path}' and {type_} in '{file.path}'."
+                )
+            common = wider
+        if len(first) > 1:
+            found = ", ".join(f"{type_} in '{file.path}'" for type_, file in first.items())
+            notes.append(f"Column '{name}' is read as {common}; found {found}.")
+        types[name] = common
+    return types
+
+
+def _type_of(file: File, name: str) -> str:
+    return str(file.schema.field(name).type) if name in file.schema.names else "a partition key"
+
+
+def _several(files: Sequence[File]) -> str:
+    return f"'{files[0].path}'" + (f" and {len(files) - 1} other files" if len(files) > 1 else "")
+
+
+def _missing_column(name: str, absent: Sequence[File], files: Sequence[File], place: str) -> str:
+    known = _column_names(absent)
+    hint = nearest(name, known)
+    if len(absent) < len(files):
+        hint += " Other files have it: `optional: true` on the feature reads it as null where it is missing."
+    elif not hint:
+        hint = f" Columns there: {', '.join(known[:40])}{', ...' if len(known) > 40 else ''}."
+    return f"`{place}` should have a column '{name}'. Found none in {_several(absent)}.{hint}"
+
+
+def _bound_condition(
+    source: Source, condition: Condition | None, types: Mapping[str, pa.DataType], place: str
+) -> Condition | None:
+    bound = None if condition is None else conditions.bind(condition, types, f"{place}.where")
+    if source.window is None:
+        return bound
+    first, last = (_window_value(value) for value in source.window)
+    asked = conditions.window(source.window_column, first, last, types[source.window_column])
+    window = conditions.bind(asked, types, f"{place}.window")
+    return window if bound is None else conditions.Both(window, bound)
+
+
+def _window_value(value: conditions.Value) -> conditions.Value:
+    """Dates may come from YAML as text."""
+    dated = isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value)
+    return datetime.date.fromisoformat(value) if dated and isinstance(value, str) else value
+
+
+def _note_absent_days(
+    source: Source,
+    locations: Sequence[Location],
+    partition_types: Mapping[str, pa.DataType],
+    place: str,
+    notes: list[str],
+) -> None:
+    """A day that is missing from the window is no error (a day without traffic), but it should be seen."""
+    if source.window is None or partition_types.get(source.window_column) != pa.date32():
+        return
+    first, last = (_window_value(value) for value in source.window)
+    if not (isinstance(first, datetime.date) and isinstance(last, datetime.date)):
+        return
+    present = {value for location in locations for key, value in location.keys if key == source.window_column}
+    days = [(first + datetime.timedelta(days=i)).isoformat() for i in range((last - first).days + 1)]
+    absent = [day for day in days if day not in present]
+    if absent:
+        shown = ", ".join(absent[:7]) + (", ..." if len(absent) > 7 else "")
+        notes.append(f"`{place}.window`: no files for {len(absent)} of {len(days)} days ({shown}).")
+
+
+def _missing_bounds(file: File, column: str, group: RowGroup, partition_types: Mapping[str, pa.DataType]) -> Bounds:
+    """Of a column that is not stored in the file: one value for a partition key, null for a missing column."""
+    keys = dict(file.location.keys)
+    value = _partition_value(keys[column], partition_types[column]) if column in keys else None
+    return Bounds(value, value, group.num_rows if value is None else 0, group.num_rows)
+
+
+def _prune(
+    files: Sequence[File],
+    group_rows: Sequence[Sequence[int]],
+    group_bounds: Sequence[Mapping[str, list[Bounds | None]]],
+    condition: Condition | None,
+    partition_types: Mapping[str, pa.DataType],
+) -> list[RowGroup]:
+    """The row groups in which the condition can be true for a row."""
+    kept = []
+    for file_index, (file, counts, bounds) in enumerate(zip(files, group_rows, group_bounds, strict=True)):
+        keys = dict(file.location.keys)
+        for index, num_rows in enumerate(counts):
+            group = RowGroup(file_index, index, num_rows)
+            if num_rows == 0:
+                continue
+            if condition is None:
+                kept.append(group)
+                continue
+            known = {
+                name: _missing_bounds(file, name, group, partition_types)
+                if name in keys or name not in bounds
+                else bounds[name][index]
+                for name in conditions.columns_of(condition)
+            }
+            outcome = conditions.outcomes(condition, known.get)
+            if outcome & conditions.TRUE:
+                kept.append(dataclasses.replace(group, filtered=outcome != conditions.TRUE))
+    return kept
+
+
+def _no_rows(source: Source, place: str, dataset: Dataset) -> str:
+    rows = 0
+    for file in dataset.files:
+        rows += read_footer(file.location)[0].num_rows
+    if rows == 0:
+        return f"`{place}` should have at least one row. Found {_several(dataset.files)}, with no rows."
+    limits = [f"where: {source.where}"] if source.where is not None else []
+    if source.window is not None:
+        limits.append(f"{source.window[0]} <= {source.window_column} <= {source.window[1]}")
+    return (
+        f"`{place}` should have at least one row. Found none with `{'` and `'.join(limits)}`: the footers and "
+        f"folder names of the {len(dataset.files)} files ({rows} rows) rule it out."
+    )
+
+
+def _fingerprint(files: Sequence[File], row_groups: Sequence[RowGroup], condition: Condition | None) -> str:
+    digest = hashlib.blake2b(repr(condition).encode(), digest_size=16)
+    for group in row_groups:
+        file = files[group.file_index]
+        digest.update(repr((file.identity.digest, file.location.keys, group.index, group.num_rows)).encode())
+    return digest.hexdigest()

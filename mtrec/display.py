@@ -1,0 +1,268 @@
+"""What a person sees in the terminal: progress, metrics, the report of a check. Reads events from a run's log.jsonl."""
+
+import io
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich import filesize
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mtrec.checkpoint import Checkpoint
+from mtrec.run import Run
+
+QUIET_SECONDS = 5.0  # where the output is no terminal, a line at most so often
+
+MEANINGS = {
+    "auc": "AUC",
+    "gauc": "GAUC",
+    "log_loss": "log loss",
+    "normalized_entropy": "NE",
+    "calibration": "sum p / sum y",
+    "ece": "ECE",
+    "xauc": "XAUC",
+    "mae": "MAE",
+    "rmse": "RMSE",
+    "r2": "R2",
+    "r2_log1p": "R2 log1p",
+    "sum_ratio": "sum p / sum y",
+    "accuracy": "accuracy",
+}
+
+
+def console() -> Console:
+    return Console(highlight=False, soft_wrap=False)
+
+
+class TrainDisplay:
+    """Progress of one training, read from the run's log."""
+
+    def __init__(self, folder: Path) -> None:
+        self._console = console()
+        self._folder = folder
+        self._log: io.TextIOWrapper | None = None
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._printed = 0.0
+        self._metrics: dict[str, Any] | None = None
+        self.ended: str | None = None  # the reason, once training has ended
+        self._began = time.monotonic()
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Around the fit of vocabularies and statistics."""
+        with self._console.status("checking the data, fitting vocabularies and statistics ..."):
+            yield
+
+    def start(self, run: Run, resumed: Checkpoint | None) -> None:
+        """Says what is trained, and begins to follow the log."""
+        rows = run.info["train"]["rows"]
+        tables = run.encoder.tables
+        size = filesize.decimal(sum(table.num_embeddings * table.dim * 4 for table in tables))
+        self._console.print(
+            f"run [bold]{run.folder}[/]: {rows:,} training rows, "
+            f"batches of {run.experiment.data.batch_size:,}, "
+            f"{len(tables)} tables ({size}), {run.experiment.model.architecture.kind}, "
+            f"tasks {', '.join(run.experiment.tasks)}",
+            soft_wrap=True,
+        )
+        kept = run.info["train"].get("kept", rows)
+        if kept < rows:
+            size_kept = int(run.experiment.data.batch_size) * kept / rows  # type: ignore[arg-type]
+            self._console.print(
+                f"{kept:,} of the rows are trained on (`where`, bad rows): a batch holds {size_kept:,.0f} of them on average",
+                soft_wrap=True,
+            )
+        if resumed is not None:
+            self._console.print(f"continues from step {resumed.step:,} ({resumed.folder.name})")
+        path = self._folder / "log.jsonl"
+        path.touch()
+        self._log = path.open(encoding="utf-8")
+        self._log.seek(0, io.SEEK_END)
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+                console=self._console,
+            )
+            self._task = self._progress.add_task("starting workers", total=None)
+            self._progress.start()
+
+    def poll(self) -> None:
+        """Shows what was logged since the last call."""
+        while self._log is not None:
+            position = self._log.tell()
+            line = self._log.readline()
+            if not line.endswith("\n"):
+                self._log.seek(position)  # a line that is being written
+                return
+            self._show(json.loads(line))
+
+    def _show(self, event: Mapping[str, Any]) -> None:
+        if event["event"] == "step":
+            losses = "  ".join(f"{name} {value:.4f}" for name, value in event["losses"].items())
+            text = f"{event['rows_per_second']:,.0f} rows/s, data wait {event['data_wait']:.0%}, losses {losses}"
+            if event["nonfinite_steps"]:
+                text += f", [red]{event['nonfinite_steps']} steps not finite[/]"
+            if self._progress is not None and self._task is not None:
+                self._progress.update(self._task, completed=event["step"], total=event["total_steps"], description=text)
+            elif time.monotonic() - self._printed > QUIET_SECONDS or event["step"] == event["total_steps"]:
+                self._printed = time.monotonic()
+                self._console.print(f"step {event['step']:,}/{event['total_steps']:,}  {text}", soft_wrap=True)
+        elif event["event"] == "validation":
+            self._metrics = event["metrics"]
+            metric = "undefined" if event["metric"] is None else f"{event['metric']:.5f}"
+            self._console.print(
+                f"step {event['step']:,}: validation of {self._metrics['rows']:,} rows in {event['seconds']:.1f} s, "
+                f"metric {metric}"
+            )
+        elif event["event"] == "warmstarted":
+            self._console.print(f"starts from the weights of {event['folder']}", soft_wrap=True)
+            for note in event["notes"]:
+                self._console.print(f"  {note}", soft_wrap=True, markup=False)
+        elif event["event"] == "restarted":
+            self._console.print(
+                f"{event['cause']}: went on with {event['world_size']} workers from the checkpoint of step "
+                f"{event['step']:,}; {event['repeated_steps']:,} logged steps are repeated",
+                soft_wrap=True,
+                markup=False,  # an error's text may hold brackets
+                style="yellow",
+            )
+        elif event["event"] == "ended":
+            self.ended = event["reason"]
+            reason = {
+                "finished": "all epochs done",
+                "early_stopping": "stopped early",
+                "max_steps": "max_steps reached",
+                "stopped": "asked to stop",
+            }
+            best = f", best at step {event['best_step']:,}" if event["best_step"] else ""
+            self._console.print(f"ended at step {event['step']:,}: {reason[event['reason']]}{best}")
+            for what, count in event["skipped_rows"].items():
+                self._console.print(f"{count:,} rows left out: {what}", soft_wrap=True, markup=False, style="yellow")
+
+    def close(self) -> None:
+        """Prints the last validation's metrics and where the run lies."""
+        self.poll()
+        if self._progress is not None:
+            self._progress.stop()
+        if self._log is not None:
+            self._log.close()
+        if self._metrics is not None:
+            show_metrics(self._metrics, title="validation", to=self._console)
+        self._console.print(
+            f"run folder: {self._folder}  ({time.monotonic() - self._began:.0f} s in all)", soft_wrap=True
+        )
+
+
+def show_metrics(metrics: Mapping[str, Any], title: str, to: Console | None = None) -> None:
+    """A table of metrics a task; `_given` metrics get a row of their own."""
+    to = to or console()
+    parts = [(title, metrics)]
+    for column, values in metrics.get("by", {}).items():
+        parts += [(f"{column} = {value}", part) for value, part in values.items()]
+    for heading, part in parts:
+        for task, found in part["tasks"].items():
+            names = [name for name in MEANINGS if found.get(name) is not None or found.get(f"{name}_given") is not None]
+            table = Table(title=f"{heading}: {task}", title_justify="left", box=None, pad_edge=False)
+            table.add_column("rows", justify="right")
+            for name in names:
+                table.add_column(MEANINGS[name], justify="right")
+            for suffix in ("", "_given"):
+                if not any(f"{name}{suffix}" in found for name in names):
+                    continue
+                rows = found.get(f"rows{suffix}")
+                cells = [f"{rows:,}" + (" (given)" if suffix else "") if rows is not None else ""]
+                table.add_row(*cells, *(_number(found.get(f"{name}{suffix}")) for name in names))
+            to.print(table)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}"
+
+
+def show_check(report: Mapping[str, Any]) -> None:
+    """The tables of `mtrec check`."""
+    to = console()
+    for heading, rows in report["tables"].items():
+        if not rows:
+            continue
+        table = Table(title=heading, title_justify="left", box=None, pad_edge=False, header_style="bold")
+        for name in rows[0]:
+            table.add_column(
+                name, justify="right" if isinstance(rows[0][name], int | float) else "left", overflow="fold"
+            )
+        for row in rows:
+            table.add_row(*(_cell(value) for value in row.values()))
+        to.print(table)
+        to.print()
+    for line in report["facts"]:
+        to.print(line, soft_wrap=True)
+    for warning in report["warnings"]:
+        to.print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
+    to.print(
+        "[green]The experiment is sound.[/]"
+        if not report["warnings"]
+        else "The experiment can be trained; look at the warnings."
+    )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def show_rows(rows: Sequence[Mapping[str, str]], empty: str) -> None:
+    """A table with a column a key, or the word for none."""
+    to = console()
+    if not rows:
+        to.print(empty)
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in rows[0]:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row.values())
+    to.print(table)
+
+
+def show_run(found: Mapping[str, Any]) -> None:
+    """The tables of `mtrec inspect`."""
+    to = console()
+    to.print(
+        f"[bold]{found['run']}[/], made {found['info']['made']} with "
+        + ", ".join(f"{k} {v}" for k, v in found["info"]["versions"].items()),
+        soft_wrap=True,
+    )
+    table = Table(title="checkpoints", title_justify="left", box=None, pad_edge=False)
+    for name in ("folder", "step", "metric", "MB", "verified"):
+        table.add_column(name)
+    for each in found["checkpoints"]:
+        megabytes = f"{each['bytes'] / 1e6:.1f}" if "bytes" in each else "-"
+        table.add_row(
+            each["folder"], _cell(each.get("step")), _cell(each.get("metric")), megabytes, each["problem"] or "yes"
+        )
+    to.print(table)
+    tables = Table(
+        title="tables (rows, rows with a value, rows trained)", title_justify="left", box=None, pad_edge=False
+    )
+    for name in ("table", "rows", "used", "touched", "dim", "sharding", "MB"):
+        tables.add_column(name)
+    for each in found["tables"]:
+        tables.add_row(
+            each["table"],
+            *(_cell(each[k]) for k in ("rows", "used", "touched", "dim", "sharding")),
+            f"{each['bytes'] / 1e6:.2f}",
+        )
+    to.print(tables)

@@ -1,0 +1,111 @@
+"""What a person sees of `mtrec score`: progress, and what came out of it."""
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+DRIFT_PSI = 0.25  # Siddiqi (2006): above it is a shift
+UNSEEN_SHARE = 0.01  # of a feature's ids, from which on it is listed
+
+
+class ScoreDisplay:
+    """The progress bar of a scoring job: `start` once, `advance` for rows; a context."""
+
+    def __init__(self) -> None:
+        self._console = Console(highlight=False)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def start(self, facts: Mapping[str, Any]) -> None:
+        """Says what there is to do: the argument of `score_files`' `on_start`."""
+        finished = f", {facts['finished']:,} of them finished already" if facts["finished"] else ""
+        self._console.print(
+            f"{facts['files']:,} files, {facts['rows']:,} rows{finished}; {facts['run']}, {facts['checkpoint']}; "
+            f"score = {facts['formula']}",
+            soft_wrap=True,
+        )
+        for message in facts["failed"].values():
+            self._console.print(f"[red]not scored:[/] {message}", soft_wrap=True)
+        if self._console.is_terminal and facts["rows_left"]:
+            self._progress = Progress(
+                TextColumn("rows"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), console=self._console
+            )
+            self._task = self._progress.add_task("scoring", total=facts["rows_left"])
+            self._progress.start()
+
+    def advance(self, rows: int) -> None:
+        if self._progress is not None and self._task is not None:
+            self._progress.advance(self._task, rows)
+
+
+def show_scoring(manifest: Mapping[str, Any], output: str) -> None:
+    """The tables that end `mtrec score`: what `score_files` returned."""
+    to = Console(highlight=False)
+    predictions = Table(title="predictions, and what they were in training", title_justify="left", box=None, pad_edge=False)
+    predictions.add_column("", no_wrap=True)
+    for name in ("mean", "p1", "p10", "p50", "p90", "p99", "PSI"):
+        predictions.add_column(name, justify="right")
+    for column, found in manifest["predictions"].items():
+        for side, heading in (("", column), ("training_", "  in training")):
+            shown = [found[f"{side}{key}"] for key in ("mean", "q0.01", "q0.1", "q0.5", "q0.9", "q0.99")]
+            predictions.add_row(heading, *map(_number, shown), "" if side else _number(found["psi"]))
+    to.print(predictions)
+    if manifest["labels"]:
+        labels = Table(title="against the labels in the input", title_justify="left", box=None, pad_edge=False)
+        for name in ("task", "rows", "AUC", "sum p / sum y"):
+            labels.add_column(name, justify="left" if name == "task" else "right")
+        for task, found in manifest["labels"].items():
+            labels.add_row(task, f"{found['rows']:,}", _number(found.get("auc")), _number(found["calibration"]))
+        to.print(labels)
+    unseen = {
+        name: each["unseen_share"] for name, each in manifest["features"].items() if (each["unseen_share"] or 0) > UNSEEN_SHARE
+    }
+    if unseen:
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in sorted(unseen.items(), key=lambda item: -item[1]))
+        to.print(f"ids not seen in training: {shares}", soft_wrap=True)
+    for name, found in manifest["predictions"].items():
+        if (found["psi"] or 0) > DRIFT_PSI:
+            to.print(
+                f"[yellow]warning:[/] {name} has drifted since training: PSI {found['psi']:.2f} (above {DRIFT_PSI} is a shift)"
+            )
+    for name in manifest["null_jumps"]:
+        to.print(f"[yellow]warning:[/] `features.{name}` has more than 10 points more nulls than in training", soft_wrap=True)
+    for note in manifest["notes"]:
+        to.print(f"[yellow]note:[/] {note}", soft_wrap=True)
+    _show_session(manifest["session"], to)
+    to.print(
+        f"{len(manifest['files']):,} files, {manifest['rows']:,} rows in {output}; what they are: {output}/_manifest.json",
+        soft_wrap=True,
+    )
+    if manifest["failed"]:
+        to.print(f"[red]{len(manifest['failed'])} files could not be scored:[/]")
+        for message in manifest["failed"].values():
+            to.print(f"  {message}", soft_wrap=True)
+
+
+def _show_session(session: Mapping[str, Any], to: Console) -> None:
+    if not session["rows"]:
+        to.print("nothing was left to score")
+        return
+    spent = sum(session["seconds"].values())
+    shares = ", ".join(f"{name} {seconds / spent:.0%}" for name, seconds in session["seconds"].items()) if spent else ""
+    to.print(
+        f"{session['rows'] / session['wall_seconds']:,.0f} rows/s over {session['wall_seconds']:.1f} s ({shares}); "
+        f"golden rows differ by at most {session['golden']:.1g}",
+        soft_wrap=True,
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"

@@ -1,0 +1,143 @@
+"""Tables and dense features -> x_BD, the shared representation.
+
+Legend: B rows on this rank, F dense features, D width of the shared representation.
+
+Three groups of tables: `tables` (torchrec, sharded over the ranks by parallel.py, optimizer fused into the backward pass),
+`weighted_tables` (the same, for features with a weight a value) and `replicated_tables` (`sharding: data_parallel`: plain
+parameters on every rank, whose gradients are reduced with the dense part's and stepped by an optimizer of the dense kind;
+torchrec's own data-parallel tables never move under a fused optimizer).
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from mtrec.batch import Batch
+from mtrec.features import Table
+
+INIT_BLOCK_ROWS = 65_536  # initial rows are drawn block by block, so that a shard draws only what it holds
+
+
+class Embeddings(nn.Module):
+    """All features of a batch, looked up, pooled and laid side by side.
+
+    Args:
+        tables: the encoder's tables; `features` of each are keys of the batch.
+        num_dense: F, columns of `dense_BF`.
+        device: where unsharded tables are made; `meta` before sharding.
+        clip_value: the gradient of each pooled embedding is clipped to +- this: what the fused kernel's own option does
+            with the gradients that come in, for tables of every sharding alike.
+
+    Output: x_BD, float32; D = `output_dim` = F + sum over features of the table's dimension. The order of columns (dense,
+    then features in the order of `feature_names`) does not depend on how the tables are sharded.
+    """
+
+    def __init__(
+        self, tables: Sequence[Table], num_dense: int, device: torch.device, clip_value: float | None = None
+    ) -> None:
+        super().__init__()
+        self.clip_value = clip_value
+        self.specs = {table.name: table for table in tables}
+        groups: dict[str, list[Table]] = {"tables": [], "weighted_tables": [], "replicated_tables": []}
+        for table in tables:
+            if table.weighted and table.sharding == "data_parallel":
+                raise ValueError(
+                    f"Table '{table.name}' has a feature with `weights`, which `sharding: data_parallel` does not offer. "
+                    "Use `sharding: table_wise`."
+                )
+            group = (
+                "weighted_tables"
+                if table.weighted
+                else "replicated_tables"
+                if table.sharding == "data_parallel"
+                else "tables"
+            )
+            groups[group].append(table)
+        self.tables = _collection(groups["tables"], device)
+        self.weighted_tables = _collection(groups["weighted_tables"], device, is_weighted=True)
+        self.replicated_tables = _collection(groups["replicated_tables"], device)
+        self.feature_names = [feature for group in groups.values() for table in group for feature in table.features]
+        self.feature_dims = [table.dim for group in groups.values() for table in group for _ in table.features]
+        self.num_dense = num_dense
+        self.output_dim = num_dense + sum(self.feature_dims)
+
+    def forward(self, batch: Batch) -> Tensor:
+        pooled: list[KeyedTensor] = []
+        if self.tables is not None:
+            pooled.append(self.tables(batch.sparse))  # sharded: starts the exchange between ranks
+        if self.weighted_tables is not None:
+            pooled.append(self.weighted_tables(batch.weighted))
+        if self.replicated_tables is not None:
+            pooled.append(self.replicated_tables(batch.sparse if batch.num_rows else self._one_row(batch)))
+        parts = [batch.dense_BF]
+        for keyed in pooled:
+            parts += [columns[: batch.num_rows] for columns in _in_order(keyed, self.feature_names)]
+        x_BD = torch.cat(parts, dim=1)
+        if self.clip_value is not None and x_BD.requires_grad:
+            limit = self.clip_value
+            x_BD.register_hook(lambda gradient: gradient.clamp(-limit, limit))
+        return x_BD
+
+    @staticmethod
+    def _one_row(batch: Batch) -> KeyedJaggedTensor:
+        """A batch of one row without ids: torchrec's unsharded collection cannot look up a batch of none."""
+        lengths = batch.sparse.lengths().new_zeros(len(batch.sparse.keys()))
+        return KeyedJaggedTensor(keys=batch.sparse.keys(), values=batch.sparse.values(), lengths=lengths, stride=1)
+
+
+def _collection(tables: list[Table], device: torch.device, is_weighted: bool = False) -> EmbeddingBagCollection | None:
+    if not tables:
+        return None
+    configs = [
+        EmbeddingBagConfig(
+            name=table.name,
+            num_embeddings=table.num_embeddings,
+            embedding_dim=table.dim,
+            feature_names=list(table.features),
+            pooling=PoolingType.MEAN if table.pooling == "mean" else PoolingType.SUM,
+        )
+        for table in tables
+    ]
+    return EmbeddingBagCollection(tables=configs, is_weighted=is_weighted, device=device)
+
+
+def _in_order(keyed: KeyedTensor, feature_names: list[str]) -> list[Tensor]:
+    """The columns of `keyed` in the order of `feature_names` (sharding groups them by rank), in as few slices as can be."""
+    keys, lengths = keyed.keys(), keyed.length_per_key()
+    starts = dict(zip(keys, keyed.offset_per_key(), strict=False))
+    widths = dict(zip(keys, lengths, strict=True))
+    values = keyed.values()
+    runs: list[tuple[int, int]] = []
+    for name in feature_names:
+        if name not in starts:
+            continue
+        if runs and runs[-1][1] == starts[name]:
+            runs[-1] = (runs[-1][0], starts[name] + widths[name])
+        else:
+            runs.append((starts[name], starts[name] + widths[name]))
+    return [values[:, start:end] for start, end in runs]
+
+
+def initial_rows(table: Table, rows: slice, columns: slice, seed: int, generation: int = 0) -> Tensor:
+    """The initial values N(0, init_std) of a part of a table, the same for every sharding.
+
+    Drawn from a generator keyed by (seed, table's name, generation, block of rows); `generation` counts re-initialisations.
+    Shape (rows, columns), float32, on the CPU.
+    """
+    blocks = []
+    for block in range(rows.start // INIT_BLOCK_ROWS, -(-rows.stop // INIT_BLOCK_ROWS)):
+        first = block * INIT_BLOCK_ROWS
+        count = min(INIT_BLOCK_ROWS, table.num_embeddings - first)
+        generator = torch.Generator().manual_seed(_key(f"{seed}/{table.name}/{generation}/{block}"))
+        drawn = torch.randn((count, table.dim), generator=generator)
+        blocks.append(drawn[max(rows.start - first, 0) : rows.stop - first, columns])
+    return torch.cat(blocks).mul_(table.init_std)
+
+
+def _key(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1

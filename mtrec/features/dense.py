@@ -1,0 +1,303 @@
+"""Numbers, scaled into columns of `dense_BF`.
+
+Shapes: B rows, F columns of all dense features, W columns of this one.
+"""
+
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pyarrow import types
+
+from mtrec.features.arrays import floats, is_list, is_number, vectors
+from mtrec.features.counting import Moments, Sample
+from mtrec.features.profile import FeatureProfile
+from mtrec.features.tables import Family
+from mtrec.kinds import PositiveFloat, PositiveInt
+
+_RANKS = np.linspace(0.0, 1.0, 257)  # of the points between which `scale: quantile` interpolates
+_SAMPLE = 1 << 16
+
+
+class Dense:
+    """A number a row, or a vector (fixed-size list, such as a pretrained item vector), scaled for the network.
+
+    A value goes through: sentinels are missing -> `clip` -> `transform` -> `scale` -> `clip_sd`. Null, NaN, infinities
+    and `missing_values` are missing: replaced by the scaled mean of the training data (0 with `standardize`; 0.5, the
+    median's rank, with `quantile`), which the indicator column tells from a true mean.
+
+    Args:
+        name: the feature's name.
+        column: input column (default: the name); integers, floats, decimals, bools.
+        transform: `log1p` is sign(x) log(1 + |x|), so that a negative value is no error.
+        scale: `standardize` to mean 0 and standard deviation 1; `minmax` to [0, 1]; `quantile` to the rank in the
+            training data, in [0, 1] (linear between 257 points); `none`.
+        clip: least and largest value, in the column's own unit.
+        clip_sd: with `standardize`, values beyond so many standard deviations are set to them; null: off.
+        missing_indicator: a further column with 1 where the value is missing; `auto`: if the training data have such
+            rows.
+        missing_values: numbers that stand for a missing value, such as -1.
+        width: numbers a row of a list column whose type does not say it.
+        optional: the column may be missing from a file; all of its values are missing then.
+
+    >>> Dense("price", transform="log1p", missing_values=(-1,)).columns
+    ('price',)
+    """
+
+    family: ClassVar[Family] = "dense"
+    fitted_by: ClassVar[tuple[str, ...]] = (
+        "transform",
+        "scale",
+        "clip",
+        "clip_sd",
+        "missing_indicator",
+        "missing_values",
+        "width",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        column: str | None = None,
+        transform: Literal["none", "log1p"] = "none",
+        scale: Literal["none", "standardize", "minmax", "quantile"] = "standardize",
+        clip: tuple[float, float] | None = None,
+        clip_sd: PositiveFloat | None = 5.0,
+        missing_indicator: bool | Literal["auto"] = "auto",
+        missing_values: tuple[float, ...] = (),
+        width: PositiveInt | None = None,
+        optional: bool = False,
+    ) -> None:
+        if clip is not None and not clip[0] < clip[1]:
+            raise ValueError(f"`features.{name}.clip` should be [least, largest]. Found {list(clip)}.")
+        self.name = name
+        self.column = column or name
+        self.transform = transform
+        self.scale = scale
+        self.clip = clip
+        self.clip_sd = clip_sd
+        self.missing_indicator = missing_indicator
+        self.missing_values = tuple(missing_values)
+        self.width = width
+        self.optional = optional
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Input columns."""
+        return (self.column,)
+
+    def check_type(self, type_: pa.DataType) -> None:
+        """Raises ValueError naming `features.NAME.column` where a column of this type holds no numbers.
+
+        >>> Dense("age").check_type(pa.string())
+        Traceback (most recent call last):
+            ...
+        ValueError: `features.age.column` should hold numbers. Found column 'age' of type string.
+        """
+        if types.is_null(type_):
+            return
+        found = f"Found column '{self.column}' of type {type_}."
+        if is_list(type_):
+            size = type_.list_size if types.is_fixed_size_list(type_) else None
+            if size is None and self.width is None:
+                raise ValueError(
+                    f"`features.{self.name}.column` should hold one number a row, or fixed-size lists (for other lists "
+                    f"of one length say it in `features.{self.name}.width`). {found}"
+                )
+            if size is not None and self.width not in (None, size):
+                raise ValueError(
+                    f"`features.{self.name}.width` should be the size {size} of the column's lists. Found {self.width}."
+                )
+        elif self.width is not None:
+            raise ValueError(f"`features.{self.name}.width` should stand on a list column. {found}")
+        if not is_number(type_.value_type if is_list(type_) else type_):
+            raise ValueError(f"`features.{self.name}.column` should hold numbers. {found}")
+
+    def start(self, type_: pa.DataType) -> "DenseFit":
+        """A fit for a column of this type (of the training data)."""
+        return DenseFit(self, type_.list_size if types.is_fixed_size_list(type_) else self.width)
+
+    def restore(self, state: dict[str, Any]) -> "DenseEncoding":
+        """The fitted feature that a fit's `state` describes."""
+        return DenseEncoding(self, state)
+
+
+class DenseFit:
+    """Moments and quantiles of a dense feature in the training data; W columns for a vector."""
+
+    def __init__(self, feature: Dense, width: int | None) -> None:
+        self._feature, self._width = feature, width
+        columns = width or 1
+        self._moments = [Moments() for _ in range(columns)]
+        self._raw = Sample(_SAMPLE)
+        by_column = columns if feature.scale == "quantile" else 0
+        self._samples = [Sample(max(_SAMPLE // columns, 4096)) for _ in range(by_column)]
+        self._rows = self._missing_rows = self._values = 0
+
+    def update(self, array: Any) -> None:
+        """Adds a column of a batch."""
+        raw_BW, missing_BW = _values(array, self._feature, self._width)
+        scaled_BW = _transformed(raw_BW, self._feature)
+        known_BW = np.where(missing_BW, np.nan, scaled_BW)
+        for index, moments in enumerate(self._moments):
+            known_B = known_BW[:, index][~missing_BW[:, index]]
+            moments.update(known_B)
+            if self._samples:
+                self._samples[index].update(known_BW[:, index], self._rows)
+        self._raw.update(np.where(missing_BW, np.nan, raw_BW).ravel(), self._rows * raw_BW.shape[1])
+        self._rows += len(raw_BW)
+        self._missing_rows += int(missing_BW.any(axis=1).sum())
+        self._values += int(missing_BW.size - missing_BW.sum())
+
+    def finish(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(state to encode with, statistics of the values after clip and transform)."""
+        feature, moments = self._feature, self._moments
+        raw = _known(self._raw)
+        mean_W = np.array([each.mean for each in moments])
+        low_W = np.array([each.low if each.count else 0.0 for each in moments])
+        high_W = np.array([each.high if each.count else 0.0 for each in moments])
+        state: dict[str, Any] = {
+            "width": self._width,
+            "indicator": self._missing_rows > 0 if feature.missing_indicator == "auto" else feature.missing_indicator,
+            "fill": np.zeros(len(moments)).tolist(),
+            "deciles": np.unique(np.quantile(raw, np.arange(1, 10) / 10)).tolist() if len(raw) else [],
+        }
+        if feature.scale == "standardize":
+            sd_W = np.array([each.sd for each in moments])
+            # a constant column must not blow up the rounding of its mean
+            constant = sd_W <= 1e-12 * np.maximum(np.abs(mean_W), 1e-300)
+            state |= {
+                "shift": mean_W.tolist(),
+                "factor": np.where(constant, 1.0, 1.0 / np.where(constant, 1.0, sd_W)).tolist(),
+            }
+        elif feature.scale == "minmax":
+            span_W = high_W - low_W
+            state |= {
+                "shift": low_W.tolist(),
+                "factor": np.divide(1.0, span_W, out=np.zeros_like(span_W), where=span_W > 0).tolist(),
+            }
+            state["fill"] = ((mean_W - low_W) * np.array(state["factor"])).tolist()
+        elif feature.scale == "quantile":
+            state["points"] = [_rank_points(_known(sample)) for sample in self._samples]
+            state["fill"] = [0.5] * len(moments)
+        else:
+            state["fill"] = mean_W.tolist()
+        statistics = {
+            "rows": self._rows,
+            "null_share": self._missing_rows / max(1, self._rows),
+            "mean": float(mean_W.mean()),
+            "sd": float(np.mean([each.sd for each in moments])),
+            "min": float(low_W.min()),
+            "max": float(high_W.max()),
+        }
+        return state, statistics
+
+    def profile(self, encoding: "DenseEncoding") -> FeatureProfile:
+        """The training data's profile in the bins of `encoding`, from the sample."""
+        return encoding.profile(_known(self._raw), self._values, self._rows * len(self._moments) - self._values)
+
+
+class DenseEncoding:
+    """A fitted dense feature. `names` are its columns of `dense_BF`."""
+
+    def __init__(self, feature: Dense, state: dict[str, Any]) -> None:
+        self.feature = feature
+        self.state = state
+        self._width: int | None = state["width"]
+        self._fill_W = np.array(state["fill"])
+        self._shift_W, self._factor_W = np.array(state.get("shift", 0.0)), np.array(state.get("factor", 1.0))
+        self._points = [np.array(points) for points in state.get("points", [])]
+        self._deciles = np.array(state["deciles"])
+        base = [feature.name] if self._width is None else [f"{feature.name}_{index}" for index in range(self._width)]
+        self.names: tuple[str, ...] = (*base, f"{feature.name}_missing") if state["indicator"] else tuple(base)
+
+    @property
+    def bins(self) -> tuple[str, ...]:
+        """Labels of the profile's bins."""
+        edges = self._deciles.tolist()
+        return ("null", *(f"<{edge!r}" for edge in edges), f">={edges[-1]!r}" if edges else "any")
+
+    def encode(self, array: Any, out_BW: npt.NDArray[np.float32]) -> int:
+        """Writes the columns into `out_BW` (W = len(names)); returns the number of rows with a missing value.
+
+        ValueError where the type of the column cannot be the fitted one's, BadRowsError for a vector of another width.
+        """
+        if not types.is_null(array.type) and is_list(array.type) != (self._width is not None):
+            self.feature.check_type(array.type)
+            wish = f"lists of {self._width} numbers" if self._width is not None else "one number a row"
+            raise ValueError(
+                f"`features.{self.feature.name}.column` should hold {wish}, as in the training data. "
+                f"Found column '{self.feature.column}' of type {array.type}."
+            )
+        raw_BW, missing_BW = _values(array, self.feature, self._width)
+        scaled_BW = self._scaled(_transformed(raw_BW, self.feature))
+        missing_rows = 0
+        if missing_BW.any():
+            scaled_BW = np.where(missing_BW, self._fill_W, scaled_BW)
+            missing_rows = int(missing_BW.any(axis=1).sum())
+        out_BW[:, : scaled_BW.shape[1]] = scaled_BW
+        if self.state["indicator"]:
+            out_BW[:, -1] = missing_BW.any(axis=1) if missing_rows else 0.0
+        return missing_rows
+
+    def count(self, array: Any) -> FeatureProfile:
+        """The profile of one column of a batch."""
+        raw_BW, missing_BW = _values(array, self.feature, self._width)
+        known = raw_BW[~missing_BW]
+        return self.profile(known, len(known), raw_BW.size - len(known))
+
+    def profile(self, sample: npt.NDArray[np.float64], values: int, missing: int) -> FeatureProfile:
+        """A profile of `values` known values, spread as `sample` is, and `missing` ones."""
+        counts = np.bincount(np.searchsorted(self._deciles, sample, side="right"), minlength=len(self._deciles) + 1)
+        if len(sample) not in (0, values):
+            counts = np.rint(counts * (values / len(sample))).astype(np.int64)
+        return FeatureProfile(self.feature.name, self.bins, np.concatenate([[missing], counts]).astype(np.int64))
+
+    def _scaled(self, values_BW: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        feature = self.feature
+        if feature.scale == "quantile":
+            columns = [np.interp(values_BW[:, i], points[0], points[1]) for i, points in enumerate(self._points)]
+            return np.stack(columns, axis=1)
+        if feature.scale == "none":
+            return values_BW
+        scaled_BW: npt.NDArray[np.float64] = (values_BW - self._shift_W) * self._factor_W
+        if feature.scale == "minmax":
+            np.clip(scaled_BW, 0.0, 1.0, out=scaled_BW)
+        elif feature.clip_sd is not None:
+            np.clip(scaled_BW, -feature.clip_sd, feature.clip_sd, out=scaled_BW)
+        return scaled_BW
+
+
+def _values(array: Any, feature: Dense, width: int | None) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    """((B, W) raw numbers with 0 for what is missing, mask of the missing)."""
+    if width is None:
+        raw_BW = floats(array)[:, None]
+    else:
+        raw_BW = vectors(array, width, f"`features.{feature.name}.column`", feature.column)
+    missing_BW = ~np.isfinite(raw_BW)
+    for sentinel in feature.missing_values:
+        missing_BW |= raw_BW == sentinel
+    return (np.where(missing_BW, 0.0, raw_BW) if missing_BW.any() else raw_BW), missing_BW
+
+
+def _transformed(raw_BW: npt.NDArray[np.float64], feature: Dense) -> npt.NDArray[np.float64]:
+    if feature.clip is not None:
+        raw_BW = np.clip(raw_BW, *feature.clip)
+    if feature.transform == "log1p":
+        raw_BW = np.copysign(np.log1p(np.abs(raw_BW)), raw_BW)
+    return raw_BW
+
+
+def _known(sample: Sample) -> npt.NDArray[np.float64]:
+    values: npt.NDArray[np.float64] = sample.values()
+    return values[~np.isnan(values)]
+
+
+def _rank_points(sample: npt.NDArray[np.float64]) -> list[list[float]]:
+    """[values, mean ranks] to interpolate between; ascending, each value once."""
+    if not len(sample):
+        return [[0.0], [0.5]]
+    values, first, counts = np.unique(np.quantile(sample, _RANKS), return_index=True, return_counts=True)
+    return [values.tolist(), ((first + (counts - 1) / 2) / (len(_RANKS) - 1)).tolist()]

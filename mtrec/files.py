@@ -1,0 +1,287 @@
+"""Parquet files: found by path, folder, glob, list or URI; their footers read, remembered and verified.
+
+A footer (schema, row groups, statistics) is the last part of a Parquet file. Its digest is the file's identity: a file
+that is replaced while it is in use is noticed at the next row group, because its footer no longer has that digest.
+"""
+
+import contextlib
+import datetime
+import fnmatch
+import functools
+import glob
+import hashlib
+import json
+import os
+import re
+import urllib.parse
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from mtrec.kinds import nearest
+from mtrec.where import Bounds
+
+SUFFIXES = (".parquet", ".parq", ".pq")
+_MAGIC = b"PAR1"
+_COMPARABLE = (bool, int, float, str, datetime.date)
+_TAIL_BYTES = 65536  # one read; holds the footer of most files
+_BUFFER_BYTES = 65536  # per column chunk of an open row group, instead of the whole compressed chunk
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a file is: `path` in `filesystem`, `shown` in messages, `keys` of Hive folders such as `dt=2026-01-01`."""
+
+    filesystem: pa.fs.FileSystem
+    path: str
+    shown: str
+    keys: tuple[tuple[str, str | None], ...]
+    size: int
+
+
+def find_files(paths: str | Sequence[str], place: str) -> tuple[list[Location], list[str]]:
+    """The Parquet files that `paths` name, in their order and sorted within each, and the paths met twice (kept once).
+
+    A path is a file, a folder (all Parquet files below it; names that start with `_` or `.` are left out), a glob with
+    `*`, `?`, `[a-z]`, `**`, or a URI (`s3://bucket/logs/dt=*`; options of the filesystem after `?`, as in
+    `s3://bucket/logs?endpoint_override=localhost:9000&scheme=http`, otherwise from the environment). Raises ValueError
+    naming `place` (a YAML path) where a path names nothing.
+    """
+    entries = [paths] if isinstance(paths, str) else list(paths)
+    if not entries:
+        raise ValueError(f"`{place}.path` should name at least one Parquet file. Found an empty list.")
+    found: dict[str, Location] = {}
+    twice: list[str] = []
+    for entry in entries:
+        for file in _remote_files(entry, place) if "://" in entry else _local_files(entry, place):
+            identity = f"{file.filesystem.type_name}:{file.path}"
+            if identity in found:
+                twice.append(file.shown)
+            found.setdefault(identity, file)
+    return list(found.values()), twice
+
+
+def _local_files(entry: str, place: str) -> list[Location]:
+    filesystem = pa.fs.LocalFileSystem()
+    path = os.path.expanduser(entry)
+    if glob.has_magic(path) and not os.path.exists(path):
+        matches = sorted(glob.glob(path, recursive=True))
+        found = {
+            file.path: file
+            for match in matches
+            for file in (_below(filesystem, match, "") if os.path.isdir(match) else [_local_file(filesystem, match)])
+        }
+        if not found:
+            raise ValueError(f"`{place}.path` should match at least one Parquet file. Found none for '{entry}'.")
+        return [found[path] for path in sorted(found)]
+    if not os.path.exists(path):
+        folder, name = os.path.split(path.rstrip("/"))
+        beside = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+        hint = nearest(name, beside) or ("" if beside else f" The folder '{folder}' does not exist or is empty.")
+        raise ValueError(f"`{place}.path` should name a file or folder that exists. Found '{entry}'.{hint}")
+    if os.path.isdir(path):
+        return _some(_below(filesystem, path, ""), entry, place)
+    return [_local_file(filesystem, path)]
+
+
+def _local_file(filesystem: pa.fs.FileSystem, path: str) -> Location:
+    return Location(filesystem, path, path, _keys(path), os.path.getsize(path))
+
+
+def _remote_files(entry: str, place: str) -> list[Location]:
+    address, _, options = entry.partition("?")
+    scheme, _, rest = address.partition("://")
+    parts = rest.split("/")
+    magic = next((number for number, part in enumerate(parts) if "*" in part or "[" in part), None)
+    fixed = "/".join(parts[:magic])
+    uri = f"{scheme}://{fixed}" + (f"?{options}" if options else "")
+    try:
+        filesystem, base = pa.fs.FileSystem.from_uri(uri)
+        info = filesystem.get_file_info(base)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise ValueError(f"`{place}.path` should be a URI that pyarrow can open. Found '{entry}': {error}") from error
+    prefix = "" if scheme == "file" else f"{scheme}://"
+    if info.type == pa.fs.FileType.NotFound:
+        raise ValueError(f"`{place}.path` should name a file or folder that exists. Found '{entry}'.")
+    if magic is None and info.type == pa.fs.FileType.File:
+        return [Location(filesystem, base, prefix + base, _keys(base), info.size)]
+    below = _below(filesystem, base, prefix)
+    if magic is not None:
+        start = len(base.rstrip("/")) + 1
+        below = [file for file in below if _matches(file.path[start:].split("/"), parts[magic:])]
+    return _some(below, entry, place)
+
+
+def _some(files: list[Location], entry: str, place: str) -> list[Location]:
+    if not files:
+        raise ValueError(f"`{place}.path` should hold at least one file named *.parquet. Found none in '{entry}'.")
+    return files
+
+
+def _below(filesystem: pa.fs.FileSystem, base: str, prefix: str) -> list[Location]:
+    """The Parquet files of a folder and its folders, by name."""
+    found = []
+    start = len(base.rstrip("/")) + 1
+    for info in filesystem.get_file_info(pa.fs.FileSelector(base, recursive=True)):
+        names = info.path[start:].split("/")
+        hidden = any(name.startswith(("_", ".")) and "=" not in name for name in names)
+        if info.type == pa.fs.FileType.File and info.path.endswith(SUFFIXES) and not hidden:
+            found.append(Location(filesystem, info.path, prefix + info.path, _keys(info.path), info.size))
+    return sorted(found, key=lambda file: file.path)
+
+
+def _matches(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the file, or a folder that it is in, matches the glob; both as parts between slashes.
+
+    >>> _matches(["dt=2026-01-01", "a.parquet"], ["dt=2026-01-*"]), _matches(["a.parquet"], ["**", "b*"])
+    (True, False)
+    """
+    if not pattern or pattern == [""]:
+        return True
+    if pattern[0] == "**":
+        return any(_matches(names[skip:], pattern[1:]) for skip in range(len(names)))
+    return bool(names) and fnmatch.fnmatchcase(names[0], pattern[0]) and _matches(names[1:], pattern[1:])
+
+
+def _keys(path: str) -> tuple[tuple[str, str | None], ...]:
+    """Partition keys and values of the folders of a path.
+
+    >>> _keys("logs/dt=2026-01-01/country=C%C3%B4te/part-0.parquet")
+    (('dt', '2026-01-01'), ('country', 'Côte'))
+    """
+    found = []
+    for name in path.split("/")[:-1]:
+        match = re.fullmatch(r"([^=]+)=(.*)", name)
+        if match:
+            value = urllib.parse.unquote(match.group(2))
+            found.append((match.group(1), None if value == "__HIVE_DEFAULT_PARTITION__" else value))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a file was when it was first read: size and digest of its footer (with the closing length and magic)."""
+
+    size: int
+    footer_bytes: int
+    digest: bytes
+
+
+def read_footer(file: Location) -> tuple[pq.FileMetaData, Identity]:
+    """The footer and the identity of a file. Raises ValueError naming the file where it is not whole Parquet."""
+    with _handle(file) as handle:
+        size, footer = handle.size(), _footer(handle, file, _TAIL_BYTES)
+    return _parsed(footer, file), Identity(size, len(footer), hashlib.blake2b(footer, digest_size=16).digest())
+
+
+class ChangedFile(ValueError):
+    """A file is not the one that was there when the data was opened."""
+
+
+@contextlib.contextmanager
+def open_file(file: Location, identity: Identity) -> Iterator[pq.ParquetFile]:
+    """The file, open until the context ends. Raises ChangedFile naming the file where it is not the one first read."""
+    with _handle(file) as handle:
+        if handle.size() != identity.size:
+            raise ChangedFile(_changed(file, f"its size was {identity.size} bytes and is {handle.size()}"))
+        footer = _footer(handle, file, identity.footer_bytes)
+        if hashlib.blake2b(footer, digest_size=16).digest() != identity.digest:
+            raise ChangedFile(_changed(file, "its footer is another"))
+        remote = file.filesystem.type_name != "local"
+        yield pq.ParquetFile(
+            handle,
+            metadata=_parsed(footer, file),
+            pre_buffer=remote,  # fetches the column chunks of a row group together: one round trip, not one a column
+            buffer_size=0 if remote else _BUFFER_BYTES,
+        )
+
+
+def _changed(file: Location, how: str) -> str:
+    return f"'{file.shown}' was replaced while it was in use: {how}. Start again with files that stay as they are."
+
+
+def _handle(file: Location) -> pa.NativeFile:
+    try:
+        return file.filesystem.open_input_file(file.path)
+    except OSError as error:
+        raise ValueError(f"'{file.shown}' should be a readable Parquet file. Found: {error}") from error
+
+
+def _footer(handle: pa.NativeFile, file: Location, first_read: int) -> bytes:
+    size: int = handle.size()
+    tail: bytes = handle.read_at(min(size, first_read), max(0, size - first_read))
+    if size < 12 or tail[-4:] != _MAGIC:
+        encrypted = tail[-4:] == b"PARE"
+        what = "an encrypted footer" if encrypted else f"{size} bytes that do not end with {_MAGIC.decode()}"
+        hint = "encrypted Parquet is not read" if encrypted else "the file was cut short, or is still being written"
+        raise ValueError(f"'{file.shown}' should be a whole Parquet file. Found {what}: {hint}.")
+    needed = int.from_bytes(tail[-8:-4], "little") + 8
+    if needed + len(_MAGIC) > size:
+        raise ValueError(
+            f"'{file.shown}' should be a whole Parquet file. Found a footer of {needed} bytes in a file of {size}: "
+            "the file was damaged."
+        )
+    return tail[-needed:] if needed <= len(tail) else handle.read_at(needed, size - needed)
+
+
+def _parsed(footer: bytes, file: Location) -> pq.FileMetaData:
+    try:
+        return _parse(footer)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"'{file.shown}' should be a whole Parquet file. Found a damaged footer: {error}") from error
+
+
+@functools.lru_cache(maxsize=32)  # parsing costs as much as decoding some thousand rows; bounded, not one a file
+def _parse(footer: bytes) -> pq.FileMetaData:
+    return pq.read_metadata(pa.BufferReader(footer))
+
+
+def footer_bounds(metadata: pq.FileMetaData, columns: Collection[str]) -> dict[str, list[Bounds | None]]:
+    """{column: what the footer says of it, for each row group}, of the columns that the file has.
+
+    None where it says nothing, and for columns of several leaves (structs). A list's bounds are those of its items.
+    """
+    if not columns:
+        return {}
+    names = set(metadata.schema.to_arrow_schema().names)
+    leaves: dict[str, list[int]] = {}
+    for number in range(metadata.num_columns):
+        path = metadata.schema.column(number).path
+        leaves.setdefault(path if path in names else path.split(".")[0], []).append(number)
+    groups = range(metadata.num_row_groups)
+    return {
+        name: [_chunk_bounds(metadata, i, leaves[name][0]) if len(leaves[name]) == 1 else None for i in groups]
+        for name in columns
+        if name in leaves
+    }
+
+
+def _chunk_bounds(metadata: pq.FileMetaData, row_group: int, leaf: int) -> Bounds | None:
+    group = metadata.row_group(row_group)
+    chunk = group.column(leaf)
+    statistics = chunk.statistics if chunk.is_stats_set else None
+    if statistics is None:
+        return None
+    # below a list, nulls are counted over its items, not over rows
+    nested = metadata.schema.column(leaf).max_repetition_level > 0
+    nulls = statistics.null_count if statistics.has_null_count and not nested else None
+    unsure = Bounds(None, None, nulls, group.num_rows)
+    if not statistics.has_min_max or statistics.physical_type in ("FIXED_LEN_BYTE_ARRAY", "INT96"):
+        return unsure
+    logical = json.loads(statistics.logical_type.to_json())
+    if logical.get("timeUnit") == "nanoseconds":  # Python's clock ends at microseconds: round outwards
+        if logical["Type"] != "Timestamp":
+            return unsure
+        low, high = _from_microseconds(statistics.min_raw // 1000), _from_microseconds(-(-statistics.max_raw // 1000))
+    else:
+        low, high = statistics.min, statistics.max
+    if isinstance(low, datetime.datetime) and low.tzinfo is not None:
+        low, high = (moment.astimezone(datetime.UTC).replace(tzinfo=None) for moment in (low, high))
+    return Bounds(low, high, nulls, group.num_rows) if isinstance(low, _COMPARABLE) else unsure
+
+
+def _from_microseconds(count: int) -> datetime.datetime:
+    return datetime.datetime(1970, 1, 1) + datetime.timedelta(microseconds=count)

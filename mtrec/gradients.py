@@ -1,0 +1,148 @@
+"""The tasks' gradients: where they are compared, and what one backward pass a task is used for.
+
+Legend: B rows on this rank, D width of the shared representation, K tasks, P dense parameters, S shared ones of them.
+
+What each place sees:
+- `parameters`: gradients of the shared dense parameters over the global batch, the ones that an update adds up.
+- `batch_sum`: gradients at x_BD, summed over the rows of the global batch: D numbers a task, cheaper by one third.
+- `representation`: gradients at x_BD row by row. Only K x K numbers travel between ranks, but what two tasks want of
+  *different* rows is never compared: tasks that conflict in their parameters may read cosine 0 there.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mtrec import parallel
+from mtrec.balancing import make_balancer
+from mtrec.config import Experiment
+from mtrec.model import DensePart, task_specs
+
+_ANY_WIDTH = 64  # of x_BD, for a look at the structure of the dense part
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskGradients:
+    """This rank's share of each task's gradient: `dense_KP` by the dense parameters, `x_KBD` (K tensors) by x_BD."""
+
+    dense_KP: Tensor
+    x_KBD: list[Tensor]
+
+    def weighted(self, weights_K: Tensor) -> tuple[Tensor, Tensor]:
+        """(P,) and (B, D): the gradient of weights_K @ losses_K, without another backward pass."""
+        x_BD = self.x_KBD[0] * weights_K[0]
+        for weight, gradient_BD in zip(weights_K[1:], self.x_KBD[1:], strict=True):
+            x_BD.addcmul_(gradient_BD, weight)
+        return weights_K @ self.dense_KP, x_BD
+
+
+def task_gradients(share_K: Tensor, leaf_BD: Tensor, parameters: Sequence[nn.Parameter]) -> TaskGradients:
+    """Takes one backward pass a task, down to `leaf_BD`; frees the graph.
+
+    With all dense parameters and x_BD in it, the weighted sum of these is the step's gradient: K passes, not K + 1.
+    """
+    rows, x_KBD = [], []
+    for index in range(len(share_K)):
+        x_BD, *gradients = torch.autograd.grad(
+            share_K[index], [leaf_BD, *parameters], retain_graph=index + 1 < len(share_K), materialize_grads=True
+        )
+        x_KBD.append(x_BD)
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    return TaskGradients(torch.stack(rows), x_KBD)
+
+
+def gramian_of_parameters(dense_KP: Tensor, parameters: Sequence[nn.Parameter], shared: Sequence[nn.Parameter]) -> Tensor:
+    """K x K, float64, the same on every rank: one all-reduce of K x S numbers.
+
+    Args:
+        dense_KP: columns in the order of `parameters`.
+        shared: those of `parameters` that count.
+    """
+    chosen = {id(parameter) for parameter in shared}
+    columns = dense_KP.split([parameter.numel() for parameter in parameters], dim=1)
+    shared_KS = torch.cat([part for part, p in zip(columns, parameters, strict=True) if id(p) in chosen], dim=1)
+    return gramian(parallel.all_reduce_sum(shared_KS))
+
+
+def gramian_of_representation(share_K: Tensor, leaf_BD: Tensor, at: str) -> Tensor:
+    """K x K, float64, the same on every rank, from gradients at x_BD; keeps the graph.
+
+    `at`: `batch_sum` (one all-reduce of K x D numbers) or `representation` (one of K x K).
+    """
+    gradients = [torch.autograd.grad(share, leaf_BD, retain_graph=True)[0] for share in share_K]
+    if at == "batch_sum":
+        return gramian(parallel.all_reduce_sum(torch.stack([gradient_BD.sum(0) for gradient_BD in gradients])))
+    x_BKD = torch.stack(gradients, dim=1)
+    # a row's own inner products in float32, their sum over the rows in float64: no float64 copy of the gradients
+    return parallel.all_reduce_sum(torch.bmm(x_BKD, x_BKD.transpose(1, 2)).sum(0, dtype=torch.float64))
+
+
+def gramian(jacobian: Tensor) -> Tensor:
+    """Inner products of the rows of (K, N), in float64.
+
+    >>> gramian(torch.tensor([[1.0, 2.0], [0.0, -1.0]])).tolist()
+    [[5.0, -2.0], [-2.0, 1.0]]
+    """
+    exact = jacobian.double()
+    return exact @ exact.T
+
+
+def sampled_rows(rows: float, stream_rows: Sequence[int], streams: Sequence[int], seed: int, step: int) -> list[Tensor]:
+    """Row numbers of a share of each stream's rows (rounded up), sorted, one tensor a stream.
+
+    Drawn by (seed, step, stream): the same rows of the global batch on any number of ranks.
+
+    >>> [len(index) for index in sampled_rows(0.25, [8, 5, 0], [0, 1, 2], seed=1, step=0)]
+    [2, 2, 0]
+    >>> both = sampled_rows(0.5, [8, 6], [0, 1], seed=1, step=0)
+    >>> torch.equal(both[1] - 8, sampled_rows(0.5, [6], [1], seed=1, step=0)[0])
+    True
+    """
+    chosen, start = [], 0
+    for stream, count in zip(streams, stream_rows, strict=True):
+        kept = np.random.default_rng((seed, step, stream)).permutation(count)[: int(np.ceil(rows * count))]
+        chosen.append(torch.from_numpy(np.sort(kept) + start))
+        start += count
+    return chosen
+
+
+def check_place(experiment: Experiment) -> None:
+    """Raises ValueError where the model of an experiment has no gradients to compare at `balancing.at`, or mixes rows there.
+
+    Builds the dense part on `meta`, so it costs milliseconds and needs no data.
+    """
+    config, tasks = experiment.balancing, list(experiment.tasks)
+    auxiliary = [name for name, task in experiment.tasks.items() if task.auxiliary]
+    balancer = make_balancer(config.kind, config.options, tasks, auxiliary, experiment.seed)
+    if not (balancer.needs_gramian or config.log_gradients):
+        return
+    with torch.device("meta"):
+        dense = DensePart(_ANY_WIDTH, experiment, task_specs(experiment))
+    if config.at == "parameters" and len(tasks) > 1 and not dense.shared_parameters():
+        raise ValueError(
+            "`balancing.at` should be batch_sum or representation, or `balancing.kind` one that needs no gradients (static, "
+            f"uncertainty, ...): with `model.architecture.kind: {experiment.model.architecture.kind}` and "
+            f"`model.interaction.kind: {experiment.model.interaction.kind}` tasks share no dense parameter (they share the "
+            "tables only). Found parameters."
+        )
+    mixing = [name for name, module in dense.named_modules() if isinstance(module, _BatchNorm)]
+    if config.at == "representation" and mixing:
+        raise ValueError(
+            "`balancing.at` should be parameters or batch_sum in a model with batch norm, which mixes the rows of a batch, so "
+            f"that no row has a gradient of its own. Found representation, and the batch norm `{mixing[0]}`."
+        )
+
+
+__all__ = [
+    "TaskGradients",
+    "check_place",
+    "gramian",
+    "gramian_of_parameters",
+    "gramian_of_representation",
+    "sampled_rows",
+    "task_gradients",
+]

@@ -1,0 +1,162 @@
+"""What happens to a training on Ray from outside: workers that die, nodes that are taken away, a request to stop.
+
+One file of each kind lies in the run's folder while a job goes on, for it is what driver, controller and workers all see:
+`stop-requested` (the driver was asked to stop), `failure.json` (the last failure, written by Ray's controller), `mistake.json`
+(an error that a restart would only meet again).
+"""
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import ray.train
+from ray.exceptions import RayActorError
+from ray.train import UserCallback
+from ray.train.torch import TorchConfig
+
+from mtrec.checkpoint import write_atomically
+from mtrec.stopping import listen
+from mtrec.train import Restarted
+
+STOP, FAILURE, MISTAKE = "stop-requested", "failure.json", "mistake.json"
+LOOK_EVERY_SECONDS = 0.5  # between two looks at the stop file: on network storage each costs a round trip
+ASK_EVERY_STEPS = 20  # between two questions for preemption: each is a collective of Ray's, some milliseconds
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")  # gloo's words
+
+_terminated = threading.Event()  # SIGTERM to this worker process
+
+
+def clear(run_folder: Path) -> None:
+    """Removes what an earlier job left."""
+    for name in (STOP, FAILURE, MISTAKE):
+        (run_folder / name).unlink(missing_ok=True)
+
+
+def _listen_in_worker() -> None:
+    _terminated.clear()
+    listen(_terminated.set)
+
+
+class _ListeningBackend(TorchConfig().backend_cls):  # type: ignore[misc]
+    """Ray's torch backend; the main thread of each worker also listens for SIGTERM (training runs in another thread)."""
+
+    def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
+        super().on_training_start(worker_group, backend_config)
+        worker_group.execute(_listen_in_worker)
+
+
+class ListeningTorchConfig(TorchConfig):  # type: ignore[misc]
+    """TorchConfig for workers that end with a checkpoint when they get SIGTERM."""
+
+    @property
+    def backend_cls(self) -> type:
+        return _ListeningBackend
+
+
+class StopRequest:
+    """Whether this worker has been asked to stop; called at every step on every rank, equally often."""
+
+    def __init__(self, run_folder: Path, rank: int) -> None:
+        self._file = run_folder / STOP if rank == 0 else None
+        self._asked, self._calls, self._looked = False, 0, 0.0
+
+    def __call__(self) -> bool:
+        self._calls += 1
+        if self._calls % ASK_EVERY_STEPS == 0 and ray.train.get_preemption_info() is not None:
+            self._asked = True
+        if self._file is not None and time.monotonic() - self._looked > LOOK_EVERY_SECONDS:
+            self._looked = time.monotonic()
+            self._asked = self._asked or self._file.exists()
+        return self._asked or _terminated.is_set()
+
+
+class FailureNotes(UserCallback):  # type: ignore[misc]
+    """Runs in Ray's controller: writes down which workers failed and how, for those that go on."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self._run_folder = run_folder
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Called by Ray after a failure and before the restart."""
+        note = {"time": time.time(), "cause": describe(worker_exceptions)}
+        write_atomically(self._run_folder / FAILURE, json.dumps(note))
+
+
+def describe(failures: dict[int, Exception]) -> str:
+    """What happened, in a few words: workers that died before workers that only lost their peers.
+
+    >>> describe({0: RuntimeError("Connection closed by peer"), 1: RayActorError()})
+    'worker 1 died'
+    >>> from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+    >>> describe({0: WorkerHealthCheckFailedError("A worker health check failed.", RayActorError())})
+    'worker 0 died'
+    >>> describe({0: RuntimeError("Connection closed by peer")})
+    'a worker died (worker 0 lost the connection to it)'
+    >>> describe({0: RuntimeError("out of memory\\nmore")})
+    'worker 0 failed (RuntimeError: out of memory)'
+    """
+    died = [rank for rank, failure in sorted(failures.items()) if isinstance(root(failure), RayActorError)]
+    if died:
+        return f"worker{'s' if len(died) > 1 else ''} {', '.join(map(str, died))} died"
+    if not failures:
+        return "workers failed"
+    rank, failure = min(failures.items())
+    cause = root(failure)
+    first = next(iter(str(cause).strip().splitlines()), "")
+    if any(words in first for words in LOST_PEER):  # Ray asks its workers in turn: it may not know yet which one died
+        return f"a worker died (worker {rank} lost the connection to it)"
+    return f"worker {rank} failed ({type(cause).__name__}: {first})"
+
+
+def root(error: BaseException) -> BaseException:
+    """The error at the bottom of a chain of causes; Ray keeps what a health check met beside its own error."""
+    while (cause := error.__cause__ or getattr(error, "health_check_failure", None)) is not None:
+        error = cause
+    return error
+
+
+def restarted(run_folder: Path, step: int, world_size: int) -> Restarted | None:
+    """The event of a restart from the checkpoint of `step` (0: from the start), None where nothing failed before."""
+    path = run_folder / FAILURE
+    if not path.is_file():
+        return None
+    cause = json.loads(path.read_text())["cause"]
+    path.unlink()
+    return Restarted(step, world_size, max(0, _last_logged_step(run_folder) - step), cause)
+
+
+def _last_logged_step(run_folder: Path) -> int:
+    """The newest step in the log; a line that was being written when the worker died is no line."""
+    last, path = 0, run_folder / "log.jsonl"
+    if path.is_file():
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith('{"event": "step"') and line.endswith("}\n"):
+                    last = int(json.loads(line)["step"])
+    return last
+
+
+def note_mistake(run_folder: Path, error: ValueError) -> None:
+    """Writes down a user's mistake, so that restarted workers return at once and the driver can say it."""
+    write_atomically(run_folder / MISTAKE, json.dumps({"error": str(error)}))
+
+
+def mistake(run_folder: Path) -> str | None:
+    """The message of `note_mistake`, if there is one."""
+    path = run_folder / MISTAKE
+    return str(json.loads(path.read_text())["error"]) if path.is_file() else None
+
+
+__all__ = [
+    "FailureNotes",
+    "ListeningTorchConfig",
+    "StopRequest",
+    "clear",
+    "describe",
+    "mistake",
+    "note_mistake",
+    "restarted",
+    "root",
+]

@@ -1,0 +1,151 @@
+"""Kinds: a YAML `kind:` names a class; its options are the class's keyword-only parameters.
+
+Positional parameters of `__init__` come from the house (dimensions, task names); keyword-only ones are what a user may
+write beside `kind:`. So a new architecture, task, balancer or feature needs no line of configuration code, inside the
+package (an entry in its module's dictionary) or outside of it (`kind: my_module:MyClass`).
+"""
+
+import difflib
+import importlib
+import inspect
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+import pydantic
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+
+PositiveInt = Annotated[int, Ge(1)]
+NonNegativeInt = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0.0)]
+NonNegativeFloat = Annotated[float, Ge(0.0)]
+Fraction = Annotated[float, Ge(0.0), Lt(1.0)]
+Probability = Annotated[float, Ge(0.0), Le(1.0)]
+Widths = tuple[PositiveInt, ...]
+NonEmptyWidths = Annotated[tuple[PositiveInt, ...], MinLen(1)]
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """A hint `Did you mean 'x'?` (with a leading blank), or nothing where no word is close.
+
+    >>> nearest("num_expert", ["num_experts", "expert_layers"])
+    " Did you mean 'num_experts'?"
+    >>> nearest("zzz", ["num_experts"])
+    ''
+    """
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def resolve(kind: str, known: Mapping[str, type], place: str) -> type:
+    """The class that `kind` names: a key of `known`, or an import path `module:Class`.
+
+    Raises ValueError naming `place` (a YAML path) where there is no such kind.
+
+    >>> resolve("int", {"int": int}, "features.age.kind")
+    <class 'int'>
+    """
+    if kind in known:
+        return known[kind]
+    if ":" not in kind:
+        raise ValueError(
+            f"`{place}` should be one of {', '.join(sorted(known))}, or an import path module:Class. "
+            f"Found '{kind}'.{nearest(kind, known)}"
+        )
+    module_name, _, class_name = kind.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and not module_name.startswith(error.name):
+            raise  # the user's module exists and imports something that does not
+        raise ValueError(
+            f"`{place}` should name an importable class. Found '{kind}', but there is no module '{module_name}' "
+            "on the Python path (the folder of the experiment file and the current folder are on it)."
+        ) from error
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type):
+        raise ValueError(
+            f"`{place}` should name a class. Found '{kind}', but '{module_name}' has no class '{class_name}'."
+        )
+    return found
+
+
+def option_types(cls: type) -> dict[str, tuple[Any, Any]]:
+    """{option: (type, default)} of a kind, read from the keyword-only parameters of its `__init__`; `...` is no default.
+
+    >>> class Mean:
+    ...     def __init__(self, input_dim: int, *, width: PositiveInt = 4) -> None: ...
+    >>> option_types(Mean)["width"][1]
+    4
+    """
+    init = cls.__init__  # type: ignore[misc]
+    hints = typing.get_type_hints(init, include_extras=True)
+    return {
+        name: (hints.get(name, Any), ... if parameter.default is inspect.Parameter.empty else parameter.default)
+        for name, parameter in inspect.signature(init).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+
+
+def options_model(cls: type) -> type[pydantic.BaseModel]:
+    """A pydantic model with the options of a kind, which forbids any other key."""
+    fields: dict[str, Any] = option_types(cls)
+    return pydantic.create_model(
+        cls.__name__, __config__=pydantic.ConfigDict(extra="forbid", protected_namespaces=()), **fields
+    )
+
+
+def check_options(cls: type, options: Mapping[str, Any], place: str, also_known: Iterable[str] = ()) -> dict[str, Any]:
+    """The options, converted to the declared types, defaults filled in.
+
+    Raises ValueError naming `place.option`, what was found and the nearest right name of a misspelt one
+    (`also_known` are keys that may stand at `place` beside the options).
+    """
+    model = options_model(cls)
+    try:
+        checked = model.model_validate(dict(options))
+    except pydantic.ValidationError as error:
+        raise ValueError(explain(error, place, model, also_known)) from None
+    return {name: getattr(checked, name) for name in model.model_fields}
+
+
+def explain(
+    error: pydantic.ValidationError, place: str, model: type[pydantic.BaseModel], also_known: Iterable[str] = ()
+) -> str:
+    """A pydantic error in the house's form, a line for each finding: `path` should be ... Found ..."""
+    lines = []
+    for finding in error.errors():
+        keys = [str(key) for key in finding["loc"]]
+        path = ".".join(([place] if place else []) + keys)
+        if finding["type"] == "extra_forbidden":
+            known = [*_keys_at(model, keys[:-1]), *also_known]
+            what = f"`{path}` is not a known key.{nearest(keys[-1], known)}"
+            what += "" if nearest(keys[-1], known) or not known else f" Known here: {', '.join(sorted(known))}."
+        elif finding["type"] == "missing":
+            what = f"`{path}` is missing and has no default."
+        elif finding["type"] == "value_error":
+            what = str(finding["ctx"]["error"]) if "`" in finding["msg"] else f"`{path}`: {finding['ctx']['error']}"
+        else:
+            wish = finding["msg"].removeprefix("Input should be ").removeprefix("Value should have ")
+            what = f"`{path}` should be {wish}. Found {finding['input']!r}."
+        if what not in lines:
+            lines.append(what)
+    return "\n".join(lines)
+
+
+def _keys_at(model: type[pydantic.BaseModel], keys: list[str]) -> list[str]:
+    """The known keys of the model that lies at `keys` below `model`; follows dict values and unions."""
+    here: list[type[pydantic.BaseModel]] = [model]
+    for key in keys:
+        following: list[type[pydantic.BaseModel]] = []
+        for parent in here:
+            if key in parent.model_fields:
+                following += _models_in(parent.model_fields[key].annotation)
+        here = following or here
+    return [name for parent in here for name in parent.model_fields]
+
+
+def _models_in(annotation: Any) -> list[type[pydantic.BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        return [annotation]
+    return [model for part in typing.get_args(annotation) for model in _models_in(part)]

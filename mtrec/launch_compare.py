@@ -1,0 +1,64 @@
+"""What `mtrec compare` and `mtrec report` do."""
+
+import datetime
+import functools
+import json
+from pathlib import Path
+
+from mtrec.checkpoint import write_atomically
+from mtrec.compare.plan import Plan, load_plan
+from mtrec.compare.report import comparison_report, run_report
+from mtrec.compare.results import compute, write
+from mtrec.compare.table import show_results
+from mtrec.compare.whole import PLAN, REPORT, compare, plan_of
+from mtrec.display import console
+from mtrec.run import open_run
+
+
+def launch_comparison(path: Path, *, workers: int, parallel: int | None, resume: bool, output: Path | None) -> Path:
+    """Makes the runs of a comparison on Ray (those that are missing), prints the table; returns its folder.
+
+    Raises ValueError for a mistake in the comparison file, before anything runs.
+    """
+    plan = load_plan(path)
+    if plan.comparison.budget is not None and plan.comparison.budget.seconds is not None and workers > 1:
+        raise ValueError("`budget.seconds` is for runs on one worker. Give steps or rows, or leave out --workers.")
+    folder = (output or _default_folder(plan, resume)).absolute()
+    to = console()
+
+    def say(line: str) -> None:
+        to.print(line, soft_wrap=True, markup=False)
+
+    from mtrec.jobs.compare import conduct_on_ray
+
+    say(f"comparison {folder}")
+    conduct_all = functools.partial(conduct_on_ray, workers=workers, parallel=parallel, say=say)
+    found = compare(plan, folder, resume=resume, conduct_all=conduct_all, say=say)
+    show_results(found, to)
+    say(f"report: {folder / REPORT}")
+    return folder
+
+
+def _default_folder(plan: Plan, resume: bool) -> Path:
+    name = plan.comparison.name
+    if resume:
+        found = sorted(path.parent for path in Path("runs").glob(f"{name}-*/{PLAN}"))
+        if not found:
+            raise ValueError(f"--resume: there is no comparison runs/{name}-*. Name its folder with --output.")
+        return found[-1]
+    return Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+
+def write_report(folder: Path, output: Path | None = None) -> Path:
+    """report.html of a run, or of a comparison from what its runs saved; returns where it was written."""
+    target = output or folder / REPORT
+    if (folder / PLAN).is_file():
+        facts = json.loads((folder / PLAN).read_text())
+        found = compute(plan_of(facts), folder, facts)
+        write(found, folder)
+        text = comparison_report(found)
+    else:
+        text = run_report(open_run(folder))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, text)
+    return target

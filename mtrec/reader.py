@@ -1,0 +1,451 @@
+"""The reader: a dataset as a fixed sequence of global batches, of which every rank reads its part.
+
+The rows of an epoch are cut into V logical streams, as long as each other to within one row; global batch i is the i-th
+piece of every stream. Rank r of W reads the streams v with v * W // V == r. So the batches, and the rows of each stream
+within them, are the same for every number of ranks; every row comes once an epoch; and the position is one integer.
+
+    row groups, in an order drawn from (seed, epoch), are dealt to the streams; those left over are cut
+    each stream is a line of windows of at most `shuffle_window` rows
+    rows are permuted inside their window, the permutation drawn from (seed, epoch, stream, window)
+    the line is cut into pieces of `batch_size / V` rows
+
+Large row groups are cut into equal windows, small ones are put together. So a window of a large row group is what one
+call of the decoder yields, and a rank holds one window for each of its streams (and one more for each that is being
+read ahead), never a row group. A stream that begins inside a row group decodes the rows before its own and drops them:
+many row groups of at most some 100,000 rows read faster than a few large ones. Rows that `where` drops leave their
+place empty: positions count rows before `where`, so that they are known without reading.
+"""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mtrec.dataset import Dataset
+
+T = TypeVar("T")
+
+_ORDER, _ROWS = 1, 2  # what a key of `permutation` is for: first number of the key
+
+
+class Span(NamedTuple):
+    """Rows [start, stop) of a row group; `row_group` is its position in `Dataset.row_groups`."""
+
+    row_group: int
+    start: int
+    stop: int
+
+
+Window = tuple[Span, ...]
+
+
+def permutation(num_rows: int, *key: int) -> np.ndarray:
+    """A random order of `num_rows` rows, int64, that depends on the key alone.
+
+    Sorts random 64-bit words whose low bits are replaced by the row's number. numpy promises the words of its bit
+    generators, not the results of `Generator.permutation`: an order drawn from those could change with numpy's version,
+    and a resumed run would then repeat rows.
+
+    >>> permutation(5, 7, 0).tolist()
+    [3, 4, 0, 2, 1]
+    """
+    if num_rows == 0:
+        return np.empty(0, dtype=np.int64)
+    low_bits = np.uint64((1 << (num_rows - 1).bit_length()) - 1)
+    words = np.random.PCG64(np.random.SeedSequence(key)).random_raw(num_rows)
+    words = (words & ~low_bits) | np.arange(num_rows, dtype=np.uint64)
+    words.sort()
+    return (words & low_bits).astype(np.int64)
+
+
+def plan_streams(
+    row_group_rows: Sequence[int], num_streams: int, *, seed: int, epoch: int, shuffle: bool
+) -> list[list[Span]]:
+    """The rows of each stream, in the epoch's order; the streams' lengths differ by one row at most.
+
+    Row groups of one size are dealt to the streams, as many to each; what is left over is cut into V equal ranges. So
+    there are at most V - 1 cuts, of which each makes one stream decode rows of another, and none where all row groups
+    have one size and V divides their number.
+
+    >>> plan_streams([4, 3, 4], 2, seed=0, epoch=0, shuffle=False)
+    [[Span(row_group=0, start=0, stop=4), Span(row_group=1, start=0, stop=1)], \
+[Span(row_group=1, start=1, stop=3), Span(row_group=2, start=0, stop=4)]]
+    """
+    count = len(row_group_rows)
+    order = (permutation(count, _ORDER, seed, epoch) if shuffle else np.arange(count)).tolist()
+    of_size: dict[int, list[int]] = {}  # places in the order
+    for place, row_group in enumerate(order):
+        of_size.setdefault(row_group_rows[row_group], []).append(place)
+    streams: list[list[tuple[int, Span]]] = [[] for _ in range(num_streams)]  # with places, to bring them into order
+    rest: list[int] = []
+    for rows, places in of_size.items():
+        dealt = len(places) // num_streams * num_streams
+        for turn, place in enumerate(places[:dealt]):
+            streams[turn % num_streams].append((place, Span(order[place], 0, rows)))
+        rest += places[dealt:]
+    rest.sort()
+    total = sum(row_group_rows[order[place]] for place in rest)
+    start = 0  # of the row group, among the rows left over
+    for place in rest:
+        row_group = order[place]
+        end = start + row_group_rows[row_group]
+        for stream in range(num_streams):
+            first = max(start, total * stream // num_streams)
+            last = min(end, total * (stream + 1) // num_streams)
+            if first < last:
+                streams[stream].append((place, Span(row_group, first - start, last - start)))
+        start = end
+    return [[span for _, span in sorted(spans)] for spans in streams]
+
+
+def window_rows(row_group_rows: int, shuffle_window: int) -> int:
+    """The length of the equal parts, none above `shuffle_window` rows, into which a row group is cut.
+
+    >>> window_rows(65_536, 16_384), window_rows(20_000, 16_384), window_rows(100, 16_384)
+    (16384, 10000, 100)
+    """
+    return -(-row_group_rows // -(-row_group_rows // shuffle_window))
+
+
+def plan_windows(spans: Sequence[Span], row_group_rows: Sequence[int], shuffle_window: int) -> list[Window]:
+    """The windows of a stream: its spans cut into the parts of their row groups, small parts put together.
+
+    >>> plan_windows([Span(0, 3, 10), Span(1, 0, 2), Span(2, 0, 2)], [10, 2, 2], shuffle_window=5)
+    [(Span(row_group=0, start=3, stop=5),), (Span(row_group=0, start=5, stop=10),), \
+(Span(row_group=1, start=0, stop=2), Span(row_group=2, start=0, stop=2))]
+    """
+    windows: list[Window] = []
+    current: list[Span] = []
+    held = 0
+    for row_group, first, last in spans:
+        length = window_rows(row_group_rows[row_group], shuffle_window)
+        start = first
+        while start < last:
+            stop = min(last, (start // length + 1) * length)
+            if current and held + stop - start > shuffle_window:
+                windows.append(tuple(current))
+                current, held = [], 0
+            current.append(Span(row_group, start, stop))
+            held += stop - start
+            start = stop
+    return [*windows, tuple(current)] if current else windows
+
+
+class Part(NamedTuple):
+    """Some rows of a window: the window's spans, and for each row its number among the window's rows before `where`."""
+
+    window: Window
+    rows: np.ndarray
+
+
+@dataclass(frozen=True)
+class Piece:
+    """This rank's part of a global batch: the rows of its streams, one stream after the other.
+
+    Attributes:
+        epoch: the epoch, from 0.
+        index: the number of the global batch in the epoch, from 0.
+        record_batch: the rows that `where` left; may have none.
+        stream_rows: rows of each stream that this rank owns, in order; adds up to the rows of `record_batch`.
+        parts: where the rows come from, in their order; see `Reader.locate`.
+    """
+
+    epoch: int
+    index: int
+    record_batch: pa.RecordBatch
+    stream_rows: tuple[int, ...]
+    parts: tuple[Part, ...] = field(repr=False)
+
+
+class Row(NamedTuple):
+    """A row in the files: `row` counts from 0 within row group `row_group` of the file `path`."""
+
+    path: str
+    row_group: int
+    row: int
+
+
+class Reader:
+    """Iterates over this rank's pieces of an epoch's global batches, from `start_batch` on; see the module's text.
+
+    Every rank gets the same number of pieces, `num_batches - start_batch`; the pieces may differ in rows, down to none.
+    Reading goes on in background threads (pyarrow and numpy only) up to `prefetch` pieces ahead; they end with the
+    iteration, also when it is left early. What goes wrong there is raised at the piece it belongs to. Memory: for each
+    owned stream two windows of `shuffle_window` rows and one being decoded for each thread, and `prefetch` pieces.
+
+    Args:
+        dataset: what to read.
+        columns: columns of `dataset.schema`.
+        batch_size: rows of a global batch before `where`; a multiple of `num_streams`.
+        num_streams: V; part of the experiment: another V gives other batches.
+        rank, world_size: this process and the number of them; at most V.
+        seed: draws the order of row groups and rows, anew for each epoch.
+        shuffle: False keeps the order of the files within each stream; V = 1 then keeps it altogether.
+        shuffle_window: rows among which a row's place is drawn.
+        epoch, start_batch: the position to begin at; with `dataset.fingerprint`, all that a checkpoint must hold.
+        prefetch: pieces kept ready.
+        num_threads: background threads; 2 let decoding overlap with what `map` does.
+
+    Raises ValueError where `batch_size`, `num_streams`, `world_size` or `start_batch` do not go together.
+
+    >>> import tempfile, pyarrow.parquet
+    >>> from mtrec.dataset import Source, open_dataset
+    >>> path = tempfile.mkdtemp() + "/a.parquet"
+    >>> pyarrow.parquet.write_table(pa.table({"user": range(10)}), path)
+    >>> dataset = open_dataset(Source(path), ["user"], place="data.train")
+    >>> reader = Reader(dataset, ["user"], batch_size=4, num_streams=2, shuffle=False)
+    >>> [piece.record_batch["user"].to_pylist() for piece in reader]
+    [[0, 1, 5, 6], [2, 3, 7, 8], [4, 9]]
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        columns: Sequence[str],
+        *,
+        batch_size: int,
+        num_streams: int = 8,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        shuffle_window: int = 16_384,
+        epoch: int = 0,
+        start_batch: int = 0,
+        prefetch: int = 4,
+        num_threads: int = 1,
+    ) -> None:
+        for name, count in (("num_streams", num_streams), ("shuffle_window", shuffle_window), ("prefetch", prefetch)):
+            if count < 1:
+                raise ValueError(f"`{name}` should be a positive integer. Found {count}.")
+        if batch_size < 1 or batch_size % num_streams:
+            below = max(1, batch_size // num_streams) * num_streams
+            wish = f"a multiple of `num_streams` ({num_streams}), such as {below}"
+            raise ValueError(f"`batch_size` should be {wish}. Found {batch_size}.")
+        if not 0 <= rank < world_size <= num_streams:
+            raise ValueError(
+                f"`world_size` should be at most `num_streams` ({num_streams}), and `rank` below it. "
+                f"Found world_size {world_size}, rank {rank}: use fewer workers or more streams."
+            )
+        self.dataset, self.columns = dataset, tuple(columns)
+        self.rank, self.world_size, self.seed, self.shuffle = rank, world_size, seed, shuffle
+        self.shuffle_window, self.epoch, self.start_batch = shuffle_window, epoch, start_batch
+        self.prefetch, self.num_threads = prefetch, num_threads
+        self.piece_rows = batch_size // num_streams
+        self._row_group_rows = [group.num_rows for group in dataset.row_groups]
+        self._spans = plan_streams(self._row_group_rows, num_streams, seed=seed, epoch=epoch, shuffle=shuffle)
+        self._stream_rows = [sum(span.stop - span.start for span in spans) for spans in self._spans]
+        self.owned = tuple(stream for stream in range(num_streams) if stream * world_size // num_streams == rank)
+        if not 0 <= start_batch <= self.num_batches:
+            raise ValueError(f"`start_batch` should be between 0 and {self.num_batches}. Found {start_batch}.")
+
+    @property
+    def num_batches(self) -> int:
+        """Global batches of the epoch; the last may be smaller."""
+        return -(-max(self._stream_rows) // self.piece_rows)
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self.map(lambda piece: piece)
+
+    def map(self, transform: Callable[[Piece], T]) -> Generator[T]:
+        """The pieces, each transformed in a background thread, in order. Ends its threads when it is closed or dropped.
+
+        `transform` may run in several threads at once where `num_threads` is above 1.
+        """
+        schema = pa.schema([self.dataset.schema.field(name) for name in self.columns])
+        pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="mtrec-reader")
+        streams = [self._stream(stream, pool) for stream in self.owned]
+        ready: deque[Future[T]] = deque()
+        try:
+            for index in range(self.start_batch, self.num_batches):
+                slices = [stream.take(self.piece_rows) for stream in streams]
+                ready.append(pool.submit(_assemble, self.epoch, index, slices, schema, transform))
+                if len(ready) > self.prefetch:
+                    yield ready.popleft().result()
+            while ready:
+                yield ready.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            for stream in streams:
+                stream.decoder.close()
+
+    def _stream(self, stream: int, pool: ThreadPoolExecutor) -> "_Stream":
+        windows = plan_windows(self._spans[stream], self._row_group_rows, self.shuffle_window)
+        key = (_ROWS, self.seed, self.epoch, stream) if self.shuffle else None
+        decoder = _Decoder(self.dataset, self.columns, self.shuffle_window, key)
+        return _Stream(windows, self.start_batch * self.piece_rows, decoder, pool)
+
+    def locate(self, piece: Piece, row: int) -> Row:
+        """The place in the files of row `row` of `piece.record_batch`, for error messages."""
+        for part in piece.parts:
+            if row < len(part.rows):
+                return self._row(part.window, int(part.rows[row]))
+            row -= len(part.rows)
+        raise IndexError(f"The piece has no such row: {row} rows too few.")
+
+    def _row(self, window: Window, number: int) -> Row:
+        for span in window:
+            if number < span.stop - span.start:
+                group = self.dataset.row_groups[span.row_group]
+                return Row(self.dataset.files[group.file_index].path, group.index, span.start + number)
+            number -= span.stop - span.start
+        raise AssertionError("a part's rows are rows of its window")
+
+    def sources(self, piece: Piece) -> list[tuple[str, int]]:
+        """The (file, row group) pairs that the piece's windows come from, each once."""
+        groups = [self.dataset.row_groups[span.row_group] for part in piece.parts for span in part.window]
+        return list(dict.fromkeys((self.dataset.files[group.file_index].path, group.index) for group in groups))
+
+
+class _Loaded(NamedTuple):
+    """A window in its final order, without the rows that `where` drops."""
+
+    window: Window
+    batch: pa.RecordBatch
+    rows: np.ndarray  # number of each row among the window's rows before `where`
+    kept_before: np.ndarray | None  # rows kept of the first n places, for n = 0 ... window rows; None if all are
+
+
+class _Slice(NamedTuple):
+    """Places [start, stop) of a window that is, or will be, loaded."""
+
+    loaded: "Future[_Loaded]"
+    start: int
+    stop: int
+
+
+def _length(window: Window) -> int:
+    return sum(span.stop - span.start for span in window)
+
+
+class _Decoder:
+    """Loads the windows of a stream, in order; keeps the row group open in which the last one ended."""
+
+    def __init__(
+        self, dataset: Dataset, columns: Sequence[str], shuffle_window: int, key: tuple[int, ...] | None
+    ) -> None:
+        self.dataset, self.columns, self.shuffle_window, self.key = dataset, columns, shuffle_window, key
+        self.row_group = -1
+        self.chunks: Generator[tuple[pa.RecordBatch, pa.BooleanArray | None], None, None] | None = None
+        self.chunk: tuple[pa.RecordBatch, pa.BooleanArray | None] | None = None
+        self.at = 0  # row of the row group at which `chunk` begins
+
+    def close(self) -> None:
+        if self.chunks is not None:
+            self.chunks.close()
+        self.chunks = self.chunk = None
+
+    def load(self, number: int, window: Window) -> _Loaded:
+        """Window `number` of the stream: decoded, `where` applied, permuted."""
+        parts = [part for span in window for part in self._decode(span)]
+        batch = parts[0][0] if len(parts) == 1 else pa.concat_batches([part[0] for part in parts])
+        num_rows = batch.num_rows
+        rows = np.arange(num_rows) if self.key is None else permutation(num_rows, *self.key, number)
+        kept_before = None
+        if any(mask is not None for _, mask in parts):
+            kept = np.concatenate([_as_numpy(mask, part.num_rows) for part, mask in parts])[rows]
+            kept_before = np.concatenate([[0], np.cumsum(kept)])
+            rows = rows[kept]
+        rows = rows.astype(np.int32)
+        if self.key is not None or len(rows) < num_rows:
+            batch = pc.take(batch, pa.array(rows), boundscheck=False)
+        return _Loaded(window, batch, rows, kept_before)
+
+    def _decode(self, span: Span) -> Iterator[tuple[pa.RecordBatch, pa.BooleanArray | None]]:
+        if self.chunks is None or span.row_group != self.row_group or span.start < self.at:
+            self.close()
+            group = self.dataset.row_groups[span.row_group]
+            length = window_rows(group.num_rows, self.shuffle_window)
+            self.chunks = self.dataset.chunks(group, self.columns, length)
+            self.row_group, self.at = span.row_group, 0
+        while True:
+            if self.chunk is None:
+                self.chunk = next(self.chunks)
+            batch, mask = self.chunk
+            end = self.at + batch.num_rows
+            first, last = max(span.start, self.at) - self.at, min(span.stop, end) - self.at
+            if first < last:
+                yield batch.slice(first, last - first), None if mask is None else mask.slice(first, last - first)
+            if span.stop < end:
+                return
+            self.chunk, self.at = None, end
+            if span.stop == end:
+                return
+
+
+def _as_numpy(mask: pa.BooleanArray | None, num_rows: int) -> np.ndarray:
+    return np.ones(num_rows, dtype=bool) if mask is None else mask.to_numpy(zero_copy_only=False)
+
+
+def _assemble(
+    epoch: int, index: int, streams: Sequence[Sequence[_Slice]], schema: pa.Schema, transform: Callable[[Piece], T]
+) -> T:
+    """Waits for the windows that a piece is cut from, and puts its rows together."""
+    batches, parts, stream_rows = [], [], []
+    for slices in streams:
+        rows = 0
+        for piece_slice in slices:
+            loaded = piece_slice.loaded.result()
+            start, stop = piece_slice.start, piece_slice.stop
+            if loaded.kept_before is not None:
+                start, stop = int(loaded.kept_before[start]), int(loaded.kept_before[stop])
+            rows += stop - start
+            batches.append(loaded.batch.slice(start, stop - start))
+            parts.append(Part(loaded.window, loaded.rows[start:stop]))
+        stream_rows.append(rows)
+    if not batches:  # the owned streams are one row shorter than others, and at their end
+        batches = [pa.RecordBatch.from_pylist([], schema)]
+    batch = batches[0] if len(batches) == 1 else pa.concat_batches(batches)
+    return transform(Piece(epoch, index, batch, tuple(stream_rows), tuple(parts)))
+
+
+class _Stream:
+    """Cuts a stream into pieces, and has its windows loaded ahead.
+
+    All by the consumer's thread and without waiting: a piece is a list of slices of windows that will be there when a
+    background thread comes to assemble it. Tasks are queued in an order in which each waits for earlier ones only, so
+    one thread suffices and none waits for ever.
+    """
+
+    def __init__(self, windows: Sequence[Window], skip_rows: int, decoder: _Decoder, pool: ThreadPoolExecutor) -> None:
+        self.windows, self.decoder, self.pool = windows, decoder, pool
+        self.number, self.row = 0, skip_rows  # the next row to give, as window and place in it
+        while self.number < len(windows) and self.row >= _length(windows[self.number]):
+            self.row -= _length(windows[self.number])
+            self.number += 1
+        self.loads: deque[Future[_Loaded]] = deque()  # of window `number` and perhaps the one after it
+        self.before: Future[_Loaded] | None = None
+
+    def take(self, rows: int) -> list[_Slice]:
+        """The next `rows` rows, or what is left."""
+        slices = []
+        while rows and self.number < len(self.windows):
+            if not self.loads:
+                self._load(self.number)
+            length = _length(self.windows[self.number])
+            stop = min(length, self.row + rows)
+            slices.append(_Slice(self.loads[0], self.row, stop))
+            rows -= stop - self.row
+            self.row = stop
+            if 2 * stop >= length and len(self.loads) == 1 and self.number + 1 < len(self.windows):
+                self._load(self.number + 1)
+            if stop == length:
+                self.loads.popleft()
+                self.number, self.row = self.number + 1, 0
+        return slices
+
+    def _load(self, number: int) -> None:
+        before, window = self.before, self.windows[number]
+
+        def load() -> _Loaded:
+            if before is not None:
+                before.result()  # the decoder goes through the windows in order, one at a time
+            return self.decoder.load(number, window)
+
+        self.before = self.pool.submit(load)
+        self.loads.append(self.before)

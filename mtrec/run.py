@@ -1,0 +1,364 @@
+"""A run: the folder with everything that a trained model is, and how one is prepared before any worker starts.
+
+experiment.yaml   the experiment, every default and every `auto` written out
+run.json          versions, data fingerprints, when and how it was made
+encoder/          vocabularies and statistics;  labels.json, labels.npz: base rates;  sample.parquet: some training rows
+checkpoints/      step-00000300/ ...;  log.jsonl, tensorboard/: what happened;  metrics.json: the last validation
+"""
+
+import dataclasses
+import datetime
+import functools
+import importlib.util
+import json
+import platform
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+
+from mtrec import checkpoint, dataset
+from mtrec import labels as label_fit
+from mtrec.batch import Label, label_values
+from mtrec.checkpoint import Checkpoint, write_atomically
+from mtrec.config import Experiment, Source, Task, parse_experiment, to_yaml
+from mtrec.dataset import Dataset
+from mtrec.features import FEATURES, BadRowsError, Encoder, Feature, check_schema
+from mtrec.features.arrays import is_number
+from mtrec.feed import bad_rows, usable_rows, without_bad_labels
+from mtrec.formula import ranking_formula
+from mtrec.gradients import check_place
+from mtrec.kinds import check_options, resolve
+from mtrec.labels import LabelFit, LabelStatistics, labels_of
+from mtrec.model import task_specs
+from mtrec.tasks import Objectives, TaskSpec
+from mtrec.yaml_tree import read_yaml
+
+SMALL_ROWS = 1_000_000  # below, `auto` means batches of 512 and tables of 8 columns
+FIT_ROWS = 65_536
+SAMPLE_ROWS, SAMPLE_FILE = 4_096, "sample.parquet"  # training rows kept in the run; see mtrec/predictions.py
+STREAMED = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "pyarrow", "ray", "mtrec")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run's folder. What is read from it is read once."""
+
+    folder: Path
+
+    @functools.cached_property
+    def experiment(self) -> Experiment:
+        for folder in [str(self.folder / "code"), *self.info.get("module_folders", [])]:
+            if folder not in sys.path:  # so that `kind: my_module:MyClass` is found by workers, and when the run is scored
+                sys.path.append(folder)
+        text = (self.folder / "experiment.yaml").read_text(encoding="utf-8")
+        return parse_experiment(read_yaml(text, str(self.folder / "experiment.yaml")))
+
+    @functools.cached_property
+    def info(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.folder / "run.json").read_text())
+        return found
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        return Encoder.load(self.folder / "encoder")
+
+    @functools.cached_property
+    def labels(self) -> dict[str, LabelStatistics]:
+        return label_fit.load(self.folder)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def best(self) -> Checkpoint:
+        """The valid checkpoint with the best metric. Raises ValueError where the run has none."""
+        found = checkpoint.best(checkpoint.find(self.checkpoints))
+        if found is None:
+            raise ValueError(f"{self.folder} holds no valid checkpoint: the run ended before its first one.")
+        return found
+
+
+def open_run(folder: str | Path) -> Run:
+    """A prepared run. Raises ValueError where the folder is none."""
+    run = Run(Path(folder).absolute())
+    if not (run.folder / "run.json").is_file():
+        raise ValueError(f"{folder} is not a run: it has no run.json. `mtrec train` makes runs; it prints where.")
+    return run
+
+
+def feature_list(experiment: Experiment) -> list[Feature]:
+    """The features, built from their kinds."""
+    features = []
+    for name, kind in experiment.features.items():
+        feature_class = resolve(kind.kind, FEATURES, f"features.{name}.kind")
+        features.append(feature_class(name, **check_options(feature_class, kind.options, f"features.{name}")))
+    return features
+
+
+def feature_columns(features: Sequence[Feature]) -> tuple[list[str], list[str]]:
+    """(all input columns, those of them that a file may lack)."""
+    required = {column for feature in features if not feature.optional for column in feature.columns}
+    every = dict.fromkeys(column for feature in features for column in feature.columns)
+    return list(every), [column for column in every if column not in required]
+
+
+def label_columns(experiment: Experiment) -> list[str]:
+    """Columns that training reads beside the features': labels and the sample weight."""
+    columns = [experiment.label_column(name) for name in experiment.tasks]
+    weight = experiment.data.sample_weight
+    return list(dict.fromkeys([*columns, *([weight] if weight else [])]))
+
+
+def evaluation_columns(experiment: Experiment) -> list[str]:
+    return [experiment.evaluation.group_by] if experiment.evaluation.group_by else []
+
+
+def open_source(experiment: Experiment, source: Source, place: str, extra: Sequence[str] = ()) -> Dataset:
+    """The Parquet files of a source with the columns that the experiment reads; every file's footer is checked."""
+    features = feature_list(experiment)
+    columns, optional = feature_columns(features)
+    columns = list(dict.fromkeys([*columns, *label_columns(experiment), *extra]))
+    files = dataset.Source(source.path, source.where, source.window, source.window_column)
+    opened = dataset.open_dataset(files, columns, optional, place=place)
+    check_schema(features, opened.schema)
+    _check_label_types(experiment, opened)
+    return opened
+
+
+def _check_label_types(experiment: Experiment, data: Dataset) -> None:
+    """Labels and the sample weight should be numbers (or booleans), one a row."""
+    places = {f"tasks.{name}.label": experiment.label_column(name) for name in experiment.tasks}
+    if experiment.data.sample_weight:
+        places["data.sample_weight"] = experiment.data.sample_weight
+    for place, column in places.items():
+        found = data.schema.field(column).type
+        if not is_number(found):
+            raise ValueError(f"`{place}` should name a column of numbers. Found column '{column}' of type {found}.")
+
+
+def resolve_auto(experiment: Experiment, rows: int) -> Experiment:
+    """The experiment with `batch_size` and `embedding_dim` decided by the number of training rows."""
+    small = rows < SMALL_ROWS
+    data, model = experiment.data, experiment.model
+    if data.batch_size == "auto":
+        size = 512 if small else 4_096
+        data = data.model_copy(update={"batch_size": -(-size // data.num_streams) * data.num_streams})
+    if model.embedding_dim == "auto":
+        model = model.model_copy(update={"embedding_dim": 8 if small else 16})
+    return experiment.model_copy(update={"data": data, "model": model})
+
+
+def versions() -> dict[str, str]:
+    """What this run was made with."""
+    found = {"python": platform.python_version()}
+    for name in STREAMED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def prepare(experiment: Experiment, folder: Path, previous: Run | None = None) -> Run:
+    """Makes a run's folder: checks the data, fits encoder and label statistics in one streaming pass, writes them.
+
+    `previous` (warm start) is the run whose vocabularies are grown. Raises ValueError naming the YAML path, the file or the
+    column before anything is written.
+    """
+    train = open_source(experiment, experiment.data.train, "data.train")
+    if previous is not None:
+        previous.best()  # raises where there is nothing to start from
+        if experiment.model.embedding_dim == "auto":  # more rows than yesterday must not mean another dimension
+            model = experiment.model.model_copy(update={"embedding_dim": previous.experiment.model.embedding_dim})
+            experiment = experiment.model_copy(update={"model": model})
+    experiment = resolve_auto(experiment, train.num_rows)
+    sources = [train]
+    if experiment.data.validation is not None:
+        extra = evaluation_columns(experiment)
+        sources.append(open_source(experiment, experiment.data.validation, "data.validation", extra))
+    specs = task_specs(experiment)
+    objectives = Objectives(specs)
+    ranking_formula(experiment)
+    check_place(experiment)
+    if experiment.data.on_bad_rows == "error":
+        for source in sources:
+            check_footers(source, specs, experiment)
+    assert isinstance(experiment.model.embedding_dim, int)
+    features = feature_list(experiment)
+    fit = LabelFit(labels_of(experiment, specs), objectives)
+    columns, _ = feature_columns(features)
+    batches = without_bad_labels(
+        train.batches(list(dict.fromkeys([*columns, *label_columns(experiment)])), FIT_ROWS),
+        labels_of(experiment, specs),
+        bad_rows(experiment.data, train.num_rows),
+    )
+    try:
+        encoder = Encoder.fit(
+            features,
+            fit.watch(batches),
+            schema=train.schema,
+            embedding_dim=experiment.model.embedding_dim,
+            previous=previous.encoder if previous else None,
+        )
+    except BadRowsError as error:
+        raise ValueError(f"{_place_of_bad_label(train, labels_of(experiment, specs))}{error}") from error
+    statistics = fit.statistics()
+    for name, each in statistics.items():
+        if not each.trained:
+            given = f" where {experiment.tasks[name].given} is 1" if experiment.tasks[name].given else ""
+            raise ValueError(
+                f"`tasks.{name}`: column '{experiment.label_column(name)}' holds no label{given} "
+                f"in the {each.rows:,} training rows."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    encoder.save(folder / "encoder")
+    label_fit.save(statistics, folder)
+    sample = train.sample(SAMPLE_ROWS, columns)
+    pq.write_table(usable_rows(sample, encoder) if experiment.data.on_bad_rows == "skip" else sample, folder / SAMPLE_FILE)
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    write_atomically(folder / "experiment.yaml", to_yaml(experiment))
+    info = {
+        "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "train": {
+            "rows": train.num_rows,
+            "kept": max(each.rows for each in statistics.values()),
+            "files": len(train.files),
+            "fingerprint": train.fingerprint,
+        },
+        "warm_start": str(previous.folder) if previous else None,
+        "module_folders": module_folders(experiment),
+    }
+    write_atomically(folder / "run.json", json.dumps(info, indent=1))  # last: a folder with it is a whole run
+    return Run(folder.absolute())
+
+
+def _place_of_bad_label(data: Dataset, labels: Mapping[str, Label]) -> str:
+    """The file and row group of the first label that cannot be used, looked for only once one was met; "" if none is found."""
+    columns = list(dict.fromkeys(label.column for label in labels.values()))
+    for group in data.row_groups:
+        for batch in data.batches(columns, FIT_ROWS, [group]):
+            try:
+                for label in labels.values():
+                    label_values(batch, label)
+            except BadRowsError:
+                return f"'{data.files[group.file_index].path}', row group {group.index}: "
+    return ""
+
+
+def module_folders(experiment: Experiment) -> list[str]:
+    """The folders of the user's own modules that kinds name by import path; installed ones need none."""
+    names = {name.partition(".")[0] for name in _own_modules(experiment.model_dump(mode="json"))}
+    found = set()
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        places = [] if spec is None else [*(spec.submodule_search_locations or []), *([spec.origin] if spec.origin else [])]
+        if places and "site-packages" not in places[0]:
+            found.add(str(Path(places[0]).parent))
+    return sorted(found)
+
+
+def _own_modules(value: Any) -> Iterator[str]:
+    """The modules of all `kind: module:Class` (and `loss: module:Class`) in a tree."""
+    if isinstance(value, dict):
+        for key, below in value.items():
+            if key in ("kind", "loss") and isinstance(below, str) and ":" in below:
+                yield below.partition(":")[0]
+            yield from _own_modules(below)
+    elif isinstance(value, list):
+        for below in value:
+            yield from _own_modules(below)
+
+
+def check_device(experiment: Experiment, device: str) -> None:
+    """What the device lacks: sharding by rows and fused Adam are not offered on the CPU. Raises ValueError naming the path."""
+    for name, kind in experiment.features.items():
+        sharding = kind.options.get("sharding")
+        if sharding == "row_wise" and device == "cpu":
+            raise ValueError(
+                f"`features.{name}.sharding` should be table_wise, column_wise or data_parallel on the CPU: gloo cannot exchange "
+                "rows of row-wise tables. Found row_wise."
+            )
+    if experiment.optimizer.tables.kind == "adam" and device == "cpu":
+        raise ValueError(
+            "`optimizer.tables.kind` should be rowwise_adagrad, adagrad or sgd on the CPU: "
+            "fbgemm has no fused Adam there. Found adam."
+        )
+
+
+def check_footers(data: Dataset, specs: Mapping[str, TaskSpec], experiment: Experiment) -> None:
+    """Labels outside their range, found from the minimum and maximum in the files' footers where there are any."""
+    for name, spec in specs.items():
+        column = experiment.label_column(name)
+        low, high, integer = spec.task.label_range
+        found = data.minmax(column)
+        if found is None:
+            continue
+        least, most = (float(end) * spec.task.label_scale for end in found)
+        if (low is not None and least < low) or (high is not None and most > high):
+            wish = (
+                "0 or 1" if (low, high, integer) == (0, 1, True) else f"at least {low}" if high is None else f"in [{low}, {high}]"
+            )
+            bad = least if low is not None and least < low else most
+            raise ValueError(
+                f"`tasks.{name}.label`: column '{column}' should be {wish}. Found {bad:g} in the footers of the "
+                f"files of `{data.place}`. Null means unobserved."
+            )
+
+
+def check_resumable(run: Run, experiment: Experiment) -> None:
+    """Raises ValueError naming the first key in which an experiment differs from the run's beyond what a resume may change."""
+    if experiment.model.embedding_dim == "auto":
+        model = experiment.model.model_copy(update={"embedding_dim": run.experiment.model.embedding_dim})
+        experiment = experiment.model_copy(update={"model": model})
+    given = resolve_auto(experiment, run.info["train"]["rows"])
+    first, second = (yaml.safe_load(to_yaml(each)) for each in (run.experiment, given))
+    for tree in (first, second):
+        for key in ("name", "output", "training", "evaluation", "scoring"):
+            tree.pop(key, None)
+    path = _difference(first, second, "")
+    if path:
+        raise ValueError(
+            f"--resume: `{path}` differs from that of {run.folder}. A resumed run keeps its experiment (training.* may change); "
+            "for another experiment start a new run, with --warm-start to begin from this one's weights."
+        )
+
+
+def _difference(first: Any, second: Any, place: str) -> str | None:
+    if isinstance(first, dict) and isinstance(second, dict):
+        for key in dict.fromkeys([*first, *second]):
+            path = _difference(first.get(key), second.get(key), f"{place}.{key}" if place else str(key))
+            if path:
+                return path
+        return None
+    return place if first != second else None
+
+
+def default_folder(experiment: Experiment, resume: bool) -> Path:
+    """runs/<name>-<time>; to resume, the newest of these."""
+    if experiment.output is not None:
+        return Path(experiment.output)
+    if resume:
+        found = sorted(path.parent for path in Path("runs").glob(f"{experiment.name}-*/run.json"))
+        if not found:
+            raise ValueError(f"--resume: there is no run runs/{experiment.name}-*. Name its folder with --output.")
+        return found[-1]
+    return Path("runs") / f"{experiment.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+
+__all__ = [
+    "Run",
+    "Task",
+    "check_resumable",
+    "default_folder",
+    "feature_columns",
+    "feature_list",
+    "open_run",
+    "open_source",
+    "prepare",
+]

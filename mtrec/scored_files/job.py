@@ -1,0 +1,355 @@
+"""A scoring job from its first check to its manifest; who scores the pieces (this process, Ray actors) is passed in."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from mtrec.checkpoint import Checkpoint
+from mtrec.dataset import Source
+from mtrec.features import FeatureCounts
+from mtrec.formula import ranking_formula
+from mtrec.run import Run, open_run
+from mtrec.score import (
+    Scorer,
+    Tally,
+    check_golden,
+    check_memory,
+    checkpoint_digest,
+    free_memory,
+    null_jumps,
+    open_scorer,
+    training_summaries,
+)
+from mtrec.scored_files.inputs import (
+    PIECES,
+    InputFile,
+    Piece,
+    Request,
+    check_group_column,
+    check_output,
+    open_inputs,
+    plan_pieces,
+    sampled_counts,
+)
+from mtrec.scored_files.output import RECORDS, Output, read_record
+from mtrec.scored_files.pieces import FileError, best_rows, join, score_piece
+
+MANIFEST = "_manifest.json"
+BATCH_ROWS = 8_192
+QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
+JOINERS = 4  # threads that put pieces together; the work is pyarrow's
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """All that a worker must know to score pieces of this job (picklable)."""
+
+    run: str
+    checkpoint: Checkpoint
+    formula: str
+    request: Request
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Of a worker: it is ready (`golden`: largest difference of a golden row), or has scored `rows` more."""
+
+    rows: int = 0
+    golden: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """Piece number `index` is written (`record`), or could not be (`problem`)."""
+
+    index: int
+    record: dict[str, Any] | None = None
+    problem: str | None = None
+
+
+Event = Progress | Done
+Spread = Callable[[Work, Sequence[Piece]], Iterator[Event]]
+
+
+def score_here(work: Work, pieces: Sequence[Piece]) -> Iterator[Event]:
+    """Scores the pieces in this process, one after the other."""
+    run = open_run(work.run)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    check_memory(run.encoder, free_memory(device), "this machine")
+    with open_scorer(run, work.checkpoint, ranking_formula(run.experiment, work.formula), device) as scorer:
+        yield Progress(golden=check_golden(scorer, run, work.checkpoint))
+        for index, piece in enumerate(pieces):
+            yield from scored(scorer, index, piece, work.request)
+
+
+def scored(scorer: Scorer, index: int, piece: Piece, request: Request) -> Iterator[Event]:
+    """The events of one piece, `Done` the last; rows are told of about twice a second."""
+    rows, told = 0, time.monotonic()
+    steps = score_piece(scorer, piece, request)
+    while True:
+        try:
+            rows += next(steps)
+        except StopIteration as end:
+            yield Progress(rows=rows)
+            yield Done(index, record=end.value)
+            return
+        except FileError as error:
+            yield Done(index, problem=str(error))
+            return
+        if time.monotonic() - told > 0.5:
+            yield Progress(rows=rows)
+            rows, told = 0, time.monotonic()
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """The words of the command `mtrec score`; see `Request` for those that are not plain."""
+
+    run: str
+    source: Source
+    output: str
+    columns: tuple[str, ...] | None = None
+    formula: str | None = None
+    top: int | None = None
+    by: str | None = None
+    overwrite: bool = False
+    allow_null_jump: bool = False
+    batch_rows: int = BATCH_ROWS
+
+
+def score_files(
+    asked: Asked,
+    spread: Spread = score_here,
+    *,
+    workers: int = 1,
+    on_start: Callable[[dict[str, Any]], None] = lambda facts: None,
+    on_rows: Callable[[int], None] = lambda rows: None,
+) -> dict[str, Any]:
+    """Scores the files of a source with a run's best checkpoint; returns the manifest and, as `session`, what this call did.
+
+    Args:
+        spread: scores pieces and yields what happens; `workers` of them at once.
+        on_start: told what there is to do (files, rows, finished), before the first worker starts.
+        on_rows: told of rows as they are scored.
+
+    Files that cannot be scored are in the manifest's `failed`; the others are scored. Raises ValueError before anything is
+    scored where run, formula, columns, output or null shares forbid it, CheckpointError where golden rows differ.
+    """
+    began = time.monotonic()
+    run = open_run(asked.run)
+    formula = ranking_formula(run.experiment, asked.formula)
+    if (asked.top is None) != (asked.by is None):
+        raise ValueError("--top K and --by COLUMN should come together: the best K rows of each value of the column.")
+    found = run.best()
+    request = Request(
+        source=dataclasses.replace(asked.source, path=_absolute_paths(asked.source.path)),
+        output=_absolute(asked.output),
+        columns=asked.columns,
+        top=asked.top,
+        by=asked.by,
+        batch_rows=asked.batch_rows,
+        overwrite=asked.overwrite,
+        provenance={
+            "run": str(run.folder),
+            "checkpoint": found.folder.name,
+            "checkpoint_sha256": checkpoint_digest(found),
+            "formula": formula.text,
+            "version": metadata.version("mtrec"),
+        },
+    )
+    check_output(request)
+    total = Tally.empty(run.encoder, run.experiment)
+    files, failed = open_inputs(request, run.encoder, total.labelled, tuple(total.summaries))
+    if not files:
+        shown = list(failed.values())[:3]
+        raise ValueError("\n".join([*shown, *([f"... and {len(failed) - 3:,} more files"] if len(failed) > 3 else [])]))
+    check_group_column(request, files)
+    if request.top is not None:
+        files = _one_identity(files)
+    output = Output(request.output)
+    finished = {file.relative: read_record(output, file.relative, file.identity) for file in files}
+    pending = [file for file in files if finished[file.relative] is None]
+    _check_nothing_is_replaced(request, output, pending)
+    counts, bad = sampled_counts(pending, run.encoder)
+    failed.update(bad)
+    pending = [file for file in pending if file.shown not in failed]
+    if not asked.allow_null_jump:
+        _check_nulls(run, counts)
+    pieces = plan_pieces(pending, workers, split=request.top is not None)
+    left = [piece for piece in pieces if piece.whole or read_record(output, piece.target, piece.file.identity) is None]
+    rows = sum(file.data.num_rows for file in files)
+    on_start(
+        {
+            "files": len(files),
+            "finished": sum(record is not None for record in finished.values()),
+            "rows": rows,
+            "rows_left": sum(piece.rows for piece in left),
+            "failed": dict(failed),
+            **request.provenance,
+        }
+    )
+    work = Work(str(run.folder), found, formula.text, request)
+    seconds = {"reading": 0.0, "scoring": 0.0, "writing": 0.0}
+    golden = _run(work, left, spread, failed, seconds, on_rows) if left else None
+    _join_pieces(pieces, failed, request)
+    records = []
+    for file in files:
+        if file.shown not in failed:
+            record = read_record(output, file.relative, file.identity)
+            assert record is not None, file.relative
+            records.append(record)
+            for part in record.get("pieces", [record]):
+                total.merge(Tally.empty(run.encoder, run.experiment).restore(part))
+    manifest = _manifest(run, found, request, total, records, failed)
+    output.write(MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    if not failed:
+        for folder in (PIECES, f"{RECORDS}/{PIECES}"):
+            output.delete_folder(folder)
+    scored_rows = sum(piece.rows for piece in left if piece.file.shown not in failed)
+    session = {"rows": scored_rows, "wall_seconds": time.monotonic() - began, "golden": golden, "seconds": seconds}
+    return {**manifest, "session": session}
+
+
+def _absolute(path: str) -> str:
+    """Workers may have another current folder."""
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+def _absolute_paths(paths: str | Sequence[str]) -> str | list[str]:
+    return _absolute(paths) if isinstance(paths, str) else [_absolute(path) for path in paths]
+
+
+def _one_identity(files: Sequence[InputFile]) -> list[InputFile]:
+    """With `top`, every file's result depends on all files."""
+    every = hashlib.sha256("".join(file.identity for file in files).encode()).hexdigest()
+    return [dataclasses.replace(file, identity=hashlib.sha256((file.identity + every).encode()).hexdigest()) for file in files]
+
+
+def _check_nothing_is_replaced(request: Request, output: Output, pending: Sequence[InputFile]) -> None:
+    there = [file.relative for file in pending if output.exists(file.relative)]
+    if there and not request.overwrite:
+        more = f" and {len(there) - 1} other files" if len(there) > 1 else ""
+        raise ValueError(
+            f"OUTPUT {request.output} holds '{there[0]}'{more} already, made by another job: another checkpoint, formula, choice "
+            "of columns or rows, mtrec, or other input. Add --overwrite to replace them, or choose another folder."
+        )
+
+
+def _check_nulls(run: Run, counts: FeatureCounts) -> None:
+    jumps = null_jumps(run.encoder, counts)
+    if jumps:
+        listed = "; ".join(f"`features.{name}`: {before:.1%} -> {now:.1%}" for name, (before, now) in jumps.items())
+        raise ValueError(
+            f"Nulls are more than 10 points more frequent in the input than in training ({listed}). If a source of these "
+            "features is broken, the scores are worth little. If it is meant, add --allow-null-jump."
+        )
+
+
+def _run(
+    work: Work,
+    pieces: Sequence[Piece],
+    spread: Spread,
+    failed: dict[str, str],
+    seconds: dict[str, float],
+    on_rows: Callable[[int], None],
+) -> float:
+    """Has the pieces scored; fills `failed` and `seconds`, returns the largest difference of a golden row."""
+    golden = 0.0
+    for event in spread(work, pieces):
+        if isinstance(event, Progress):
+            golden = max(golden, event.golden or 0.0)
+            on_rows(event.rows)
+        elif event.record is not None:
+            for name in seconds:
+                seconds[name] += event.record["seconds"][name]
+        else:
+            failed.setdefault(pieces[event.index].file.shown, event.problem or "")
+    return golden
+
+
+def _join_pieces(pieces: Sequence[Piece], failed: dict[str, str], request: Request) -> None:
+    """Files of several pieces, and with `top` all files, get their place."""
+    cut = [piece for piece in pieces if not piece.whole and piece.file.shown not in failed]
+    chosen = best_rows(cut, request) if request.top is not None and cut else None
+    by_file: dict[str, list[int]] = {}
+    for number, piece in enumerate(cut):
+        by_file.setdefault(piece.file.relative, []).append(number)
+    with ThreadPoolExecutor(JOINERS) as pool:
+        joins = [
+            pool.submit(
+                join,
+                cut[numbers[0]].file,
+                [cut[number] for number in numbers],
+                None if chosen is None else [chosen[number] for number in numbers],
+                request,
+            )
+            for numbers in by_file.values()
+        ]
+        for each in joins:
+            each.result()
+
+
+def _manifest(
+    run: Run,
+    found: Checkpoint,
+    request: Request,
+    total: Tally,
+    records: Sequence[dict[str, Any]],
+    failed: dict[str, str],
+) -> dict[str, Any]:
+    """What stands in `_manifest.json`: the same for the same result, however it came about (no times in it)."""
+    before = training_summaries(run, found, ranking_formula(run.experiment, request.provenance["formula"]))
+    predictions = {}
+    for name, summary in total.summaries.items():
+        predictions[name] = {
+            "mean": _number(summary.mean),
+            **{f"q{share:g}": _number(value) for share, value in zip(QUANTILES, summary.quantiles(QUANTILES), strict=True)},
+            "training_mean": _number(before[name].mean),
+            **{
+                f"training_q{share:g}": _number(value)
+                for share, value in zip(QUANTILES, before[name].quantiles(QUANTILES), strict=True)
+            },
+            "psi": _number(before[name].stability_index(summary)),
+        }
+    nulls, unseen = total.counts.null_share(), total.counts.unseen_share()
+    return {
+        "format": 1,
+        **request.provenance,
+        "input": request.source.path,
+        "where": request.source.where,
+        "top": request.top,
+        "by": request.by,
+        "complete": not failed,
+        "rows": sum(record["rows_written"] for record in records),
+        "rows_scored": total.rows,
+        "files": [
+            {"output": r["output"], "input": r["input"], "rows": r["rows_written"], "bytes": r["bytes"], "sha256": r["sha256"]}
+            for r in records
+        ],
+        "failed": failed,
+        "features": {
+            name: {
+                "null_share": _number(nulls[name]),
+                "training_null_share": _number(float(run.encoder.statistics[name]["null_share"])),
+                "unseen_share": _number(unseen[name]),
+            }
+            for name in nulls
+        },
+        "null_jumps": sorted(null_jumps(run.encoder, total.counts)),
+        "predictions": predictions,
+        "labels": total.labelled.compute(),
+        "notes": total.notes,
+    }
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value

@@ -1,0 +1,197 @@
+"""The output of a scoring job: files that are whole or not there, with checksums, and their records."""
+
+import hashlib
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from mtrec.scored_files.inputs import UNIT_ROWS
+
+RECORDS = "_records"
+
+
+class Output:
+    """The output folder on its filesystem (picklable)."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        if "://" in address:
+            self.filesystem, base = pa.fs.FileSystem.from_uri(address)
+        else:
+            self.filesystem, base = pa.fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(address))
+        self.base = base.rstrip("/")
+
+    def path(self, relative: str) -> str:
+        return f"{self.base}/{relative}"
+
+    def exists(self, relative: str) -> bool:
+        return bool(self.filesystem.get_file_info(self.path(relative)).type == pa.fs.FileType.File)
+
+    def size(self, relative: str) -> int | None:
+        """Bytes, None where there is no such file."""
+        info = self.filesystem.get_file_info(self.path(relative))
+        return int(info.size) if info.type == pa.fs.FileType.File else None
+
+    def read(self, relative: str) -> bytes:
+        with self.filesystem.open_input_stream(self.path(relative)) as stream:
+            return bytes(stream.read())
+
+    def write(self, relative: str, content: bytes) -> None:
+        """The file has its old content or the new one, never a part."""
+        with self.beside(relative) as sink:
+            sink.write(content)
+
+    @contextmanager
+    def beside(self, relative: str) -> Iterator["HashedSink"]:
+        """A sink whose file appears at its place when the context ends well, and not at all when it does not."""
+        folder, _, name = self.path(relative).rpartition("/")
+        unfinished = f"{folder}/.{name}.unfinished"
+        self.filesystem.create_dir(folder, recursive=True)
+        try:
+            with self.filesystem.open_output_stream(unfinished) as stream:
+                sink = HashedSink(stream)
+                yield sink
+        except BaseException:
+            self.delete_path(unfinished)
+            raise
+        if self.filesystem.type_name == "local":
+            with open(unfinished, "rb") as file:
+                os.fsync(file.fileno())
+        if sink.before_rename is not None:
+            sink.before_rename()
+        self.filesystem.move(unfinished, self.path(relative))
+
+    def delete(self, relative: str) -> None:
+        self.delete_path(self.path(relative))
+
+    def delete_path(self, path: str) -> None:
+        if self.filesystem.get_file_info(path).type == pa.fs.FileType.File:
+            self.filesystem.delete_file(path)
+
+    def delete_folder(self, relative: str) -> None:
+        if self.filesystem.get_file_info(self.path(relative)).type == pa.fs.FileType.Directory:
+            self.filesystem.delete_dir(self.path(relative))
+
+
+class HashedSink:
+    """A file to write to, which knows its SHA-256 and size. `before_rename` runs when it is whole, before it is at its place."""
+
+    closed = False
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._digest, self.size = stream, hashlib.sha256(), 0
+        self.before_rename: Callable[[], None] | None = None
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)
+        self._digest.update(view)
+        self._stream.write(view)
+        self.size += view.nbytes
+        return view.nbytes
+
+    def tell(self) -> int:
+        return self.size
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def close(self) -> None:
+        """The stream is closed by its owner."""
+
+    def writable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return False
+
+    def seekable(self) -> bool:
+        return False
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
+class ParquetSink:
+    """Writes record batches as row groups of at least `UNIT_ROWS` rows (but the last), in a thread of its own."""
+
+    def __init__(self, sink: HashedSink, schema: pa.Schema) -> None:
+        self._schema = schema
+        # predictions hardly repeat: a dictionary of them costs time and saves nothing
+        repeating = [path for field in schema if field.name not in _made(schema) for path in _leaves(field)]
+        self._writer = pq.ParquetWriter(sink, schema, compression="zstd", compression_level=1, use_dictionary=repeating or False)
+        self._pool = ThreadPoolExecutor(1, "mtrec-write")
+        self._held: list[pa.RecordBatch] = []
+        self._rows = 0
+        self._pending: deque[Future[float]] = deque()
+        self._seconds = 0.0
+        self._open = True
+
+    def write(self, rows: pa.RecordBatch) -> None:
+        self._held.append(rows)
+        self._rows += rows.num_rows
+        if self._rows >= UNIT_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        table, self._held, self._rows = pa.Table.from_batches(self._held, self._schema), [], 0
+        self._pending.append(self._pool.submit(self._write, table))
+        if len(self._pending) > 1:  # one is being written, one waits: memory stays bounded
+            self._seconds += self._pending.popleft().result()
+
+    def _write(self, table: pa.Table) -> float:
+        started = time.perf_counter()
+        self._writer.write_table(table, row_group_size=max(1, table.num_rows))
+        return time.perf_counter() - started
+
+    def finish(self) -> float:
+        """Writes what is left and the footer; returns the seconds that writing took in all."""
+        if self._rows:
+            self._flush()
+        while self._pending:
+            self._seconds += self._pending.popleft().result()
+        started = time.perf_counter()
+        self.close()
+        return self._seconds + time.perf_counter() - started
+
+    def close(self) -> None:
+        if self._open:
+            self._open = False
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._writer.close()
+
+
+def _made(schema: pa.Schema) -> set[str]:
+    """The columns that scoring added: those from the first float32 that cannot be null to `score`, the last one."""
+    names: set[str] = set()
+    for field in reversed(list(schema)):
+        if field.type != pa.float32() or field.nullable:
+            break
+        names.add(field.name)
+    return names
+
+
+def _leaves(field: pa.Field) -> list[str]:
+    """The paths of a column's values in a Parquet file; none where it is nested in another way than as a list."""
+    if pa.types.is_list(field.type) or pa.types.is_large_list(field.type) or pa.types.is_fixed_size_list(field.type):
+        below = field.type.value_type
+        return [] if pa.types.is_nested(below) else [f"{field.name}.list.element"]
+    return [] if pa.types.is_nested(field.type) else [field.name]
+
+
+def read_record(output: Output, target: str, identity: str) -> dict[str, Any] | None:
+    """The record of a finished piece or file with this identity, None where it is not finished or another."""
+    path = f"{RECORDS}/{target}.json"
+    if not output.exists(path):
+        return None
+    record: dict[str, Any] = json.loads(output.read(path))
+    return record if record["identity"] == identity and record["bytes"] == output.size(target) else None

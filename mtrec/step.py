@@ -1,0 +1,379 @@
+"""One training step: everything between a batch and new weights, top to bottom.
+
+Legend: B rows on this rank, D width of the shared representation, K tasks, P shared dense parameters.
+
+Promise between ranks: every loss is a local sum over a *global* count, and gradients are summed over ranks. So a step
+equals the one that a single process would make on the whole batch, however its rows and labels are spread.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mtrec import parallel
+from mtrec.balancing import Balancer, make_balancer
+from mtrec.balancing.static import Static
+from mtrec.batch import Batch
+from mtrec.config import Balancing, Experiment
+from mtrec.dropout import stream_dropout
+from mtrec.embeddings import initial_rows
+from mtrec.gradients import (
+    TaskGradients,
+    gramian_of_parameters,
+    gramian_of_representation,
+    sampled_rows,
+    task_gradients,
+)
+from mtrec.labels import LabelStatistics
+from mtrec.model import MultiTaskModel, loss_weights
+from mtrec.optim import Schedules, dense_optimizer, replicated_optimizer, table_optimizer
+from mtrec.parallel import ShardedTables
+
+
+class FlatGradients:
+    """The gradients of some parameters in one buffer: one all-reduce, one norm, one fill.
+
+    Args:
+        parameters: float32, on one device. Their `.grad` become views of `buffer` (P,).
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        device = self.parameters[0].device if self.parameters else torch.device("cpu")
+        self.buffer = torch.zeros(sum(p.numel() for p in self.parameters), device=device)
+        start = 0
+        for parameter in self.parameters:
+            parameter.grad = self.buffer[start : start + parameter.numel()].view_as(parameter)
+            start += parameter.numel()
+
+
+@dataclasses.dataclass
+class TrainState:
+    """All that a step changes. `tensors()` is what a checkpoint holds of it."""
+
+    model: MultiTaskModel
+    tables: ShardedTables
+    dense_optimizer: torch.optim.Optimizer
+    replicated_optimizer: torch.optim.Optimizer | None
+    balancer: Balancer
+    balancing: Balancing
+    schedules: Schedules
+    dense_gradients: FlatGradients
+    replicated_gradients: FlatGradients
+    task_weights_K: Tensor
+    expected_rates_K: Tensor
+    device: torch.device
+    seed: int
+    streams: tuple[int, ...]
+    bf16: bool
+    clip_norm: float | None
+    step: int = 0
+    nonfinite_in_a_row: int = 0
+
+    def tensors(self) -> dict[str, object]:
+        """{key: tensor} of weights, optimizer states and buffers; tables as ShardedTensor."""
+        found: dict[str, object] = {}
+        found.update({f"tables.{name}": value for name, value in self.tables.weights().items()})
+        found.update({f"tables_state.{name}": value for name, value in self.tables.optimizer_states().items()})
+        collection = self.model.embeddings.replicated_tables
+        replicated = {} if collection is None else dict(collection.named_parameters())
+        names = {name: name.removeprefix("embedding_bags.").removesuffix(".weight") for name in replicated}
+        found.update({f"tables.{names[name]}": value.data for name, value in replicated.items()})
+        if self.replicated_optimizer is not None:
+            found.update(
+                _optimizer_tensors(
+                    self.replicated_optimizer, {names[n]: p for n, p in replicated.items()}, "tables_state"
+                )
+            )
+        dense = dict(self.model.dense.named_parameters())
+        found.update({f"dense.{name}": value.data for name, value in dense.items()})
+        found.update(_optimizer_tensors(self.dense_optimizer, dense, "dense_state"))
+        found.update({f"balancer.{name}": value for name, value in self.balancer.state_dict().items()})
+        return found
+
+
+def _optimizer_tensors(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], prefix: str
+) -> dict[str, Tensor]:
+    found = {}
+    for name, parameter in named.items():
+        for state, value in optimizer.state[parameter].items():
+            found[f"{prefix}.{name}.{state}"] = value
+    return found
+
+
+def build_state(
+    experiment: Experiment,
+    model: MultiTaskModel,
+    labels: Mapping[str, LabelStatistics],
+    *,
+    batch_size: int,
+    total_steps: int,
+    device: torch.device,
+) -> TrainState:
+    """Shards the tables, initialises them, and makes the optimizers, the balancer and their state.
+
+    The same weights on any number of ranks: rank 0's dense part is copied, rows are drawn by (seed, table, block).
+    """
+    optimizer_class, options = table_optimizer(experiment.optimizer.tables)
+    tables = parallel.shard(model.embeddings, optimizer_class, options, device, batch_size)
+    tables.initialise(experiment.seed)
+    replicated = _make_replicated(model, experiment.seed, device)
+    schedules = Schedules(experiment, batch_size, total_steps)
+    dense = list(model.dense.parameters())
+    parallel.broadcast([parameter.data for parameter in dense])
+    optimizer = dense_optimizer(experiment.optimizer.dense, dense, schedules.dense_learning_rate(0))
+    names = list(model.specs)
+    state = TrainState(
+        model=model,
+        tables=tables,
+        dense_optimizer=optimizer,
+        replicated_optimizer=replicated_optimizer(experiment.optimizer.tables, replicated),
+        balancer=make_balancer(
+            experiment.balancing.kind,
+            experiment.balancing.options,
+            names,
+            [name for name in names if experiment.tasks[name].auxiliary],
+            experiment.seed,
+        ),
+        balancing=experiment.balancing,
+        schedules=schedules,
+        dense_gradients=FlatGradients(dense),
+        replicated_gradients=FlatGradients(replicated),
+        task_weights_K=_per_task(loss_weights(experiment, model.objectives, labels), names, device),
+        expected_rates_K=_per_task(
+            {
+                name: labels[name].trained / max(1, labels[name].rows)
+                if task.denominator == "expected"
+                else float("nan")
+                for name, task in experiment.tasks.items()
+            },
+            names,
+            device,
+        ),
+        device=device,
+        seed=experiment.seed,
+        streams=tuple(
+            v
+            for v in range(experiment.data.num_streams)
+            if v * parallel.world_size() // experiment.data.num_streams == parallel.rank()
+        ),
+        bf16=experiment.training.precision == "bf16",
+        clip_norm=experiment.optimizer.dense.clip_norm,
+    )
+    _create_optimizer_state(state.dense_optimizer)
+    if state.replicated_optimizer is not None:
+        _create_optimizer_state(state.replicated_optimizer)
+    return state
+
+
+def _per_task(values: Mapping[str, float], names: Sequence[str], device: torch.device) -> Tensor:
+    return torch.tensor([values[name] for name in names], dtype=torch.float32, device=device)
+
+
+def _make_replicated(model: MultiTaskModel, seed: int, device: torch.device) -> list[nn.Parameter]:
+    collection = model.embeddings.replicated_tables
+    if collection is None:
+        return []
+    collection.to_empty(device=device)
+    reset_replicated(model, seed, 0)
+    return list(collection.parameters())
+
+
+def reset_replicated(model: MultiTaskModel, seed: int, generation: int) -> None:
+    """Writes the initial rows of `sharding: data_parallel` tables."""
+    if model.embeddings.replicated_tables is None:
+        return
+    for name, bag in model.embeddings.replicated_tables.embedding_bags.items():
+        spec = model.embeddings.specs[name]
+        bag.weight.data.copy_(initial_rows(spec, slice(0, spec.num_embeddings), slice(0, spec.dim), seed, generation))
+
+
+def reset_tables(state: TrainState, generation: int) -> None:
+    """`reset_tables: every_epoch`: all tables and their optimizer state start anew, the dense part stays."""
+    state.tables.initialise(state.seed, generation)
+    reset_replicated(state.model, state.seed, generation)
+    if state.replicated_optimizer is not None:
+        for values in state.replicated_optimizer.state.values():
+            for value in values.values():
+                value.zero_()
+
+
+def _create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Makes the optimizer's lazily created state, at its initial value, so that a checkpoint can be loaded into it.
+
+    One step with zero gradients and a zero learning rate changes no weight; then the state is set to zero again.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for values in optimizer.state.values():
+        for value in values.values():
+            if isinstance(value, Tensor):
+                value.zero_()
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """What a step saw, on the device: nothing here waits for it.
+
+    Attributes:
+        losses_K: global mean loss of each task before weighting (0 where no row of the batch has a label).
+        weights_K: what the loss of each task was multiplied with (task weight x balancer's weight).
+        counts_K: global sum of sample weights of the rows that count for each task.
+        finite: whether all ranks' losses and gradients were finite; if not, nothing was changed.
+        stop: ranks that asked to stop.
+    """
+
+    losses_K: Tensor
+    weights_K: Tensor
+    counts_K: Tensor
+    finite: bool
+    stop: bool
+
+
+def train_step(state: TrainState, batch: Batch, *, stop: bool = False) -> StepResult:
+    """Trains on one global batch; every rank calls it with its own rows, none is fine. One backward pass, one table update."""
+    model = state.model
+    state.tables.set_learning_rate(state.schedules.table_learning_rate(state.step))
+
+    counting = _start_counting(state, batch.labels, batch.sample_weight_B)
+    x_BD = model.embeddings(batch)
+    leaf_BD = x_BD.detach().requires_grad_()  # cut here: its gradient is looked at before it reaches the fused tables
+    share_K, counts_K = _shares(state, leaf_BD, batch.labels, batch.stream_rows, counting)
+
+    weights_K, gradients = _balance(state, batch, share_K, leaf_BD, counts_K > 0)
+    if gradients is None:
+        state.dense_gradients.buffer.zero_()
+        torch.dot(weights_K, share_K).backward()
+        assert leaf_BD.grad is not None
+        x_gradient_BD = leaf_BD.grad
+    else:
+        dense_gradient, x_gradient_BD = gradients.weighted(weights_K)
+        state.dense_gradients.buffer.copy_(dense_gradient)
+
+    bad = ~(torch.isfinite(state.dense_gradients.buffer.sum()) & torch.isfinite(x_gradient_BD.sum()))
+    flags = torch.cat([share_K.detach(), torch.stack([bad, bad.new_tensor(stop)]).to(share_K.dtype)])
+    parallel.all_reduce_sum(flags)
+    dense_work = parallel.start_all_reduce_sum(state.dense_gradients.buffer)
+    finite = bool((flags[-2] == 0) & torch.isfinite(flags[:-2]).all())  # an infinite loss can have a gradient of 0
+    state.replicated_gradients.buffer.zero_()
+    x_BD.backward(x_gradient_BD if finite else torch.zeros_like(leaf_BD))  # here the fused tables step
+    parallel.all_reduce_sum(state.replicated_gradients.buffer) if state.replicated_optimizer else None
+    dense_work.wait()
+    if finite:
+        _optimizer_steps(state)
+    state.nonfinite_in_a_row = 0 if finite else state.nonfinite_in_a_row + 1
+    state.step += 1
+    return StepResult(
+        losses_K=flags[:-2] / state.task_weights_K,
+        weights_K=weights_K * state.task_weights_K,
+        counts_K=counts_K,
+        finite=finite,
+        stop=bool(flags[-1] > 0),
+    )
+
+
+def _optimizer_steps(state: TrainState) -> None:
+    if state.clip_norm is not None:
+        buffer = state.dense_gradients.buffer
+        buffer.mul_((state.clip_norm / (torch.linalg.vector_norm(buffer) + 1e-6)).clamp(max=1.0))
+    for group in state.dense_optimizer.param_groups:
+        group["lr"] = state.schedules.dense_learning_rate(state.step)
+    state.dense_optimizer.step()
+    if state.replicated_optimizer is not None:
+        for group in state.replicated_optimizer.param_groups:
+            group["lr"] = state.schedules.table_learning_rate(state.step)
+        state.replicated_optimizer.step()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Counting:
+    """How many rows count for each task: `row_weight_BK` here; `counts` (K + 1, the last of all rows) once `work` is done."""
+
+    row_weight_BK: Tensor
+    counts: Tensor
+    work: parallel.Pending
+
+
+def _start_counting(state: TrainState, labels: Mapping[str, Tensor], sample_weight_B: Tensor | None) -> _Counting:
+    """Begins the sum over ranks; a property of the labels, so that it runs beside the forward pass."""
+    row_weight_BK = state.model.objectives.mask(labels).float()
+    if sample_weight_B is not None:
+        row_weight_BK = row_weight_BK * sample_weight_B[:, None]
+    rows = row_weight_BK.new_tensor([float(len(row_weight_BK))]) if sample_weight_B is None else sample_weight_B.sum()[None]
+    counts = torch.cat([row_weight_BK.sum(0), rows])
+    return _Counting(row_weight_BK, counts, parallel.start_all_reduce_sum(counts))
+
+
+def _shares(
+    state: TrainState, leaf_BD: Tensor, labels: Mapping[str, Tensor], stream_rows: Sequence[int], counting: _Counting
+) -> tuple[Tensor, Tensor]:
+    """(share_K, counts_K): this rank's share of each task's global mean loss times its weight, and the global counts."""
+    model, device = state.model, state.device
+    with (
+        stream_dropout(state.seed, state.step, state.streams, stream_rows, device),
+        torch.autocast(device.type, dtype=torch.bfloat16, enabled=state.bf16),
+    ):
+        logits = model.dense(leaf_BD)
+    loss_BK, _ = model.objectives.losses(logits, labels)
+    counting.work.wait()
+    counts_K = counting.counts[:-1]
+    expected_K = state.expected_rates_K * counting.counts[-1]
+    denominator_K = torch.where(torch.isnan(expected_K), counts_K, expected_K)
+    share_K = (loss_BK * counting.row_weight_BK).sum(0) / denominator_K.clamp(min=torch.finfo(torch.float32).tiny)
+    return share_K * state.task_weights_K, counts_K
+
+
+def _balance(
+    state: TrainState, batch: Batch, share_K: Tensor, leaf_BD: Tensor, active_K: Tensor
+) -> tuple[Tensor, TaskGradients | None]:
+    """weights_K, the same on every rank; and the tasks' gradients over the whole batch where they were taken for it."""
+    balancer = state.balancer
+    due = balancer.needs_gramian_at(state.step) or (state.balancing.log_gradients and state.step % balancer.every == 0)
+    if isinstance(balancer.method, Static) and not balancer.needs_gramian and not due:
+        # the weights do not depend on the losses: no reduction, no waiting
+        weights_K: Tensor = balancer(torch.zeros_like(share_K), None, state.step, active_K)
+        return weights_K, None
+    losses_K = parallel.all_reduce_sum(share_K.detach().clone())
+    if not torch.isfinite(losses_K).all():  # on every rank alike: the step will change nothing, nor does the balancer
+        return balancer.current(losses_K), None
+    gramian_KK, gradients = _gramian(state, batch, share_K, leaf_BD) if due else (None, None)
+    weights_K = balancer(losses_K, gramian_KK, state.step, active_K)
+    return weights_K, gradients
+
+
+def _gramian(
+    state: TrainState, batch: Batch, share_K: Tensor, leaf_BD: Tensor
+) -> tuple[Tensor, TaskGradients | None]:
+    """The tasks' inner products at `balancing.at`, reduced over ranks; the gradients of the whole batch if it took them."""
+    config, dense = state.balancing, state.model.dense
+    whole = config.rows == 1.0
+    if not whole:
+        share_K, leaf_BD = _sampled_shares(state, batch, leaf_BD)
+    if config.at != "parameters":
+        return gramian_of_representation(share_K, leaf_BD, config.at), None
+    parameters = state.dense_gradients.parameters if whole else dense.shared_parameters()
+    gradients = task_gradients(share_K, leaf_BD, parameters)
+    found_KK = gramian_of_parameters(gradients.dense_KP, parameters, dense.shared_parameters())
+    return found_KK, gradients if whole else None
+
+
+def _sampled_shares(state: TrainState, batch: Batch, leaf_BD: Tensor) -> tuple[Tensor, Tensor]:
+    """(share_K, leaf_BD) of `balancing.rows` of each stream's rows: a forward pass of their own through the dense part."""
+    chosen = sampled_rows(state.balancing.rows, batch.stream_rows, state.streams, state.seed, state.step)
+    rows = torch.cat(chosen).to(state.device)
+    labels = {name: label[rows] for name, label in batch.labels.items()}
+    weight_B = None if batch.sample_weight_B is None else batch.sample_weight_B[rows]
+    counting = _start_counting(state, labels, weight_B)
+    sampled_BD = leaf_BD.detach()[rows].requires_grad_()
+    share_K, _ = _shares(state, sampled_BD, labels, [len(index) for index in chosen], counting)
+    return share_K, sampled_BD
+
+
+__all__ = ["StepResult", "TrainState", "build_state", "reset_tables", "train_step"]

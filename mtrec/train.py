@@ -1,0 +1,442 @@
+"""The training loop, top to bottom: a generator of events, run by every rank alike.
+
+    for event in train(run): ...        # Step, Validation, Saved, ..., Ended
+
+What happens to an event (printed, logged, reported to Ray) is the caller's business; rank 0's `record` writes the log files.
+"""
+
+import dataclasses
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtrec import checkpoint, parallel
+from mtrec.batch import Batch
+from mtrec.checkpoint import Checkpoint, Saver
+from mtrec.dataset import Dataset
+from mtrec.evaluate import evaluate, score_metric
+from mtrec.feed import Fed, bad_rows, feed
+from mtrec.labels import labels_of
+from mtrec.model import MultiTaskModel
+from mtrec.predictions import TrainingSample
+from mtrec.reader import Reader
+from mtrec.run import Run, evaluation_columns, label_columns, open_run, open_source
+from mtrec.step import StepResult, TrainState, build_state, reset_tables, train_step
+from mtrec.warm import warm_start
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A logged step. `losses`, `weights`, `balancing`, `gates` by task; `rows_per_second` and `data_wait` since the last one."""
+
+    step: int
+    epoch: int
+    total_steps: int
+    losses: dict[str, float]
+    weights: dict[str, float]
+    balancing: dict[str, float]
+    gates: dict[str, float]
+    learning_rate: float
+    rows_per_second: float
+    data_wait: float
+    nonfinite_steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """Metrics over the validation rows after `step` steps; `metric` is what the best checkpoint goes by."""
+
+    step: int
+    epoch: int
+    metrics: dict[str, Any]
+    metric: float | None
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmStarted:
+    """The weights come from the checkpoint `folder` of another run; `notes`: what changed since, was dropped or begins anew."""
+
+    step: int
+    folder: str
+    notes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Restarted:
+    """Workers died and others took over at the newest checkpoint, of `step`; what came after it is done again.
+
+    `cause`: what is known of the failure; `repeated_steps`: at least so many, those that had been logged.
+    """
+
+    step: int
+    world_size: int
+    repeated_steps: int
+    cause: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was started (in the background) or written."""
+
+    step: int
+    folder: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """The last event. `reason`: finished, early_stopping, max_steps or stopped.
+
+    `skipped_rows`: {reason: rows} left out by `data.on_bad_rows: skip` since the (re)start, on all ranks (on rank 0 only).
+    """
+
+    step: int
+    reason: str
+    best_step: int | None
+    best_metric: float | None
+    skipped_rows: dict[str, int]
+
+
+Event = Step | Validation | Saved | WarmStarted | Restarted | Ended
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where the training stands; with `TrainState.tensors()` all that a checkpoint holds."""
+
+    epoch: int = 0
+    next_batch: int = 0
+    best_step: int | None = None
+    best_metric: float | None = None
+    validations_since_best: int = 0
+    metric: float | None = None  # of the newest validation, if it was at this step
+
+
+def train(
+    run: Run,
+    *,
+    device: torch.device,
+    resume_from: Checkpoint | None = None,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Iterator[Event]:
+    """Trains a prepared run; every rank iterates it to its end.
+
+    Args:
+        run: a folder made by `prepare`, on storage that all ranks see.
+        device: of this rank.
+        resume_from: continue exactly there, on any number of ranks. Without it a run that was prepared with a warm start
+            begins from the other run's weights.
+        stop_requested: asked at every step; once it is true on one rank, all save a checkpoint and end.
+    """
+    experiment = run.experiment
+    config = experiment.training
+    assert isinstance(experiment.data.batch_size, int)
+    torch.set_num_threads(config.threads_per_worker)
+    if config.deterministic and device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+    with parallel.process_group(device, config.collective_timeout_seconds):
+        _check_world(experiment.data.num_streams)
+        data = open_source(experiment, experiment.data.train, "data.train")
+        if data.fingerprint != run.info["train"]["fingerprint"]:
+            raise ValueError(
+                f"data.train is not what {run.folder} was prepared from: files were added, removed or replaced since. "
+                "Start a new run (with --warm-start to keep the weights)."
+            )
+        steps_per_epoch = make_reader(run, data, Progress()).num_batches
+        total_steps = steps_per_epoch * config.epochs
+        total_steps = min(total_steps, config.max_steps or total_steps)
+        model = MultiTaskModel(experiment, run.encoder, run.labels, device)
+        state = build_state(
+            experiment, model, run.labels, batch_size=experiment.data.batch_size, total_steps=total_steps, device=device
+        )
+        saver = Saver(run.checkpoints, config.keep_last, config.keep_best, config.checkpoint_async)
+        progress = Progress()
+        if resume_from is not None:
+            checkpoint.load(resume_from.folder, state.tensors())
+            state.step = resume_from.step
+            progress = Progress(**resume_from.state["progress"])
+        elif run.info["warm_start"] is not None:
+            started = warm_start(state, run, open_run(run.info["warm_start"]))
+            yield WarmStarted(0, str(started.folder), started.notes)
+        yield from _loop(run, data, state, saver, progress, total_steps, stop_requested)
+
+
+def _check_world(num_streams: int) -> None:
+    if parallel.world_size() > num_streams:
+        raise ValueError(
+            f"`data.num_streams` ({num_streams}) should be at least the number of workers. Found {parallel.world_size()} workers."
+        )
+
+
+def make_reader(run: Run, data: Dataset, progress: Progress) -> Reader:
+    """The reader of one epoch, from the position in `progress` on."""
+    config = run.experiment.data
+    assert isinstance(config.batch_size, int)
+    columns = list(dict.fromkeys([*run.encoder.columns, *label_columns(run.experiment)]))
+    return Reader(
+        data,
+        columns,
+        batch_size=config.batch_size,
+        num_streams=config.num_streams,
+        rank=parallel.rank(),
+        world_size=parallel.world_size(),
+        seed=run.experiment.seed,
+        shuffle=config.shuffle,
+        shuffle_window=config.shuffle_window,
+        epoch=progress.epoch,
+        start_batch=progress.next_batch,
+        prefetch=config.prefetch,
+    )
+
+
+def _loop(
+    run: Run,
+    data: Dataset,
+    state: TrainState,
+    saver: Saver,
+    progress: Progress,
+    total_steps: int,
+    stop_requested: Callable[[], bool],
+) -> Iterator[Event]:
+    experiment, config = run.experiment, run.experiment.training
+    labels = labels_of(experiment, state.model.specs)
+    validation = None
+    if experiment.data.validation is not None:
+        validation = open_source(
+            experiment, experiment.data.validation, "data.validation", evaluation_columns(experiment)
+        )
+
+    sample = TrainingSample(run)
+    reason, meter, skipped = "finished", _Meter(config.log_every), Counter[str]()
+    patience = config.early_stopping.patience if config.early_stopping else None
+    if patience is not None and progress.validations_since_best >= patience:
+        reason = "early_stopping"  # it had ended; a larger patience lets it go on
+    while reason == "finished" and progress.epoch < config.epochs and state.step < total_steps:
+        if config.reset_tables == "every_epoch" and progress.epoch > 0 and progress.next_batch == 0:
+            reset_tables(state, generation=progress.epoch)
+        reader = make_reader(run, data, progress)
+        steps_per_epoch = reader.num_batches
+        pin = state.device.type == "cuda"
+        bad = bad_rows(experiment.data, data.num_rows, parallel.world_size())
+        with closing(feed(reader, run.encoder, labels, experiment.data.sample_weight, pin=pin, bad=bad)) as fed:
+            for piece, batch in meter.waiting(fed):
+                result = train_step(state, batch.to(state.device), stop=stop_requested())
+                progress.next_batch += 1
+                progress.metric = None
+                if progress.next_batch == steps_per_epoch:
+                    progress.epoch, progress.next_batch = progress.epoch + 1, 0
+                meter.add(result, batch.num_rows)
+                if state.step % config.log_every == 0 or state.step == total_steps:
+                    yield meter.event(state, progress, batch, total_steps)
+                if state.nonfinite_in_a_row >= config.max_nonfinite_steps:
+                    saver.finish()
+                    raise _not_finite(state, run, [path for path, _ in reader.sources(piece)])
+                epoch_ended = progress.next_batch == 0
+                last = state.step >= total_steps or result.stop
+                stop_early = False
+                if (
+                    validation is not None
+                    and (not result.stop or state.step >= total_steps)
+                    and (_due(config.validate_every, state.step, epoch_ended) or last)
+                ):
+                    event = _validate(run, state, validation, progress)
+                    stop_early = _update_best(progress, event, config.early_stopping)
+                    yield event
+                    meter.restart()
+                every = config.checkpoint_every or config.validate_every
+                is_best = progress.metric is not None and progress.best_step == state.step
+                if _due(every, state.step, epoch_ended) or last or stop_early or is_best:
+                    folder = saver.save(
+                        state.tensors(),
+                        {"step": state.step, "metric": progress.metric, **_state(run, progress)},
+                        sample.files(state.model, state.device),
+                    )
+                    yield Saved(state.step, str(folder))
+                    meter.restart()
+                if result.stop:
+                    reason = "stopped"
+                elif stop_early:
+                    reason = "early_stopping"
+                elif config.max_steps and state.step >= config.max_steps:
+                    reason = "max_steps"
+                if reason != "finished" or last:
+                    break
+        skipped.update(bad.skipped if bad is not None else {})
+        if reason != "finished":
+            break
+    saver.finish()
+    parallel.barrier()
+    everywhere = sum(parallel.gather_objects(skipped) or [], Counter[str]())
+    yield Ended(state.step, reason, progress.best_step, progress.best_metric, dict(everywhere))
+
+
+def _due(every: int | None, step: int, epoch_ended: bool) -> bool:
+    return epoch_ended if every is None else step % every == 0
+
+
+def _state(run: Run, progress: Progress) -> dict[str, Any]:
+    """What `state.json` of a checkpoint says beside the step: the reader's position is epoch and next batch of every stream."""
+    return {
+        "progress": dataclasses.asdict(progress),
+        "world_size": parallel.world_size(),
+        "experiment": run.experiment.model_dump(mode="json"),
+        "versions": run.info["versions"],
+    }
+
+
+def _validate(run: Run, state: TrainState, dataset: Dataset, progress: Progress) -> Validation:
+    started = time.perf_counter()
+    metrics = evaluate(state.model, dataset, run.experiment, run.encoder, device=state.device)
+    metric = score_metric(run.experiment, state.model.objectives, metrics)
+    return Validation(state.step, progress.epoch, metrics, metric, time.perf_counter() - started)
+
+
+def _update_best(progress: Progress, event: Validation, early_stopping: Any) -> bool:
+    """Notes the newest metric; whether training should stop early."""
+    progress.metric = event.metric
+    min_gain = early_stopping.min_gain if early_stopping else 0.0
+    if event.metric is not None and (progress.best_metric is None or event.metric > progress.best_metric + min_gain):
+        progress.best_metric, progress.best_step, progress.validations_since_best = event.metric, event.step, 0
+        return False
+    progress.validations_since_best += 1
+    return early_stopping is not None and progress.validations_since_best >= early_stopping.patience
+
+
+class NotFiniteError(FloatingPointError, ValueError):
+    """Too many steps in a row without a finite gradient: the data or the rates are to be changed, a restart would not help."""
+
+
+def _not_finite(state: TrainState, run: Run, paths: Sequence[str]) -> NotFiniteError:
+    files = list(dict.fromkeys(paths))
+    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+    return NotFiniteError(
+        f"{state.nonfinite_in_a_row} steps in a row had a loss or gradient that is not finite (up to step {state.step}); they "
+        f"changed nothing. This worker's rows of the last one come from {', '.join(files[:3])}{more}: look at labels, weights "
+        f"and dense features there, or lower the learning rates. Checkpoints: {run.checkpoints}."
+    )
+
+
+class _Meter:
+    """Times and losses between two logged steps."""
+
+    def __init__(self, log_every: int) -> None:
+        self._log_every = log_every
+        self._nonfinite = 0
+        self.restart()
+
+    def restart(self) -> None:
+        self._started, self._waited, self._rows, self._results = time.perf_counter(), 0.0, 0, list[StepResult]()
+
+    def waiting(self, fed: Iterator[Fed]) -> Iterator[Fed]:
+        while True:
+            started = time.perf_counter()
+            item = next(fed, None)
+            if item is None:
+                return
+            self._waited += time.perf_counter() - started
+            yield item
+
+    def add(self, result: StepResult, rows: int) -> None:
+        self._rows += rows
+        self._nonfinite += not result.finite
+        self._results = [*self._results[-self._log_every + 1 :], result] if self._log_every > 1 else [result]
+
+    def event(self, state: TrainState, progress: Progress, batch: Batch, total_steps: int) -> Step:
+        """Losses are means over the steps since the last event in which the task had a label."""
+        seconds = max(1e-9, time.perf_counter() - self._started)
+        names = state.model.objectives.names
+        losses = torch.stack([r.losses_K for r in self._results]).double()
+        counted = torch.stack([r.counts_K > 0 for r in self._results]).double() * torch.isfinite(losses)
+        mean = (losses.nan_to_num() * counted).sum(0) / counted.sum(0).clamp(min=1)
+        rows = torch.tensor([float(self._rows)], device=state.device)
+        parallel.all_reduce_sum(rows)
+        event = Step(
+            step=state.step,
+            epoch=progress.epoch,
+            total_steps=total_steps,
+            losses=dict(zip(names, mean.tolist(), strict=True)),
+            weights=dict(zip(names, self._results[-1].weights_K.tolist(), strict=True)),
+            balancing=_balancing_scalars(state),
+            gates=gate_statistics(state, batch),
+            learning_rate=state.schedules.dense_learning_rate(state.step - 1),
+            rows_per_second=float(rows) / seconds,
+            data_wait=self._waited / seconds,
+            nonfinite_steps=self._nonfinite,
+        )
+        self.restart()
+        return event
+
+
+def _balancing_scalars(state: TrainState) -> dict[str, float]:
+    """What the balancer did; norms and cosines of gradients are named for where they were taken."""
+    found = {}
+    for name, value in state.balancer.describe().items():
+        what, _, whose = name.partition("/")
+        at = f"_at_{state.balancing.at}" if what in ("gradient_norm", "cosine") else ""
+        found[f"{what}{at}/{whose}"] = value
+    return found
+
+
+def gate_statistics(state: TrainState, batch: Batch) -> dict[str, float]:
+    """Of each gate on this batch: its mean weights, their entropy (nats) and how many experts get less than 1 % of the weight."""
+    with torch.no_grad():
+        x_BD = state.model.embeddings(batch.to(state.device))  # every rank: it is a collective
+        if not hasattr(state.model.dense.architecture, "gates"):
+            return {}
+        state.model.eval()
+        sums = {name: gate_BE.sum(0) for name, gate_BE in state.model.dense.gates(x_BD).items()}
+        state.model.train()
+    if not sums:
+        return {}
+    flat = torch.cat([*sums.values(), torch.tensor([float(batch.num_rows)], device=state.device)])
+    parallel.all_reduce_sum(flat)
+    shares = (flat[:-1] / flat[-1]).split([len(s) for s in sums.values()])
+    found: dict[str, float] = {}
+    for name, share_E in zip(sums, shares, strict=True):
+        found.update({f"{name}/expert{index}": float(value) for index, value in enumerate(share_E)})
+        found[f"{name}/entropy"] = float(-(share_E * share_E.clamp(min=1e-12).log()).sum())
+        found[f"{name}/dead_experts"] = float((share_E < 0.01).sum())
+    return found
+
+
+class Recorder:
+    """Writes the events of rank 0 to `log.jsonl` and TensorBoard; the newest validation also to `metrics.json`."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # half a second, on rank 0 only
+
+        self._folder = folder
+        self._log = (folder / "log.jsonl").open("a", encoding="utf-8")
+        self._board = SummaryWriter(folder / "tensorboard")
+
+    def __call__(self, event: Event) -> None:
+        line = {"event": type(event).__name__.lower(), "time": time.time(), **dataclasses.asdict(event)}
+        self._log.write(json.dumps(line) + "\n")
+        self._log.flush()
+        for name, value in _scalars(event):
+            self._board.add_scalar(name, value, event.step)
+        if isinstance(event, Validation):
+            checkpoint.write_atomically(self._folder / "metrics.json", json.dumps(event.metrics, indent=1))
+
+    def close(self) -> None:
+        self._log.close()
+        self._board.close()
+
+
+def _scalars(event: Event) -> Iterator[tuple[str, float]]:
+    if isinstance(event, Step):
+        for group in ("losses", "weights", "balancing", "gates"):
+            yield from ((f"{group}/{name}", value) for name, value in getattr(event, group).items())
+        yield from ((f"speed/{name}", getattr(event, name)) for name in ("rows_per_second", "data_wait"))
+        yield "learning_rate/dense", event.learning_rate
+    elif isinstance(event, Validation):
+        for task, metrics in event.metrics["tasks"].items():
+            yield from (
+                (f"validation/{task}/{name}", float(value)) for name, value in metrics.items() if value is not None
+            )

@@ -1,0 +1,83 @@
+"""YAML text -> a tree of plain values: doubled keys are errors, 1e-3 is a number, dates stay text, `${NAME}` is expanded."""
+
+import os
+import re
+from typing import Any
+
+import yaml
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 with two repairs: a key that stands twice is an error, and 1e-3 is a number."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: dict[Any, int] = {}
+    for key_node, _ in node.value:
+        key = key_node.value
+        if key in seen and key != "<<":
+            raise ValueError(
+                f"Line {key_node.start_mark.line + 1}: the key `{key}` stands twice in one mapping (first in line {seen[key]})."
+            )
+        seen[key] = key_node.start_mark.line + 1
+    loader.flatten_mapping(node)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)$"), list("-+0123456789")
+)
+# dates stay text: they are compared with partition values and written back as they came
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+
+
+def read_yaml(text: str, place: str) -> dict[str, Any]:
+    """A YAML mapping as plain values. Raises ValueError naming the file and the line.
+
+    >>> read_yaml("a: 1e-3", "x.yaml")
+    {'a': 0.001}
+    >>> read_yaml("a: {b: 1, b: 2}", "x.yaml")
+    Traceback (most recent call last):
+    ValueError: x.yaml: Line 1: the key `b` stands twice in one mapping (first in line 1).
+    """
+    try:
+        tree = yaml.load(text, Loader=_Loader)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{place}: {where}not readable as YAML: {getattr(error, 'problem', None) or error}.") from None
+    except RecursionError:
+        raise ValueError(f"{place}: the YAML is nested too deeply.") from None
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise ValueError(
+            f"{place}: should be a YAML mapping with the keys data, features, tasks, ... Found {type(tree).__name__}."
+        )
+    return tree
+
+
+def expand(value: Any, place: str) -> Any:
+    """A tree with `${NAME}` replaced by the environment variable, in every string. ValueError naming the YAML path if unset.
+
+    >>> expand({"a": ["x"]}, "")
+    {'a': ['x']}
+    """
+    if isinstance(value, dict):
+        return {key: expand(below, f"{place}.{key}" if place else str(key)) for key, below in value.items()}
+    if isinstance(value, list):
+        return [expand(below, f"{place}.{index}") for index, below in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def variable(match: re.Match[str]) -> str:
+        found = os.environ.get(match[1])
+        if found is None:
+            raise ValueError(f"`{place}` uses ${{{match[1]}}}, but the environment variable {match[1]} is not set.")
+        return found
+
+    return re.sub(r"\$\{(\w+)\}", variable, value)

@@ -1,0 +1,100 @@
+"""Scoring on a real local Ray cluster: several actors write what one process writes, and dead ones are replaced."""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+from runs import small_run, train_on
+
+import mtrec.jobs.score
+from mtrec.checkpoint import CheckpointError
+from mtrec.dataset import Source
+from mtrec.jobs.score import score_on_ray, scoring_workers
+from mtrec.launch import score_run
+from mtrec.run import Run, open_run
+from mtrec.scored_files import Asked, score_files
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = small_run(tmp_path_factory.mktemp("score-job"))
+    train_on(1, run)
+    return open_run(run.folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    yield
+    ray.shutdown()
+
+
+def asked(run: Run, out: Path, **options: Any) -> Asked:
+    return Asked(str(run.folder), Source(str(run.folder.parent / "log-4000")), str(out), batch_rows=100, **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.parquet"))}
+
+
+def test_two_actors_write_what_one_process_writes(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = score_run(asked(run, tmp_path / "here"), "auto", local=True)
+    monkeypatch.chdir(tmp_path)
+    there = score_run(asked(run, Path("there")), "2", local=False)  # relative: actors have another current folder
+    assert contents(tmp_path / "there") == contents(tmp_path / "here")
+    assert len(there["files"]) == 6
+    assert there["session"]["rows"] == 5_000
+    for each in (here, there):
+        del each["session"]
+    assert here == there
+
+
+def test_a_dead_actor_is_replaced(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dying(mtrec.jobs.score._Actor):
+        def score(self, index: int, piece: Any) -> Iterator[Any]:
+            if index == 3:
+                marker = tmp_path / "died"
+                if not marker.exists():
+                    marker.touch()
+                    os._exit(1)
+            yield from super().score(index, piece)
+
+    monkeypatch.setattr(mtrec.jobs.score, "_Actor", Dying)
+    manifest = score_files(asked(run, tmp_path / "out"), score_on_ray(2), workers=2)
+    assert (tmp_path / "died").exists()
+    assert manifest["complete"]
+    assert manifest["rows"] == 5_000
+    assert pq.read_table(tmp_path / "out").num_rows == 5_000
+
+
+def test_actors_that_always_die_end_the_job(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dying(mtrec.jobs.score._Actor):
+        def open(self) -> Any:
+            os._exit(1)
+
+    monkeypatch.setattr(mtrec.jobs.score, "_Actor", Dying)
+    monkeypatch.setattr(mtrec.jobs.score, "MAX_DEATHS", 1)
+    with pytest.raises(RuntimeError, match=r"2 scoring processes died, .* take fewer --workers"):
+        score_files(asked(run, tmp_path / "out"), score_on_ray(2), workers=2)
+
+
+def test_what_an_actor_refuses_is_the_error_itself(run: Run, tmp_path: Path) -> None:
+    changed = tmp_path / "run"
+    shutil.copytree(run.folder, changed)
+    sample = pq.read_table(changed / "sample.parquet")
+    backwards = sample.column(0).take(list(range(sample.num_rows))[::-1])
+    pq.write_table(sample.set_column(0, sample.column_names[0], backwards), changed / "sample.parquet")
+    with pytest.raises(CheckpointError, match="of a golden row differs"):
+        score_files(dataclasses.replace(asked(run, tmp_path / "out"), run=str(changed)), score_on_ray(1))
+
+
+def test_more_workers_than_the_cluster_has(run: Run) -> None:
+    assert scoring_workers(None) == 2
+    with pytest.raises(ValueError, match=r"--workers 3 needs 3 CPUs\. The Ray cluster has 2"):
+        scoring_workers(3)

@@ -1,0 +1,91 @@
+"""The command: names that others rely on, how fast it answers, and one whole round from log to evaluation."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from logs import experiment_tree, write_log
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from mtrec.cli import app
+
+NAMES = {
+    "train": {"experiment", "--output", "--workers", "--set", "--resume", "--warm-start", "--local"},
+    "check": {"experiment", "--set"},
+    "evaluate": {"run", "--data", "--by", "--json"},
+    "synth": {"out", "--rows", "--seed"},
+    "schema": set(),
+}
+
+
+@pytest.mark.parametrize("command", list(NAMES))
+def test_the_names_that_others_rely_on(command: str) -> None:
+    found = get_command(app).commands[command]  # type: ignore[attr-defined]
+    names = {option for parameter in found.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    assert names >= NAMES[command]
+
+
+def test_help_answers_without_torch() -> None:
+    code = (
+        "import sys\nsys.argv = ['mtrec', '--help']\nfrom mtrec.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'torchrec', 'ray', 'pyarrow', 'pydantic', 'numpy'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    started = time.monotonic()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "evaluate" in result.stdout
+    assert time.monotonic() - started < 5.0  # a hang, not a benchmark: 0.2 s on an idle machine
+
+
+def test_from_log_to_evaluation(tmp_path: Path) -> None:
+    write_log(tmp_path / "train", rows=2_000)
+    write_log(tmp_path / "validation", rows=800, seed=1)
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(experiment_tree(tmp_path / "train", tmp_path / "validation")))
+    run, metrics = tmp_path / "run", tmp_path / "metrics.json"
+
+    def mtrec(*arguments: str) -> str:
+        result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    output = mtrec("train", str(path), "--local", "--output", str(run), "--set", "training.epochs=2")
+    assert "ended at step 32" in output
+    validation = str(tmp_path / "validation")
+    mtrec("evaluate", str(run), "--data", validation, "--by", "item_id", "--json", str(metrics))
+    found = json.loads(metrics.read_text())
+    during = json.loads((run / "metrics.json").read_text())
+    assert found["rows"] == 800
+    assert {"click", "conversion", "dwell"} == set(found["tasks"])
+    for task, values in during["tasks"].items():
+        for name, value in values.items():
+            assert found["tasks"][task][name] == (None if value is None else pytest.approx(value, abs=1e-6)), (task, name)
+    segments = found["by"]["item_id"]
+    assert sum(segment["rows"] for segment in segments.values()) == 800
+    assert "tables" in mtrec("inspect", str(run))
+
+    again = CliRunner().invoke(app, ["train", str(path), "--local", "--output", str(run)])
+    assert "holds a run already. Add --resume" in str(again.exception)
+    other = CliRunner().invoke(app, ["train", str(path), "--local", "--output", str(run), "--resume", "--set", "seed=77"])
+    assert "--resume: `seed` differs" in str(other.exception)
+
+
+def test_a_mistake_ends_with_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "mtrec.cli", "check", str(tmp_path / "none.yaml")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "NO_COLOR": "1"},
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: There is no experiment file")
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,348 @@
+"""Comparisons: what is refused before anything runs; a small one from end to end, its numbers computed again from outside."""
+
+import csv
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from logs import experiment_tree, write_log
+from scipy import stats
+from sklearn.metrics import log_loss, mean_absolute_error, roc_auc_score
+from typer.testing import CliRunner
+
+from mtrec.cli import app
+from mtrec.compare.plan import Budget, Comparison, Plan, Search, dense_size, load_plan, matched, search_draws
+from mtrec.compare.results import Measured, finished_runs
+from mtrec.compare.runs import conduct, folder_of, gate_shares, make_folders, read_done, with_budget
+from mtrec.compare.whole import compare
+
+CPU = torch.device("cpu")
+
+
+def _tree(folder: Path) -> dict[str, Any]:
+    tree: dict[str, Any] = experiment_tree(folder / "train", folder / "validation")
+    tree["data"]["test"] = str(folder / "test")
+    tree["evaluation"] = {"group_by": "user_id"}
+    tree["optimizer"] = {"dense": {"learning_rate": 0.01}}
+    return tree
+
+
+def _file(folder: Path, base: dict[str, Any] | None = None, **changes: Any) -> Path:
+    """A comparison file beside its base experiment."""
+    (folder / "base.yaml").write_text(yaml.safe_dump(base or _tree(folder)))
+    comparison: dict[str, Any] = {
+        "base": "base.yaml",
+        "baseline": "mmoe",
+        "variants": {
+            "shared_bottom": {"set": {"model.architecture.kind": "shared_bottom"}},
+            "single_task": {"set": {"model.architecture.kind": "single_task"}},
+        },
+        "seeds": 2,
+        "match": "parameters",
+        "segment": "click",
+        **changes,
+    }
+    path = folder / "comparison.yaml"
+    path.write_text(yaml.safe_dump(comparison))
+    return path
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    write_log(folder / "train", rows=2_000)
+    write_log(folder / "validation", rows=500, seed=1)
+    write_log(folder / "test", rows=800, seed=2)
+    return folder
+
+
+def _conduct_here(folder: Path, names: Sequence[str]) -> None:
+    for name in names:
+        conduct(folder_of(folder, name), CPU)
+
+
+@pytest.fixture(scope="module")
+def whole(log: Path) -> tuple[Plan, Path, dict[str, Any]]:
+    """A finished comparison: plan, folder, results."""
+    plan = load_plan(_file(log))
+    folder = log / "out"
+    return plan, folder, compare(plan, folder, resume=False, conduct_all=_conduct_here)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"variants": {"ple": {"set": {"model.architecture.num_expert": 3}}}},
+            r"`variants\.ple\.set`: `model\.architecture\.num_expert` is not a known key\. Did you mean 'num_experts'\?",
+        ),
+        (
+            {"variants": {"ple": {"set": {"model.architecture.kind": "pel"}}}},
+            r"`variants\.ple\.set`: `model\.architecture\.kind` should be one of .* Did you mean 'ple'\?",
+        ),
+        (
+            {"variants": {"same": {"set": {"model.architecture.num_experts": 3}}}},
+            r"`variants\.same\.set` should change something\. Found a variant equal to the base",
+        ),
+        ({"variants": {"same": {}}}, r"`variants\.same\.set` should change something"),
+        (
+            {"variants": {"a": {"set": {"model.tower_layers": [4]}}, "b": {"set": {"model.tower_layers": [4]}}}},
+            r"`variants\.b\.set` .* equal to the variant 'a'",
+        ),
+        ({"variants": {"a": {"set": {"seed": 4}}}}, r"`variants\.a\.set` should leave `seed` as it is"),
+        ({"variants": {"a": {"set": {"data": {"train": "x"}}}}}, r"`variants\.a\.set` should leave `data\.test` as it is"),
+        ({"variants": {"mmoe": {"set": {"model.tower_layers": [4]}}}}, r"`variants\.mmoe` should be a name of its own"),
+        ({"variants": {"a/b": {"set": {"model.tower_layers": [4]}}}}, r"`variants\.a/b` should be a name"),
+        ({"seeds": 1}, r"`seeds` should be at least 2 different numbers .* Found 1\."),
+        ({"seeds": [3]}, r"`seeds` should be at least 2"),
+        ({"seeds": [3, 3]}, r"`seeds` should be at least 2 different"),
+        ({"primary": {"click": "auk"}}, r"`primary\.click` should be a metric of the task \(auc, .*Did you mean 'auc'\?"),
+        ({"primary": {"clicks": "auc"}}, r"`primary` should name tasks \(click, .*Did you mean 'click'\?"),
+        ({"segment": "nowhere"}, r"data\.test.*'nowhere'"),
+        ({"variant": {}}, r"`variant` is not a known key\. Did you mean 'variants'\?"),
+        ({"budget": {"steps": 5, "rows": 3}}, r"`budget` should be one of steps, seconds or rows\. Found steps, rows\."),
+        ({"single_task": "shared_botom"}, r"`single_task` should name a variant .*Did you mean 'shared_bottom'\?"),
+        ({"set": {"data.test": None}}, r"`data\.test` of the base should name the files"),
+        ({"set": {"data.test": "nowhere.parquet"}}, r"nowhere\.parquet"),
+        (
+            {"search": {"trials": 2, "space": {"optimizer.dense.lr": [1e-3, 1e-2]}}},
+            r"`search\.space \(variant mmoe\)`: `optimizer\.dense\.lr` is not a known key",
+        ),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(log: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    before = sorted(tmp_path.iterdir())
+    base = _tree(log)
+    with pytest.raises(ValueError, match=message):
+        load_plan(_file(tmp_path, base, **changes))
+    assert sorted(path.name for path in tmp_path.iterdir() if path not in before) == ["base.yaml", "comparison.yaml"]
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    found = CliRunner().invoke(app, ["compare", str(tmp_path / "nothing.yaml")])
+    assert isinstance(found.exception, ValueError)
+    assert "There is no comparison file" in str(found.exception)
+
+
+def test_every_run_is_there_and_widths_are_matched(whole: tuple[Plan, Path, dict[str, Any]]) -> None:
+    plan, folder, results = whole
+    assert plan.primary == {"click": "auc", "conversion": "auc", "dwell": "xauc"}
+    assert {name: sorted(runs) for name, runs in finished_runs(plan, folder).items()} == {
+        "mmoe": [0, 1],
+        "shared_bottom": [0, 1],
+        "single_task": [0, 1],
+        "mmoe again": [1000, 1001],
+    }
+    sizes = {name: each["size"]["parameters"] for name, each in results["variants"].items()}
+    assert max(sizes.values()) / min(sizes.values()) < 1.05
+    assert results["variants"]["shared_bottom"]["size"]["matched"]["from"] == [16, 8]
+    assert results["variants"]["mmoe"]["size"]["matched"] is None
+    done = read_done(folder, "shared_bottom/seed-1")
+    assert done["dense_parameters"] == sizes["shared_bottom"]
+    assert done["steps"] == 16  # 2,000 rows in batches of 128
+    assert done["test_rows"] == 800
+    assert done["peak_memory_bytes"] > 1e7
+    assert {"auc", "gauc", "log_loss"} <= set(results["variants"]["mmoe"]["metrics"]["click"])
+    assert len(results["variants"]["mmoe"]["curves"]["validation"]["click"]["mean"]) == 8
+    assert list(results["variants"]["mmoe"]["gates"]) == ["click", "conversion", "dwell"]
+    assert results["variants"]["shared_bottom"]["gates"] == {}
+
+
+def test_numbers_are_those_of_scikit_learn_on_the_saved_predictions(whole: tuple[Plan, Path, dict[str, Any]]) -> None:
+    _, folder, results = whole
+    tables = {seed: pq.read_table(folder / "runs" / "single_task" / f"seed-{seed}" / "predictions.parquet") for seed in (0, 1)}
+    metrics = results["variants"]["single_task"]["metrics"]
+    for seed, table in tables.items():
+        click, conversion, dwell = (table[f"label/{task}"].to_numpy() for task in ("click", "conversion", "dwell"))
+        joint = click * conversion  # a conversion given the click; every label is observed in this log, but dwell
+        found = {task: {name: each["by_seed"][str(seed)] for name, each in by.items()} for task, by in metrics.items()}
+        p_click, p_joint = (table[name].to_numpy().astype(np.float64) for name in ("p_click", "p_conversion_and_click"))
+        assert found["click"]["auc"] == pytest.approx(roc_auc_score(click, p_click), abs=1e-12)
+        assert found["click"]["log_loss"] == pytest.approx(log_loss(click, p_click), abs=1e-12)
+        assert found["conversion"]["auc"] == pytest.approx(roc_auc_score(joint, p_joint), abs=1e-12)
+        clicked = click == 1
+        conditional = roc_auc_score(conversion[clicked], table["p_conversion"].to_numpy()[clicked])
+        assert found["conversion"]["auc_given"] == pytest.approx(conditional, abs=1e-12)
+        seconds = np.where(clicked, dwell, 0.0)
+        expected = table["dwell_seconds_expected"].to_numpy().astype(np.float64)
+        assert found["dwell"]["mae"] == pytest.approx(mean_absolute_error(seconds, expected), abs=1e-9)
+        # XAUC is Kendall's tau with ties in the labels left out: concordant pairs among those with different labels
+        pairs = np.sign(seconds[:, None] - seconds[None, :])
+        order = np.sign(expected[:, None] - expected[None, :])
+        share = ((pairs * order > 0).sum() + 0.5 * ((pairs != 0) & (order == 0)).sum()) / (pairs != 0).sum()
+        assert found["dwell"]["xauc"] == pytest.approx(share, abs=1e-12)
+    rows = {(r["variant"], r["task"], r["metric"]): r for r in results["differences"]}
+    row = rows["single_task", "click", "auc"]
+    base = [
+        roc_auc_score(t["label/click"], t["p_click"])
+        for t in (pq.read_table(folder / "runs" / "mmoe" / f"seed-{s}" / "predictions.parquet") for s in (0, 1))
+    ]
+    mine = [roc_auc_score(t["label/click"], t["p_click"]) for t in tables.values()]
+    assert row["value"] == pytest.approx(np.mean(mine) - np.mean(base), abs=1e-12)
+    assert row["variance_seeds"] == pytest.approx(np.var(np.subtract(mine, base), ddof=1) / 2, abs=1e-12)
+    error = np.sqrt(row["variance_users"] + row["variance_seeds"])
+    parts = [(row["variance_users"], row["degrees_users"]), (row["variance_seeds"], row["degrees_seeds"])]
+    degrees = error**4 / sum(variance**2 / free for variance, free in parts)
+    assert row["high"] - row["value"] == pytest.approx(stats.t.ppf(0.975, degrees) * error, rel=1e-9)
+    assert row["num_users"] == len(np.unique(tables[0]["user"]))
+
+
+def test_holm_is_over_variants_and_primary_metrics_without_the_again_row(whole: tuple[Plan, Path, dict[str, Any]]) -> None:
+    _, _, results = whole
+    primary = [row for row in results["differences"] if row["primary"]]
+    assert len(primary) == 3 * 3
+    counted = sorted((row["p_value"], row["adjusted_p"]) for row in primary if row["variant"] != "mmoe again")
+    expected = np.minimum(np.maximum.accumulate([p * (6 - index) for index, (p, _) in enumerate(counted)]), 1.0)
+    assert [adjusted for _, adjusted in counted] == pytest.approx(expected)
+    assert all(row["adjusted_p"] == row["p_value"] for row in primary if row["variant"] == "mmoe again")
+    assert all(row["adjusted_p"] is None for row in results["differences"] if not row["primary"])
+    assert all(re.match(rf"{row['variant']} against mmoe, {row['task']}: ", row["verdict"]) for row in primary)
+
+
+def test_segments_are_the_rows_of_their_value(whole: tuple[Plan, Path, dict[str, Any]]) -> None:
+    plan, folder, results = whole
+    table = pq.read_table(folder / "runs" / "mmoe" / "seed-0" / "predictions.parquet")
+    counts = {row["segment"]: row["rows"] for row in results["segments"]}
+    assert counts == {"1": int(np.sum(table["label/click"].to_numpy() == 1))}  # without a click there is nothing to order
+    measured = Measured(folder, finished_runs(plan, folder), plan.experiments["mmoe"])
+    keep = np.array([each == "1" for each in measured.segment or []])
+    label = measured.label("conversion", given=False)[keep]
+    values = [roc_auc_score(label, each["p_conversion_and_click"].to_numpy()[keep]) for each in measured.tables["mmoe"].values()]
+    row = next(row for row in results["segments"] if (row["segment"], row["task"]) == ("1", "conversion"))
+    assert row["baseline"] == pytest.approx(np.mean(values), abs=1e-12)
+    assert not [row for row in results["segments"] if row["task"] == "click"]  # one label only in each segment
+
+
+def test_files_hold_the_results_and_the_page_needs_no_network(whole: tuple[Plan, Path, dict[str, Any]]) -> None:
+    _, folder, results = whole
+    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
+    with (folder / "results.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    row = next(r for r in rows if (r["variant"], r["task"], r["metric"]) == ("single_task", "click", "auc"))
+    assert float(row["metric_value"]) == results["variants"]["single_task"]["metrics"]["click"]["auc"]["value"]
+    page = (folder / "report.html").read_text()
+    assert page.count("plotly.js v") == 1
+    outside = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    assert not re.findall(r"(?:src|href)=[\"'](?!data:)", outside)
+    assert not re.findall(r"@import|url\(", outside)
+    for heading in ("Paired differences", "Where the variance comes from", "Gates", "Calibration", "Cost against quality"):
+        assert f"<h2>{heading}</h2>" in outside
+    assert "no difference" in outside
+
+
+def test_resume_makes_only_what_is_missing(whole: tuple[Plan, Path, dict[str, Any]], log: Path) -> None:
+    plan, folder, results = whole
+    with pytest.raises(ValueError, match=r"holds a comparison already\. Add --resume"):
+        compare(plan, folder, resume=False, conduct_all=_conduct_here)
+    lost = folder / "runs" / "shared_bottom" / "seed-1"
+    (lost / "done.json").unlink()
+    (lost / "predictions.parquet").unlink()
+    asked: list[str] = []
+
+    def note(folder: Path, names: Sequence[str]) -> None:
+        asked.extend(names)
+        _conduct_here(folder, names)
+
+    again = compare(plan, folder, resume=True, conduct_all=note)
+    assert asked == ["shared_bottom/seed-1"]
+    assert again["differences"] == results["differences"]  # it was trained; only the predictions were made again
+    other = load_plan(
+        _file(log, variants={"shared_bottom": {"set": {"model.architecture": {"kind": "shared_bottom", "dropout": 0.1}}}})
+    )
+    with pytest.raises(ValueError, match=r"made from another experiment than the comparison now describes for 'shared_bottom'"):
+        compare(other, folder, resume=True, conduct_all=note)
+    assert asked == ["shared_bottom/seed-1"]
+
+
+def test_the_report_is_made_again_from_the_files_and_for_one_run(
+    whole: tuple[Plan, Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    _, folder, _ = whole
+    before = (folder / "results.json").read_text()
+    assert CliRunner().invoke(app, ["report", str(folder)]).exit_code == 0
+    assert (folder / "results.json").read_text() == before
+    page = tmp_path / "run.html"
+    assert CliRunner().invoke(app, ["report", str(folder / "runs" / "mmoe" / "seed-0"), "--output", str(page)]).exit_code == 0
+    assert "<h2>Metrics on the validation rows</h2>" in page.read_text()
+
+
+def test_budget_and_search(log: Path, tmp_path: Path) -> None:
+    search = {"trials": 2, "space": {"optimizer.dense.learning_rate": {"low": 1e-5, "high": 1e-2}}}
+    variants = {"single_task": {"set": {"model.architecture.kind": "single_task"}}}
+    plan = load_plan(
+        _file(tmp_path, _tree(log), variants=variants, budget={"rows": 1_300}, search=search, match="none", segment=None)
+    )
+    results = compare(plan, tmp_path / "out", resume=False, conduct_all=_conduct_here)
+    for name in ("mmoe", "single_task"):
+        fair = results["variants"][name]["search"]
+        assert fair["chosen"]["optimizer.dense.learning_rate"] > 1e-4  # after ten steps, the larger rate is better
+        assert [each["metric"] is not None for each in fair["tried"]] == [True, True]
+        assert {run["steps"] for run in results["variants"][name]["runs"].values()} == {10}
+        done = yaml.safe_load((tmp_path / "out" / "runs" / name / "seed-1" / "experiment.yaml").read_text())
+        assert done["optimizer"]["dense"]["learning_rate"] == fair["chosen"]["optimizer.dense.learning_rate"]
+        assert not (
+            tmp_path / "out" / "runs" / name / "trial-0" / "predictions.parquet"
+        ).exists()  # the test is read once, at the end
+
+
+def test_steps_of_a_budget_are_spread_over_epochs(log: Path, tmp_path: Path) -> None:
+    plan = load_plan(_file(tmp_path, _tree(log), budget={"steps": 40}))
+    training = with_budget(plan, plan.experiments["mmoe"], rows=2_000).training
+    assert (training.max_steps, training.epochs, training.validate_every) == (40, 3, 5)
+
+
+def test_matching_reaches_the_target(log: Path, tmp_path: Path) -> None:
+    plan = load_plan(_file(tmp_path, _tree(log)))
+    for what, target in (("parameters", 20_000), ("flops", 60_000)):
+        made, done = matched(plan.experiments["single_task"], 26, what, target)
+        assert done["size"] == dense_size(made, 26)[what]
+        assert abs(done["size"] - target) < 0.05 * target
+
+
+def test_draws_cover_a_list_and_a_range() -> None:
+    search = Search.model_validate({"trials": 4, "space": {"a": [1, 2, 3, 4], "b": {"low": 0, "high": 1, "log": False}}})
+    draws = search_draws(search)
+    assert sorted(each["a"] for each in draws) == [1, 2, 3, 4]
+    assert sorted(int(4 * each["b"]) for each in draws) == [0, 1, 2, 3]
+    assert search_draws(search) == draws
+
+
+def test_a_run_cut_short_while_its_folder_was_made_is_made_again(log: Path, tmp_path: Path) -> None:
+    from mtrec.compare.runs import Spec
+
+    plan = load_plan(_file(tmp_path, _tree(log)))
+    spec = Spec("mmoe/seed-0", "mmoe", 0, plan.experiments["mmoe"])
+    place = folder_of(tmp_path / "out", spec.name)
+    (place / "encoder").mkdir(parents=True)
+    assert make_folders(plan, tmp_path / "out", [spec]) == ["mmoe/seed-0"]
+    assert (place / "run.json").is_file()
+
+
+def test_gate_shares_are_read_from_the_log() -> None:
+    gates = {"click/expert1": 0.3, "click/expert0": 0.7, "click/entropy": 0.6}
+    events = [{"event": "step", "step": 5, "gates": gates}, {"event": "ended", "step": 5}]
+    assert gate_shares(events) == {"click": {"steps": [5], "shares": [[0.7, 0.3]]}}
+
+
+def test_a_budget_of_seconds_ends_in_time(log: Path, tmp_path: Path) -> None:
+    base = _tree(log)
+    base["training"]["epochs"] = 1_000
+    plan = load_plan(_file(tmp_path, base, budget={"seconds": 0.5}))
+    assert isinstance(plan.comparison, Comparison)
+    assert plan.comparison.budget == Budget(seconds=0.5)
+    from mtrec.compare.runs import Spec
+
+    spec = Spec("mmoe/seed-0", "mmoe", 0, plan.experiments["mmoe"])
+    make_folders(plan, tmp_path / "out", [spec])
+    _conduct_here(tmp_path / "out", [spec.name])
+    done = read_done(tmp_path / "out", spec.name)
+    assert done["reason"] == "stopped"
+    assert 1 <= done["steps"] < 16_000
+    assert done["train_seconds"] < 5

@@ -1,0 +1,170 @@
+"""The experiment file: what is accepted, and what each mistake is told."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtrec.config import apply_overrides, json_schema, load_experiment, parse_experiment, to_yaml
+from mtrec.yaml_tree import read_yaml
+
+BASE = {
+    "data": {"train": "train.parquet", "validation": {"path": "val.parquet", "where": "tab == 1"}},
+    "features": {"user_id": {"kind": "categorical"}, "age": {"kind": "dense"}},
+    "tasks": {
+        "click": {"kind": "binary"},
+        "conversion": {"kind": "binary", "given": "click", "space": "entire"},
+        "dwell": {"kind": "dwell", "label": "dwell_ms", "unit": "milliseconds", "loss": "log_mse"},
+    },
+}
+
+
+def with_overrides(*overrides: str) -> dict[str, object]:
+    return apply_overrides(BASE, overrides)
+
+
+def test_short_forms_and_defaults() -> None:
+    experiment = parse_experiment(with_overrides("model.architecture=shared_bottom"))
+    assert experiment.data.train.path == "train.parquet"
+    assert experiment.data.validation is not None
+    assert experiment.data.validation.where == "tab == 1"
+    assert experiment.model.architecture.kind == "shared_bottom"
+    assert experiment.label_column("click") == "click"
+    assert experiment.label_column("dwell") == "dwell_ms"
+    assert experiment.optimizer.tables.learning_rate == 0.1
+
+
+def test_what_is_stored_is_read_back_the_same() -> None:
+    experiment = parse_experiment(with_overrides("model.architecture.kind=ple", "balancing=famo", "seed=3"))
+    assert parse_experiment(read_yaml(to_yaml(experiment), "stored")) == experiment
+
+
+def test_another_kind_keeps_the_options_that_it_has_too() -> None:
+    tree = with_overrides("model.architecture.num_experts=8", "model.architecture.expert_layers=[32]")
+    changed = parse_experiment(apply_overrides(tree, ["model.architecture.kind=shared_bottom"]))
+    assert changed.model.architecture.options == {"expert_layers": [32]}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["modle.dropout=0.1"], "`modle` is not a known key. Did you mean 'model'?"),
+        (["model.droput=0.1"], "`model.droput` is not a known key. Did you mean 'dropout'?"),
+        (["training.epochs=two"], "`training.epochs` should be a valid integer"),
+        (["training.epochs=0"], "`training.epochs` should be greater than or equal to 1. Found 0."),
+        (["model.architecture.num_expert=3"], "Did you mean 'num_experts'?"),
+        (
+            ["model.architecture.num_experts=-3"],
+            "`model.architecture.num_experts` should be greater than or equal to 1. Found -3.",
+        ),
+        (["model.architecture.kind=mmoo"], "`model.architecture.kind` should be one of"),
+        (["model.architecture.kind=nowhere:Net"], "there is no module 'nowhere'"),
+        (["features.user_id.num_embeddings=0"], "`features.user_id.num_embeddings"),
+        (["features.user_id.encodng=hash"], "`features.user_id.encodng` is not a known key. Did you mean 'encoding'?"),
+        (["tasks.click.gven=x"], "`tasks.click.gven` is not a known key. Did you mean 'given'?"),
+        (["tasks.dwell.unit=hours"], "`tasks.dwell.unit` should be"),
+        (["data.train=null"], "`data.train`"),
+        (
+            ["data.batch_size=500", "data.num_streams=8"],
+            "`data.batch_size` should be a multiple of data.num_streams (8). Found 500.",
+        ),
+        (["balancing.kind=unknown"], "`balancing.kind` should be one of"),
+        (["balancing.evry=3"], "`balancing.evry` is not a known key. Did you mean 'every'?"),
+        (["data.train=${NOT_SET_ANYWHERE}/x"], "the environment variable NOT_SET_ANYWHERE is not set"),
+        (["training.best_metric=7"], "`training.best_metric"),
+        (["seed"], "--set should be key.path=value"),
+        (["seed.x=1"], "--set seed.x=1: `seed` holds 1, not a mapping"),
+    ],
+)
+def test_mistakes_name_the_path(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        parse_experiment(apply_overrides({**BASE, "seed": 1}, overrides))
+    assert message in str(caught.value)
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    with pytest.raises(ValueError, match=r"features\.age\.clp") as caught:
+        parse_experiment(with_overrides("features.age.clp=3", "model.architecture.kind=mmoo"))
+    assert "mmoo" in str(caught.value)
+
+
+def test_a_feature_named_twice_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("data: {train: x}\nfeatures:\n  user: {kind: categorical}\n  user: {kind: dense}\ntasks: {}\n")
+    with pytest.raises(ValueError, match="Line 4: the key `user` stands twice"):
+        load_experiment(path)
+
+
+def test_relative_paths_are_of_the_current_folder_and_hold_on_every_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "relative.yaml").write_text(yaml.safe_dump(BASE))
+    monkeypatch.chdir(tmp_path)
+    data = load_experiment("relative.yaml", ["data.test=s3://bucket/part-*.parquet"]).data
+    assert data.train.path == str(tmp_path / "train.parquet")
+    assert data.validation is not None
+    assert data.validation.path == str(tmp_path / "val.parquet")
+    assert data.test is not None
+    assert data.test.path == "s3://bucket/part-*.parquet"
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="There is no experiment file"):
+        load_experiment(tmp_path / "none.yaml")
+
+
+def test_the_schema_accepts_the_recipes_and_refuses_a_typo() -> None:
+    schema = json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    for path in Path(__file__).parents[1].glob("pipelines/*/*.yaml"):
+        tree = yaml.safe_load(path.read_text())
+        if "features" in tree:
+            jsonschema.validate(tree, schema)
+    wrong = json.loads(json.dumps(BASE))
+    wrong["features"]["age"]["transfrom"] = "log1p"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(wrong, schema)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=200))
+def test_any_text_gives_a_config_or_a_readable_error(text: str) -> None:
+    try:
+        parse_experiment(read_yaml(text, "fuzz.yaml"))
+    except ValueError as error:
+        assert len(str(error)) > 10  # noqa: PT017
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+trees = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3))
+KEYS = [
+    "data",
+    "features",
+    "tasks",
+    "model",
+    "balancing",
+    "training",
+    "data.train",
+    "model.architecture",
+    "tasks.click",
+    "features.age",
+]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(KEYS), trees)
+def test_any_value_at_any_key_gives_a_config_or_a_readable_error(key: str, value: object) -> None:
+    tree = json.loads(json.dumps(BASE))
+    node = tree
+    *path, last = key.split(".")
+    for part in path:
+        node = node.setdefault(part, {})
+    node[last] = value
+    try:
+        parse_experiment(tree)
+    except ValueError as error:
+        assert len(str(error)) > 10  # noqa: PT017

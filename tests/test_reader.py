@@ -1,0 +1,387 @@
+"""The reader: every row once an epoch, the same batches for every number of workers, exact positions, clean ends."""
+
+import collections
+import os
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtrec.dataset import Dataset, Source, open_dataset
+from mtrec.files import ChangedFile
+from mtrec.reader import Piece, Reader, Row, permutation, plan_streams, plan_windows
+
+COLUMNS = ["row", "text", "tags", "number"]
+
+
+def write_files(folder: Path, sizes: list[list[int]]) -> Dataset:
+    """One file for each list, with row groups of the given sizes; `row` counts on over all of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 0
+    for index, groups in enumerate(sizes):
+        schema = pa.schema(
+            [("row", pa.int64()), ("text", pa.string()), ("tags", pa.list_(pa.int64())), ("number", pa.float32())]
+        )
+        with pq.ParquetWriter(folder / f"{index:02}.parquet", schema) as writer:
+            for size in groups:
+                rows = range(number, number + size)
+                values = {
+                    "row": [2**60 + row for row in rows],
+                    "text": [None if row % 5 == 0 else f"t{row}" for row in rows],
+                    "tags": [None if row % 7 == 0 else [row] * (row % 4) for row in rows],
+                    "number": [None if row % 3 == 0 else row / 2 for row in rows],
+                }
+                writer.write_table(pa.table(values, schema=schema))
+                number += size
+    return open_dataset(Source(str(folder)), COLUMNS, place="data.train")
+
+
+def rows(piece: Piece) -> list[int]:
+    return [row - 2**60 for row in piece.record_batch["row"].to_pylist()]
+
+
+def streams_of(piece: Piece) -> list[list[int]]:
+    """The rows of each owned stream."""
+    found, start, all_rows = [], 0, rows(piece)
+    for count in piece.stream_rows:
+        found.append(all_rows[start : start + count])
+        start += count
+    assert start == len(all_rows)
+    return found
+
+
+def global_batches(dataset: Dataset, world_size: int, **options: object) -> list[list[list[int]]]:
+    """For each global batch the rows of each of the V streams, put together from all ranks."""
+    ranks = [list(Reader(dataset, COLUMNS, rank=r, world_size=world_size, **options)) for r in range(world_size)]
+    assert len({len(pieces) for pieces in ranks}) == 1
+    return [[stream for pieces in ranks for stream in streams_of(pieces[i])] for i in range(len(ranks[0]))]
+
+
+def flat(batches: list[list[list[int]]]) -> list[int]:
+    return [row for batch in batches for stream in batch for row in stream]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=5), min_size=1, max_size=4).filter(
+        lambda files: sum(map(sum, files)) > 0
+    ),
+    num_streams=st.sampled_from([1, 3, 8]),
+    piece_rows=st.integers(1, 9),
+    shuffle_window=st.integers(1, 30),
+    shuffle=st.booleans(),
+    seed=st.integers(0, 2**63),
+    num_threads=st.integers(1, 3),
+)
+def test_every_row_once_whole_and_locatable(
+    tmp_path_factory: pytest.TempPathFactory,
+    sizes: list[list[int]],
+    num_streams: int,
+    piece_rows: int,
+    shuffle_window: int,
+    shuffle: bool,
+    seed: int,
+    num_threads: int,
+) -> None:
+    dataset = write_files(tmp_path_factory.mktemp("rows") / "x", sizes)
+    total = sum(map(sum, sizes))
+    reader = Reader(
+        dataset,
+        COLUMNS,
+        batch_size=piece_rows * num_streams,
+        num_streams=num_streams,
+        shuffle=shuffle,
+        shuffle_window=shuffle_window,
+        seed=seed,
+        num_threads=num_threads,
+    )
+    seen: list[int] = []
+    for number, piece in enumerate(reader):
+        assert piece.index == number
+        found = piece.record_batch.to_pylist()
+        for place, values in enumerate(found):
+            row = values["row"] - 2**60
+            assert values == {
+                "row": row + 2**60,
+                "text": None if row % 5 == 0 else f"t{row}",
+                "tags": None if row % 7 == 0 else [row] * (row % 4),
+                "number": None if row % 3 == 0 else row / 2,
+            }
+            located = reader.locate(piece, place)
+            assert (located.path, located.row_group) in reader.sources(piece)
+            seen.append(row)
+            assert _row_at(dataset, sizes, located) == row
+    assert number + 1 == reader.num_batches
+    assert sorted(seen) == list(range(total))
+
+
+def _row_at(dataset: Dataset, sizes: list[list[int]], located: Row) -> int:
+    file = [file.path for file in dataset.files].index(located.path)
+    return sum(map(sum, sizes[:file])) + sum(sizes[file][: located.row_group]) + located.row
+
+
+SIZES = [[100, 0, 37], [1, 250], [64, 64, 64, 64], [3]]
+
+
+@pytest.mark.parametrize("condition", [None, "row >= 1152921504606847046 and number is not null"])
+def test_the_same_global_batches_for_any_number_of_workers(tmp_path: Path, condition: str | None) -> None:
+    write_files(tmp_path / "x", SIZES)
+    dataset = open_dataset(Source(str(tmp_path / "x"), where=condition), COLUMNS, place="data.train")
+    options = {"batch_size": 64, "num_streams": 8, "shuffle_window": 40, "seed": 3}
+    alone = global_batches(dataset, 1, **options)
+    wanted = [row for row in range(647) if condition is None or (row >= 70 and row % 3)]
+    assert sorted(flat(alone)) == wanted
+    for world_size in (2, 3, 5, 8):
+        assert global_batches(dataset, world_size, **options) == alone
+
+
+def test_batches_are_of_one_size_and_streams_differ_by_one_row(tmp_path: Path) -> None:
+    dataset = write_files(tmp_path, SIZES)
+    batches = global_batches(dataset, 3, batch_size=64, num_streams=8, shuffle_window=40)
+    assert [sum(map(len, batch)) for batch in batches] == [64] * 10 + [7]
+    assert {len(stream) for batch in batches[:-1] for stream in batch} == {8}
+    assert {len(stream) for stream in batches[-1]} == {0, 1}
+
+
+def test_fewer_rows_than_streams_and_ranks_without_rows(tmp_path: Path) -> None:
+    dataset = write_files(tmp_path, [[2], [1]])
+    batches = global_batches(dataset, 8, batch_size=16, num_streams=8)
+    assert sorted(flat(batches)) == [0, 1, 2]
+    pieces = list(Reader(dataset, COLUMNS, batch_size=16, num_streams=8, rank=0, world_size=8))
+    assert [piece.record_batch.num_rows for piece in pieces] == [0]
+    assert pieces[0].record_batch.schema == dataset.schema
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("shuffle_window", [16, 40, 10_000])
+def test_start_batch_equals_skipping(tmp_path: Path, world_size: int, shuffle_window: int) -> None:
+    dataset = write_files(tmp_path, SIZES)
+    options = {"batch_size": 48, "num_streams": 8, "shuffle_window": shuffle_window, "epoch": 2}
+    whole = global_batches(dataset, world_size, **options)
+    for start in (1, 5, len(whole) - 1, len(whole)):
+        assert global_batches(dataset, world_size, start_batch=start, **options) == whole[start:]
+    assert next(iter(Reader(dataset, COLUMNS, start_batch=5, **options))).index == 5
+
+
+def test_epochs_and_seeds_differ_and_repeat(tmp_path: Path) -> None:
+    dataset = write_files(tmp_path, SIZES)
+
+    def order(seed: int, epoch: int) -> list[int]:
+        return flat(global_batches(dataset, 1, batch_size=64, shuffle_window=40, seed=seed, epoch=epoch))
+
+    assert order(0, 0) == order(0, 0)
+    orders = [order(0, 0), order(0, 1), order(1, 0), order(1, 1)]
+    assert len({tuple(found) for found in orders}) == 4
+    assert len({tuple(sorted(found)) for found in orders}) == 1
+
+
+def test_without_shuffle_files_keep_their_order_in_each_stream(tmp_path: Path) -> None:
+    dataset = write_files(tmp_path, SIZES)
+    alone = global_batches(dataset, 1, batch_size=50, num_streams=1, shuffle=False)
+    assert flat(alone) == list(range(647))
+    batches = global_batches(dataset, 1, batch_size=64, num_streams=8, shuffle=False, shuffle_window=16)
+    for stream in range(8):
+        found = [row for batch in batches for row in batch[stream]]
+        assert found == sorted(found)
+
+
+def test_rows_are_mixed_evenly_inside_windows(tmp_path: Path) -> None:
+    # a row group of 4,000 rows is one window: the first piece's rows come from all of it
+    dataset = write_files(tmp_path, [[4_000]])
+    first = next(iter(Reader(dataset, COLUMNS, batch_size=1_000, num_streams=1, shuffle_window=4_000)))
+    counts = np.histogram(rows(first), bins=8, range=(0, 4_000))[0]
+    assert counts.min() > 90  # 125 expected, standard deviation 9
+    assert counts.max() < 160
+    # and a batch holds rows of 8 row groups
+    dataset = write_files(tmp_path / "groups", [[100] * 16])
+    batches = global_batches(dataset, 1, batch_size=80, num_streams=8, shuffle_window=100)
+    assert all(len({row // 100 for stream in batch for row in stream}) == 8 for batch in batches)
+
+
+def test_permutation_is_one_and_depends_on_the_whole_key() -> None:
+    for size in (0, 1, 2, 3, 1000, 16_384):
+        assert sorted(permutation(size, 5, size)) == list(range(size))
+    keys = [(0,), (1,), (0, 1), (1, 0, 0, 0, 1), (0, 0, 0, 0, 1), (2**63,)]
+    assert len({tuple(permutation(50, *key)) for key in keys}) == len(keys)
+    # every row is equally likely at every place: chi-squared over 5 x 5 cells, 16 degrees of freedom
+    counts = collections.Counter((i, int(v)) for draw in range(5_000) for i, v in enumerate(permutation(5, draw)))
+    assert sum((counts[i, v] - 1000) ** 2 / 1000 for i in range(5) for v in range(5)) < 39.3  # p = .001
+
+
+@given(
+    row_groups=st.lists(st.integers(1, 50), min_size=1, max_size=30),
+    num_streams=st.integers(1, 9),
+    window=st.integers(1, 60),
+    shuffle=st.booleans(),
+)
+def test_plan_covers_every_row_once_in_equal_streams(
+    row_groups: list[int], num_streams: int, window: int, shuffle: bool
+) -> None:
+    streams = plan_streams(row_groups, num_streams, seed=1, epoch=2, shuffle=shuffle)
+    covered = collections.Counter(
+        (span.row_group, row) for spans in streams for span in spans for row in range(span.start, span.stop)
+    )
+    assert covered == {(group, row): 1 for group, count in enumerate(row_groups) for row in range(count)}
+    lengths = [sum(span.stop - span.start for span in spans) for spans in streams]
+    assert max(lengths) - min(lengths) <= 1
+    assert sum(map(len, streams)) <= len(row_groups) + num_streams - 1  # few row groups are cut
+    for spans in streams:
+        windows = plan_windows(spans, row_groups, window)
+        assert all(0 < sum(span.stop - span.start for span in one) <= window for one in windows)
+        unwound = [(span.row_group, row) for one in windows for span in one for row in range(span.start, span.stop)]
+        assert unwound == [(span.row_group, row) for span in spans for row in range(span.start, span.stop)]
+
+
+def test_equal_row_groups_are_not_cut() -> None:
+    streams = plan_streams([100] * 24 + [70] * 8, 8, seed=0, epoch=0, shuffle=True)
+    assert all(span.start == 0 for spans in streams for span in spans)
+    assert [sorted(span.stop for span in spans) for spans in streams] == [[70, 100, 100, 100]] * 8
+
+
+def test_each_row_group_is_decoded_at_most_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = write_files(tmp_path, [[1_000, 900, 800], [950, 1_100]])
+    decoded: collections.Counter[int] = collections.Counter()
+    original = Dataset.chunks
+
+    def counting(self: Dataset, row_group: object, columns: object, chunk_rows: int) -> object:
+        for batch, mask in original(self, row_group, columns, chunk_rows):
+            decoded[self.row_groups.index(row_group)] += batch.num_rows
+            yield batch, mask
+
+    monkeypatch.setattr(Dataset, "chunks", counting)
+    options = {"batch_size": 60, "num_streams": 3, "shuffle_window": 100}
+    assert len(flat(global_batches(dataset, 1, **options))) == dataset.num_rows
+    assert all(decoded[i] <= 2 * group.num_rows for i, group in enumerate(dataset.row_groups))
+    assert sum(decoded.values()) < 1.6 * dataset.num_rows
+
+
+# Ends and errors
+
+
+def reader_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("mtrec-reader")]
+
+
+def open_files(folder: Path) -> list[str]:
+    links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+    targets = [os.readlink(link) for link in links if os.path.islink(link)]
+    return [target for target in targets if target.startswith(str(folder))]
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_leaving_early_ends_the_threads_and_closes_the_files(tmp_path: Path, num_threads: int) -> None:
+    dataset = write_files(tmp_path, SIZES)
+    reader = Reader(dataset, COLUMNS, batch_size=8, shuffle_window=40, num_threads=num_threads)
+    assert reader_threads() == []
+    for piece in reader:
+        assert reader_threads()
+        if piece.index == 3:
+            break
+    del piece
+    assert reader_threads() == []
+    if os.path.isdir("/proc/self/fd"):
+        assert open_files(tmp_path) == []
+    iterator = iter(reader)
+    next(iterator)
+    iterator.close()
+    assert reader_threads() == []
+    assert len(list(reader)) == reader.num_batches  # and the reader can be used again
+    assert reader_threads() == []
+
+
+def test_the_transform_runs_in_the_background_in_order(tmp_path: Path) -> None:
+    dataset = write_files(tmp_path, SIZES)
+    reader = Reader(dataset, COLUMNS, batch_size=64, num_threads=3)
+
+    def transform(piece: Piece) -> tuple[int, str]:
+        time.sleep(0.002 * (piece.index % 3))
+        return piece.index, threading.current_thread().name
+
+    found = list(reader.map(transform))
+    assert [index for index, _ in found] == list(range(reader.num_batches))
+    assert all(name.startswith("mtrec-reader") for _, name in found)
+
+
+def test_an_error_in_the_transform_is_raised_at_its_piece(tmp_path: Path) -> None:
+    dataset = write_files(tmp_path, SIZES)
+    reader = Reader(dataset, COLUMNS, batch_size=64)
+
+    def transform(piece: Piece) -> int:
+        if piece.index == 4:
+            path, row_group, row = reader.locate(piece, 0)
+            raise ValueError(f"bad label in {path}, row group {row_group}, row {row}")
+        return piece.index
+
+    iterator = reader.map(transform)
+    assert [next(iterator) for _ in range(4)] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match=r"bad label in .*\.parquet, row group \d, row \d+"):
+        next(iterator)
+    assert reader_threads() == []
+
+
+def test_prefetch_bounds_what_is_read_ahead(tmp_path: Path) -> None:
+    dataset = write_files(tmp_path, [[1_000]])
+    made = []
+    reader = Reader(dataset, COLUMNS, batch_size=10, num_streams=1, prefetch=3)
+    iterator = reader.map(lambda piece: made.append(piece.index))
+    next(iterator)
+    deadline = time.monotonic() + 30
+    while len(made) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)  # time in which a fifth would be made
+    assert made == [0, 1, 2, 3]
+    iterator.close()
+
+
+def test_a_file_replaced_during_the_epoch_is_named(tmp_path: Path) -> None:
+    dataset = write_files(tmp_path, [[50] * 4, [50] * 4])
+    write_files(tmp_path / "other", [[50] * 3 + [49], [50] * 4])
+    reader = Reader(dataset, COLUMNS, batch_size=10, num_streams=1, shuffle=False, shuffle_window=50, prefetch=1)
+    iterator = iter(reader)
+    assert [row for _ in range(3) for row in rows(next(iterator))] == list(range(30))
+    os.replace(tmp_path / "other" / "00.parquet", tmp_path / "00.parquet")
+    with pytest.raises(ChangedFile, match=r"00\.parquet' was replaced while it was in use"):
+        list(iterator)
+    assert reader_threads() == []
+
+
+def test_arguments_that_do_not_go_together(tmp_path: Path) -> None:
+    dataset = write_files(tmp_path, [[10]])
+    for options, expected in [
+        ({"batch_size": 12}, r"`batch_size` should be a multiple of `num_streams` \(8\), such as 8\. Found 12\."),
+        ({"batch_size": 8, "world_size": 9}, "`world_size` should be at most `num_streams`"),
+        ({"batch_size": 8, "rank": 1}, "rank 1"),
+        ({"batch_size": 8, "start_batch": 3}, r"`start_batch` should be between 0 and 2\. Found 3\."),
+        ({"batch_size": 8, "prefetch": 0}, "`prefetch` should be a positive integer"),
+    ]:
+        with pytest.raises(ValueError, match=expected):
+            Reader(dataset, COLUMNS, **options)
+
+
+def peak_bytes(path: Path, rows_total: int, row_group_size: int) -> int:
+    random = np.random.default_rng(0)
+    columns = {f"x{i}": random.integers(0, 1 << 60, rows_total) for i in range(10)}
+    layout = {"row_group_size": row_group_size, "use_dictionary": False, "data_page_size": 65_536}
+    pq.write_table(pa.table(columns), path, **layout)
+    dataset = open_dataset(Source(str(path)), list(columns), place="data.train")
+    before, peak, total = pa.total_allocated_bytes(), 0, 0
+    for piece in Reader(dataset, list(columns), batch_size=256, num_streams=2, shuffle_window=2_048, prefetch=2):
+        peak = max(peak, pa.total_allocated_bytes() - before)
+        total += piece.record_batch.num_rows
+    assert total == rows_total
+    return peak
+
+
+def test_memory_grows_neither_with_the_rows_nor_with_the_row_groups(tmp_path: Path) -> None:
+    small = peak_bytes(tmp_path / "small.parquet", 20_000, 20_000)
+    many = peak_bytes(tmp_path / "many.parquet", 200_000, 20_000)
+    large = peak_bytes(tmp_path / "large.parquet", 200_000, 200_000)  # 16 MB decoded
+    assert many < 1.5 * small
+    assert large < 1.5 * small
+    assert small < 8_000_000

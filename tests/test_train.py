@@ -1,0 +1,249 @@
+"""What the training options do: epochs with new tables, early stopping, bf16, weights of rows, rates, clipping."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from runs import small_run, train_on, trained
+from sklearn.metrics import roc_auc_score
+from torch.testing import assert_close
+
+from mtrec.checkpoint import find, read
+from mtrec.launch import evaluate_run
+from mtrec.optim import schedule
+from mtrec.run import Run
+from mtrec.train import Ended, Saved, Step, Validation, train
+
+CPU = torch.device("cpu")
+
+
+def events(run: Run) -> list[Any]:
+    return list(train(run, device=CPU))
+
+
+def test_reset_tables_starts_the_tables_anew_and_keeps_the_dense_part(tmp_path: Path) -> None:
+    frozen = (
+        "optimizer.tables.learning_rate=1e-30",
+        "training.epochs=2",
+        "training.keep_last=5",
+        "features.tags.sharding=data_parallel",
+    )
+    run = small_run(tmp_path, *frozen, "training.reset_tables=every_epoch")
+    events(run)
+    second, first = (read(found.folder) for found in find(run.checkpoints))
+    for table in ("tables.user_id", "tables.item_id", "tables.tags"):
+        assert not torch.equal(first[table], second[table])
+        assert first[table].std() == pytest.approx(0.01, rel=0.2)
+        assert second[table].std() == pytest.approx(0.01, rel=0.2)
+    plain = small_run(tmp_path, *frozen)
+    events(plain)
+    assert_close(read(find(plain.checkpoints)[0].folder)["tables.user_id"], first["tables.user_id"])
+
+
+def test_early_stopping_and_the_best_checkpoint(tmp_path: Path) -> None:
+    run = small_run(
+        tmp_path,
+        "training.epochs=30",
+        "training.early_stopping={patience: 2}",
+        "training.best_metric=click/auc",
+        "training.keep_last=1",
+    )
+    seen = events(run)
+    ended = seen[-1]
+    assert isinstance(ended, Ended)
+    assert ended.reason == "early_stopping"
+    metrics = {event.step: event.metrics["tasks"]["click"]["auc"] for event in seen if isinstance(event, Validation)}
+    assert len(metrics) < 30
+    assert ended.best_step == max(metrics, key=lambda step: metrics[step])
+    assert run.best().step == ended.best_step
+    assert len(list(metrics)) == len([e for e in seen if isinstance(e, Saved)])
+    assert {found.step for found in find(run.checkpoints)} == {ended.best_step, ended.step}  # keep_best 1 and keep_last 1
+
+
+def test_the_best_step_is_kept_wherever_checkpoints_fall(tmp_path: Path) -> None:
+    run = small_run(tmp_path, "training.epochs=3", "training.checkpoint_every=20", "training.best_metric=click/log_loss")
+    seen = events(run)
+    losses = {event.step: event.metrics["tasks"]["click"]["log_loss"] for event in seen if isinstance(event, Validation)}
+    assert list(losses) == [32, 64, 96]
+    best = min(losses, key=lambda step: losses[step])  # of an error, the smallest
+    assert isinstance(seen[-1], Ended)
+    assert seen[-1].best_step == best
+    assert run.best().step == best
+
+
+def test_a_run_that_stopped_early_has_ended(tmp_path: Path) -> None:
+    run = small_run(tmp_path, "training.epochs=30", "training.early_stopping={patience: 1}", "training.best_metric=click/auc")
+    ended = events(run)[-1]
+    assert ended.reason == "early_stopping"
+    again = list(train(run, device=CPU, resume_from=find(run.checkpoints)[0]))
+    assert again == [ended]
+
+
+def test_a_module_beside_the_experiment_is_found_by_others(tmp_path: Path) -> None:
+    import os
+    import subprocess
+    import sys
+
+    import yaml
+    from logs import experiment_tree, write_log
+
+    home = tmp_path / "sub"
+    home.mkdir()
+    (home / "own_net.py").write_text("from mtrec.architectures import MMoE\n\n\nclass Net(MMoE):\n    pass\n")
+    log = write_log(tmp_path / "log", rows=600)
+    tree = experiment_tree(log, log)
+    tree["model"]["architecture"]["kind"] = "own_net:Net"  # type: ignore[index]
+    (home / "own.yaml").write_text(yaml.safe_dump(tree))
+    mtrec = [sys.executable, "-m", "mtrec.cli"]
+    for arguments in (["train", "sub/own.yaml", "--local", "--output", "run"], ["evaluate", "run", "--data", str(log)]):
+        where = tmp_path if arguments[0] == "train" else home.parent
+        done = subprocess.run(
+            [*mtrec, *arguments], cwd=where, capture_output=True, text=True, check=False, env={**os.environ, "NO_COLOR": "1"}
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_bf16_stays_close_to_fp32(tmp_path: Path) -> None:
+    exact, rough = (trained(str(small_run(tmp_path, f"training.precision={p}").folder)) for p in ("fp32", "bf16"))
+    assert not torch.equal(exact["losses"], rough["losses"])
+    assert_close(rough["losses"], exact["losses"], rtol=0.02, atol=0.01)
+
+
+def _with_weight(run_folder: Path, source: Path, weights: np.ndarray) -> Path:
+    folder = run_folder / "weighted"
+    folder.mkdir()
+    table = pa.concat_tables([pq.read_table(path) for path in sorted(source.iterdir())])
+    pq.write_table(table.append_column("weight", pa.array(weights[: len(table)])), folder / "all.parquet", row_group_size=500)
+    return folder
+
+
+def test_rows_of_weight_zero_do_not_count(tmp_path: Path) -> None:
+    source = small_run(tmp_path).experiment.data.train.path
+    weights = np.where(np.arange(4_000) % 3 == 0, 0.0, 2.5)
+    folder = _with_weight(tmp_path, Path(str(source)), weights)
+    common = (f"data.train={folder}", "training.max_steps=1", "model.interaction=none")
+    weighted = trained(str(small_run(tmp_path, *common, "data.sample_weight=weight", "data.validation=null").folder))
+    where = f"data.train={{path: {folder}, where: weight > 0}}"
+    filtered = trained(str(small_run(tmp_path, *common[1:], where, "data.validation=null").folder))
+    # the same rows count; the output biases come from all labels here and from the kept ones there
+    assert_close(weighted["losses"], filtered["losses"], rtol=0.02, atol=0.0)
+    nothing = _with_weight(tmp_path / "run-0", Path(str(source)), np.zeros(4_000))
+    none = trained(
+        str(
+            small_run(
+                tmp_path, f"data.train={nothing}", "data.sample_weight=weight", "data.validation=null", "training.max_steps=2"
+            ).folder
+        )
+    )
+    assert none["losses"].abs().sum() == 0.0
+
+
+def test_expected_denominator_is_the_rate_of_the_fit(tmp_path: Path) -> None:
+    run = small_run(tmp_path, "tasks.dwell.denominator=expected", "training.max_steps=1")
+    exact = small_run(tmp_path, "training.max_steps=1")
+    first, second = trained(str(run.folder)), trained(str(exact.folder))
+    rate = run.labels["dwell"].trained / run.labels["dwell"].rows
+    assert 0.3 < rate < 0.6
+    ratio = float(first["losses"][0, 2] / second["losses"][0, 2])  # clicked rows in this batch / expected ones
+    clicked = ratio * rate * 128
+    assert clicked == pytest.approx(round(clicked), abs=1e-3)
+    assert_close(first["losses"][0, :2], second["losses"][0, :2])
+
+
+@pytest.mark.parametrize("sharding", ["table_wise", "data_parallel"])
+def test_table_gradients_are_clipped_by_value(tmp_path: Path, sharding: str) -> None:
+    sgd = ("optimizer.tables.kind=sgd", "optimizer.tables.learning_rate=1.0", f"features.item_id.sharding={sharding}")
+    free = small_run(tmp_path, *sgd, "training.max_steps=1", "data.validation=null")
+    tight = small_run(tmp_path, *sgd, "optimizer.tables.clip_value=1e-6", "training.max_steps=1", "data.validation=null")
+    start = small_run(tmp_path, *sgd, "optimizer.tables.learning_rate=1e-30", "training.max_steps=1", "data.validation=null")
+    moved = {}
+    for name, run in (("free", free), ("tight", tight), ("start", start)):
+        events(run)
+        moved[name] = read(find(run.checkpoints)[0].folder, "tables.item_id")["tables.item_id"]
+    assert (moved["free"] - moved["start"]).abs().max() > 1e-4
+    assert 0 < (moved["tight"] - moved["start"]).abs().max() <= 128e-6  # at most 128 rows of +-1e-6 each
+
+
+def test_schedules() -> None:
+    assert [schedule("linear", step, 10, 0) for step in (0, 5, 10)] == [1.0, 0.5, 0.0]
+    assert schedule("constant", 999, 10, 4) == 1.0
+    assert schedule("cosine", 0, 100, 10) == pytest.approx(0.1)
+
+
+def test_log_and_gates(tmp_path: Path) -> None:
+    run = small_run(tmp_path, "training.log_every=8")
+    steps = [event for event in events(run) if isinstance(event, Step)]
+    assert [event.step for event in steps] == [8, 16, 24, 32]
+    for event in steps:
+        for task in ("click", "conversion", "dwell"):
+            assert sum(event.gates[f"{task}/expert{e}"] for e in range(3)) == pytest.approx(1.0, abs=1e-5)
+            assert 0.0 < event.gates[f"{task}/entropy"] <= np.log(3) + 1e-6
+        assert event.rows_per_second > 0
+        assert 0.0 <= event.data_wait <= 1.0
+
+
+def evaluated(folder: str, data: str) -> dict[str, Any]:
+    return evaluate_run(Path(folder), data, by="click")
+
+
+def test_evaluation_is_the_same_on_one_two_and_three_ranks(tmp_path: Path) -> None:
+    from ranks import run_ranks
+
+    run = small_run(tmp_path, "evaluation.group_by=user_id", "features.tags.sharding=data_parallel")
+    train_on(1, run)
+    data = str(run.experiment.data.validation.path)  # type: ignore[union-attr]
+    one, *others = (run_ranks(world, evaluated, str(run.folder), data, folder=tmp_path / "ranks")[0] for world in (1, 2, 3))
+    assert one["rows"] == 1_000
+    assert one["tasks"]["click"]["gauc"] is not None
+    for other in others:
+        assert _flat(other).keys() == _flat(one).keys()
+        for path, value in _flat(one).items():
+            assert _flat(other)[path] == (None if value is None else pytest.approx(value, rel=1e-6, abs=1e-6)), path
+
+
+def _flat(tree: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {path: tree}
+    return {name: value for key, below in tree.items() for name, value in _flat(below, f"{path}/{key}").items()}
+
+
+def test_auc_of_a_whole_evaluation_is_scikit_learns(tmp_path: Path) -> None:
+    from mtrec import parallel
+    from mtrec.evaluate import whole_reader
+    from mtrec.feed import feed
+    from mtrec.labels import labels_of
+    from mtrec.launch import load_model
+    from mtrec.run import label_columns, open_source
+
+    run = small_run(tmp_path)
+    events(run)
+    validation = run.experiment.data.validation
+    assert validation is not None
+    metrics = evaluate_run(run.folder, str(validation.path))
+    with parallel.process_group(CPU), torch.no_grad():
+        model = load_model(run, run.best(), CPU)
+        data = open_source(run.experiment, validation, "data.validation")
+        reader = whole_reader(data, [*run.encoder.columns, *label_columns(run.experiment)], 300)
+        found: dict[str, list[Any]] = {
+            "p_click": [],
+            "p_conversion": [],
+            "p_conversion_and_click": [],
+            "click": [],
+            "conversion": [],
+        }
+        for _, batch in feed(reader, run.encoder, labels_of(run.experiment, model.specs)):
+            columns = model.objectives.predictions({name: x.double() for name, x in model(batch).items()})
+            for name in found:
+                found[name].append((columns[name] if name in columns else batch.labels[name]).numpy())
+    joined = {name: np.concatenate(parts) for name, parts in found.items()}
+    clicked = joined["click"] == 1
+    tasks = metrics["tasks"]
+    assert tasks["click"]["auc"] == pytest.approx(roc_auc_score(joined["click"], joined["p_click"]), abs=1e-6)
+    joint = roc_auc_score(joined["conversion"], joined["p_conversion_and_click"])
+    assert tasks["conversion"]["auc"] == pytest.approx(joint, abs=1e-6)
+    given = roc_auc_score(joined["conversion"][clicked], joined["p_conversion"][clicked])
+    assert tasks["conversion"]["auc_given"] == pytest.approx(given, abs=1e-6)
