@@ -10,6 +10,8 @@ torchrec's own data-parallel tables never move under a fused optimizer).
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
+from urllib.parse import unquote
 
 import torch
 from torch import Tensor, nn
@@ -65,18 +67,40 @@ class Embeddings(nn.Module):
         self.feature_dims = [table.dim for group in groups.values() for table in group for _ in table.features]
         self.num_dense = num_dense
         self.output_dim = num_dense + sum(self.feature_dims)
+        self._begun: tuple[Batch, list[_Exchange]] | None = None
+
+    def begin(self, batch: Batch) -> None:
+        """Starts to send the ids of a batch to the ranks that hold their rows, ahead of its `forward`; all ranks do, or none.
+
+        What goes out is the number of ids, beside whatever is computed next. `proceed` then sends the ids themselves.
+        """
+        self._begun = (batch, [_Exchange(module, ids) for module, ids in self._sharded(batch)])
+
+    def proceed(self) -> None:
+        """Sends the ids of the batch that was begun, if there is one."""
+        for exchange in self._begun[1] if self._begun is not None else ():
+            exchange.proceed()
+
+    def _sharded(self, batch: Batch) -> list[tuple[Any, KeyedJaggedTensor | None]]:
+        pairs = ((self.tables, batch.sparse), (self.weighted_tables, batch.weighted))
+        return [(module, ids) for module, ids in pairs if module is not None]
+
+    def _look_up(self, batch: Batch) -> list[KeyedTensor]:
+        """The pooled embeddings of the sharded (or not yet sharded) tables."""
+        if self._begun is not None and self._begun[0] is batch:
+            exchanges, self._begun = self._begun[1], None
+            return [exchange.pooled() for exchange in exchanges]
+        return [module(ids) for module, ids in self._sharded(batch)]
 
     def forward(self, batch: Batch) -> Tensor:
-        pooled: list[KeyedTensor] = []
-        if self.tables is not None:
-            pooled.append(self.tables(batch.sparse))  # sharded: starts the exchange between ranks
-        if self.weighted_tables is not None:
-            pooled.append(self.weighted_tables(batch.weighted))
+        pooled = self._look_up(batch)
         if self.replicated_tables is not None:
             pooled.append(self.replicated_tables(batch.sparse if batch.num_rows else self._one_row(batch)))
-        parts = [batch.dense_BF]
+        columns: dict[str, Tensor] = {}
         for keyed in pooled:
-            parts += [columns[: batch.num_rows] for columns in _in_order(keyed, self.feature_names)]
+            # one split, whose backward is one copy; slices would each make a gradient of the whole width
+            columns.update(zip(keyed.keys(), keyed.values().split(keyed.length_per_key(), dim=1), strict=True))
+        parts = [batch.dense_BF, *(columns[name][: batch.num_rows] for name in self.feature_names)]
         x_BD = torch.cat(parts, dim=1)
         if self.clip_value is not None and x_BD.requires_grad:
             limit = self.clip_value
@@ -90,12 +114,31 @@ class Embeddings(nn.Module):
         return KeyedJaggedTensor(keys=batch.sparse.keys(), values=batch.sparse.values(), lengths=lengths, stride=1)
 
 
+class _Exchange:
+    """The ids of one batch on their way between ranks, in the steps that a sharded collection takes them."""
+
+    def __init__(self, module: Any, ids: KeyedJaggedTensor | None) -> None:
+        self._module = module
+        self._context = module.create_context()
+        self._lengths_sent = module.input_dist(self._context, ids)
+        self._ids_sent: Any = None
+
+    def proceed(self) -> None:
+        if self._ids_sent is None:
+            self._ids_sent = self._lengths_sent.wait()
+
+    def pooled(self) -> KeyedTensor:
+        self.proceed()
+        found: KeyedTensor = self._module.compute_and_output_dist(self._context, self._ids_sent.wait())
+        return found
+
+
 def _collection(tables: list[Table], device: torch.device, is_weighted: bool = False) -> EmbeddingBagCollection | None:
     if not tables:
         return None
     configs = [
         EmbeddingBagConfig(
-            name=table.name,
+            name=module_name(table.name),
             num_embeddings=table.num_embeddings,
             embedding_dim=table.dim,
             feature_names=list(table.features),
@@ -106,21 +149,18 @@ def _collection(tables: list[Table], device: torch.device, is_weighted: bool = F
     return EmbeddingBagCollection(tables=configs, is_weighted=is_weighted, device=device)
 
 
-def _in_order(keyed: KeyedTensor, feature_names: list[str]) -> list[Tensor]:
-    """The columns of `keyed` in the order of `feature_names` (sharding groups them by rank), in as few slices as can be."""
-    keys, lengths = keyed.keys(), keyed.length_per_key()
-    starts = dict(zip(keys, keyed.offset_per_key(), strict=False))
-    widths = dict(zip(keys, lengths, strict=True))
-    values = keyed.values()
-    runs: list[tuple[int, int]] = []
-    for name in feature_names:
-        if name not in starts:
-            continue
-        if runs and runs[-1][1] == starts[name]:
-            runs[-1] = (runs[-1][0], starts[name] + widths[name])
-        else:
-            runs.append((starts[name], starts[name] + widths[name]))
-    return [values[:, start:end] for start, end in runs]
+def module_name(name: str) -> str:
+    """A table's name inside torch: any text is allowed for a table, but a module is neither `items` nor `user.id`.
+
+    >>> module_name("user.id"), table_name(module_name("user.id"))
+    ('table_user%2Eid', 'user.id')
+    """
+    return "table_" + name.replace("%", "%25").replace(".", "%2E")
+
+
+def table_name(module: str) -> str:
+    """The table that `module_name` named so."""
+    return unquote(module.removeprefix("table_"))
 
 
 def initial_rows(table: Table, rows: slice, columns: slice, seed: int, generation: int = 0) -> Tensor:

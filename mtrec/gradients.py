@@ -27,32 +27,59 @@ _ANY_WIDTH = 64  # of x_BD, for a look at the structure of the dense part
 
 @dataclasses.dataclass(frozen=True)
 class TaskGradients:
-    """This rank's share of each task's gradient: `dense_KP` by the dense parameters, `x_KBD` (K tensors) by x_BD."""
+    """This rank's share of each task's gradient: `dense_KP` by the dense parameters, `x_KBD` (K tensors) by x_BD.
 
-    dense_KP: Tensor
-    x_KBD: list[Tensor]
+    Where one of them is None, the graph from `leaf_BD` and `parameters` to `share_K` is still there.
+    """
+
+    share_K: Tensor
+    leaf_BD: Tensor
+    parameters: Sequence[nn.Parameter]
+    dense_KP: Tensor | None
+    x_KBD: list[Tensor] | None
 
     def weighted(self, weights_K: Tensor) -> tuple[Tensor, Tensor]:
-        """(P,) and (B, D): the gradient of weights_K @ losses_K, without another backward pass."""
-        x_BD = self.x_KBD[0] * weights_K[0]
-        for weight, gradient_BD in zip(weights_K[1:], self.x_KBD[1:], strict=True):
-            x_BD.addcmul_(gradient_BD, weight)
-        return weights_K @ self.dense_KP, x_BD
+        """(P,) and (B, D): the gradient of weights_K @ losses_K; frees the graph."""
+        missing = [*(self.parameters if self.dense_KP is None else ()), *([self.leaf_BD] if self.x_KBD is None else ())]
+        taken: list[Tensor] = []
+        if missing:
+            taken += torch.autograd.grad(torch.dot(weights_K, self.share_K), missing, materialize_grads=True)
+        if self.x_KBD is None:
+            x_BD = taken.pop()
+        else:
+            x_BD = self.x_KBD[0] * weights_K[0]
+            for weight, gradient_BD in zip(weights_K[1:], self.x_KBD[1:], strict=True):
+                x_BD.addcmul_(gradient_BD, weight)
+        return _flat(taken) if self.dense_KP is None else weights_K @ self.dense_KP, x_BD
 
 
-def task_gradients(share_K: Tensor, leaf_BD: Tensor, parameters: Sequence[nn.Parameter]) -> TaskGradients:
-    """Takes one backward pass a task, down to `leaf_BD`; frees the graph.
+def _flat(gradients: Sequence[Tensor]) -> Tensor:
+    return torch.cat([gradient.flatten() for gradient in gradients])
 
-    With all dense parameters and x_BD in it, the weighted sum of these is the step's gradient: K passes, not K + 1.
+
+def task_gradients(
+    share_K: Tensor, leaf_BD: Tensor, parameters: Sequence[nn.Parameter], *, to_x: bool = True
+) -> TaskGradients:
+    """Takes one backward pass a task; with all dense parameters in it, their weighted sum is the step's gradient.
+
+    `to_x`: each pass goes down to x_BD, so that no further one is needed. False ends each at the parameters, and one pass at
+    the end, without parameters, goes down to x_BD: less work where the layers that read x_BD are the widest ones.
     """
-    rows, x_KBD = [], []
+    rows: list[Tensor] = []
+    x_KBD: list[Tensor] = []
     for index in range(len(share_K)):
-        x_BD, *gradients = torch.autograd.grad(
-            share_K[index], [leaf_BD, *parameters], retain_graph=index + 1 < len(share_K), materialize_grads=True
-        )
-        x_KBD.append(x_BD)
-        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
-    return TaskGradients(torch.stack(rows), x_KBD)
+        wanted = [*parameters, leaf_BD] if to_x else [*parameters]
+        last = to_x and index + 1 == len(share_K)
+        gradients = torch.autograd.grad(share_K[index], wanted, retain_graph=not last, materialize_grads=True)
+        rows.append(_flat(gradients[: len(parameters)]))
+        x_KBD += gradients[len(parameters) :]
+    return TaskGradients(share_K, leaf_BD, parameters, torch.stack(rows), x_KBD if to_x else None)
+
+
+def representation_gradients(share_K: Tensor, leaf_BD: Tensor, parameters: Sequence[nn.Parameter]) -> TaskGradients:
+    """Takes one pass a task down to x_BD, none of them to the parameters; keeps the graph."""
+    x_KBD = [torch.autograd.grad(share, leaf_BD, retain_graph=True)[0] for share in share_K]
+    return TaskGradients(share_K, leaf_BD, parameters, None, x_KBD)
 
 
 def gramian_of_parameters(dense_KP: Tensor, parameters: Sequence[nn.Parameter], shared: Sequence[nn.Parameter]) -> Tensor:
@@ -68,15 +95,14 @@ def gramian_of_parameters(dense_KP: Tensor, parameters: Sequence[nn.Parameter], 
     return gramian(parallel.all_reduce_sum(shared_KS))
 
 
-def gramian_of_representation(share_K: Tensor, leaf_BD: Tensor, at: str) -> Tensor:
-    """K x K, float64, the same on every rank, from gradients at x_BD; keeps the graph.
+def gramian_of_representation(x_KBD: Sequence[Tensor], at: str) -> Tensor:
+    """K x K, float64, the same on every rank, from the tasks' gradients at x_BD.
 
     `at`: `batch_sum` (one all-reduce of K x D numbers) or `representation` (one of K x K).
     """
-    gradients = [torch.autograd.grad(share, leaf_BD, retain_graph=True)[0] for share in share_K]
     if at == "batch_sum":
-        return gramian(parallel.all_reduce_sum(torch.stack([gradient_BD.sum(0) for gradient_BD in gradients])))
-    x_BKD = torch.stack(gradients, dim=1)
+        return gramian(parallel.all_reduce_sum(torch.stack([gradient_BD.sum(0) for gradient_BD in x_KBD])))
+    x_BKD = torch.stack(list(x_KBD), dim=1)
     # a row's own inner products in float32, their sum over the rows in float64: no float64 copy of the gradients
     return parallel.all_reduce_sum(torch.bmm(x_BKD, x_BKD.transpose(1, 2)).sum(0, dtype=torch.float64))
 
@@ -143,6 +169,7 @@ __all__ = [
     "gramian",
     "gramian_of_parameters",
     "gramian_of_representation",
+    "representation_gradients",
     "sampled_rows",
     "task_gradients",
 ]

@@ -24,7 +24,7 @@ from torchrec.distributed.types import ShardingEnv, ShardingType
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import KeyedOptimizer
 
-from mtrec.embeddings import Embeddings, initial_rows
+from mtrec.embeddings import Embeddings, initial_rows, module_name, table_name
 from mtrec.features import Table
 
 for _name in ("torchrec.distributed.planner", "torch.fx"):
@@ -127,9 +127,45 @@ def barrier() -> None:
         dist.barrier()
 
 
-def new_group() -> Any:
+def new_group(timeout_seconds: int = 600) -> Any:
     """A second group of the same ranks on gloo: what saves a checkpoint beside the training must not share its collectives."""
-    return dist.new_group(backend="gloo")
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_seconds))
+
+
+class HangError(RuntimeError):
+    """A collective that did not end in time: another rank hangs, is stopped, or cannot be reached."""
+
+
+@contextmanager
+def hangs_named(timeout_seconds: int) -> Iterator[None]:
+    """Within the block a collective that times out raises HangError, which names the key that says how long one waits.
+
+    >>> with hangs_named(5):  # doctest: +ELLIPSIS
+    ...     raise RuntimeError("[gloo] Timed out waiting 5000ms for recv operation to complete")
+    Traceback (most recent call last):
+    ...
+    mtrec.parallel.HangError: another worker did not answer within 5 s (training.collective_timeout_seconds): it hangs, ...
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not timed_out(error):
+            raise
+        raise hang(timeout_seconds) from error
+
+
+def timed_out(error: BaseException) -> bool:
+    """Whether gloo, torch's store or NCCL say that they waited in vain."""
+    first = next(iter(str(error).strip().splitlines()), "").lower()
+    words = "timed out" in first or "timeout" in first
+    return words and isinstance(error, RuntimeError) and not isinstance(error, HangError)
+
+
+def hang(timeout_seconds: int) -> HangError:
+    return HangError(
+        f"another worker did not answer within {timeout_seconds} s (training.collective_timeout_seconds): it hangs, is "
+        "stopped or overloaded, or the network between them fails"
+    )
 
 
 class ShardedTables:
@@ -157,7 +193,7 @@ class ShardedTables:
         found: dict[str, Any] = {}
         for _, module in self._modules():
             for key, value in module.state_dict().items():
-                found[key.removeprefix("embedding_bags.").removesuffix(".weight")] = value
+                found[table_name(key.removeprefix("embedding_bags.").removesuffix(".weight"))] = value
         return found
 
     def optimizer_states(self) -> dict[str, Any]:
@@ -165,7 +201,9 @@ class ShardedTables:
         states: dict[str, Any] = {}
         for optimizer in self.optimizers():
             for by_name in optimizer.state_dict()["state"].values():
-                states.update(by_name)
+                for key, value in by_name.items():
+                    module, state = key.rsplit(".", 1)
+                    states[f"{table_name(module)}.{state}"] = value
         return states
 
     def initialise(self, seed: int, generation: int = 0) -> None:
@@ -203,7 +241,7 @@ def shard(
             continue
         with torch.enable_grad():  # it looks at the parameters' place in the graph
             apply_optimizer_in_backward(optimizer_class, collection.parameters(), dict(optimizer_options))
-        tables = [embeddings.specs[config.name] for config in collection.embedding_bag_configs()]
+        tables = [embeddings.specs[table_name(config.name)] for config in collection.embedding_bag_configs()]
         sharder = EmbeddingBagCollectionSharder()
         plan = _plan(collection, tables, sharder, device, batch_size)
         environment = ShardingEnv.from_process_group(dist.group.WORLD)
@@ -220,7 +258,7 @@ def _plan(
     device: torch.device,
     batch_size: int,
 ) -> Any:
-    constraints = {table.name: _constraint(table, device) for table in tables}
+    constraints = {module_name(table.name): _constraint(table, device) for table in tables}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         planner = EmbeddingShardingPlanner(

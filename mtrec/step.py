@@ -7,7 +7,7 @@ equals the one that a single process would make on the whole batch, however its 
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,12 @@ from mtrec.balancing.static import Static
 from mtrec.batch import Batch
 from mtrec.config import Balancing, Experiment
 from mtrec.dropout import stream_dropout
-from mtrec.embeddings import initial_rows
+from mtrec.embeddings import initial_rows, table_name
 from mtrec.gradients import (
     TaskGradients,
     gramian_of_parameters,
     gramian_of_representation,
+    representation_gradients,
     sampled_rows,
     task_gradients,
 )
@@ -71,6 +72,7 @@ class TrainState:
     clip_norm: float | None
     step: int = 0
     nonfinite_in_a_row: int = 0
+    mark: Callable[[str], None] = lambda phase: None  # told the name of each phase of a step as it ends; for `mtrec bench`
 
     def tensors(self) -> dict[str, object]:
         """{key: tensor} of weights, optimizer states and buffers; tables as ShardedTensor."""
@@ -79,7 +81,7 @@ class TrainState:
         found.update({f"tables_state.{name}": value for name, value in self.tables.optimizer_states().items()})
         collection = self.model.embeddings.replicated_tables
         replicated = {} if collection is None else dict(collection.named_parameters())
-        names = {name: name.removeprefix("embedding_bags.").removesuffix(".weight") for name in replicated}
+        names = {name: table_name(name.removeprefix("embedding_bags.").removesuffix(".weight")) for name in replicated}
         found.update({f"tables.{names[name]}": value.data for name, value in replicated.items()})
         if self.replicated_optimizer is not None:
             found.update(
@@ -187,7 +189,7 @@ def reset_replicated(model: MultiTaskModel, seed: int, generation: int) -> None:
     if model.embeddings.replicated_tables is None:
         return
     for name, bag in model.embeddings.replicated_tables.embedding_bags.items():
-        spec = model.embeddings.specs[name]
+        spec = model.embeddings.specs[table_name(name)]
         bag.weight.data.copy_(initial_rows(spec, slice(0, spec.num_embeddings), slice(0, spec.dim), seed, generation))
 
 
@@ -237,15 +239,25 @@ class StepResult:
     stop: bool
 
 
-def train_step(state: TrainState, batch: Batch, *, stop: bool = False) -> StepResult:
-    """Trains on one global batch; every rank calls it with its own rows, none is fine. One backward pass, one table update."""
+def train_step(
+    state: TrainState, batch: Batch, *, stop: bool = False, upcoming: Batch | None = None
+) -> StepResult:
+    """Trains on one global batch; every rank calls it with its own rows, none is fine. One backward pass, one table update.
+
+    `upcoming` is the batch of the next step, on all ranks or none: its ids travel between ranks beside this one's passes.
+    """
     model = state.model
     state.tables.set_learning_rate(state.schedules.table_learning_rate(state.step))
 
     counting = _start_counting(state, batch.labels, batch.sample_weight_B)
     x_BD = model.embeddings(batch)
     leaf_BD = x_BD.detach().requires_grad_()  # cut here: its gradient is looked at before it reaches the fused tables
+    if upcoming is not None:
+        model.embeddings.begin(upcoming)
+    state.mark("lookup")
     share_K, counts_K = _shares(state, leaf_BD, batch.labels, batch.stream_rows, counting)
+    model.embeddings.proceed()
+    state.mark("forward")
 
     weights_K, gradients = _balance(state, batch, share_K, leaf_BD, counts_K > 0)
     if gradients is None:
@@ -256,18 +268,23 @@ def train_step(state: TrainState, batch: Batch, *, stop: bool = False) -> StepRe
     else:
         dense_gradient, x_gradient_BD = gradients.weighted(weights_K)
         state.dense_gradients.buffer.copy_(dense_gradient)
+    state.mark("backward")
 
     bad = ~(torch.isfinite(state.dense_gradients.buffer.sum()) & torch.isfinite(x_gradient_BD.sum()))
     flags = torch.cat([share_K.detach(), torch.stack([bad, bad.new_tensor(stop)]).to(share_K.dtype)])
     parallel.all_reduce_sum(flags)
     dense_work = parallel.start_all_reduce_sum(state.dense_gradients.buffer)
     finite = bool((flags[-2] == 0) & torch.isfinite(flags[:-2]).all())  # an infinite loss can have a gradient of 0
+    state.mark("flags")
     state.replicated_gradients.buffer.zero_()
-    x_BD.backward(x_gradient_BD if finite else torch.zeros_like(leaf_BD))  # here the fused tables step
+    if x_BD.requires_grad:  # there are tables
+        x_BD.backward(x_gradient_BD if finite else torch.zeros_like(leaf_BD))  # here the fused tables step
     parallel.all_reduce_sum(state.replicated_gradients.buffer) if state.replicated_optimizer else None
+    state.mark("tables")
     dense_work.wait()
     if finite:
         _optimizer_steps(state)
+    state.mark("optimizer")
     state.nonfinite_in_a_row = 0 if finite else state.nonfinite_in_a_row + 1
     state.step += 1
     return StepResult(
@@ -356,10 +373,15 @@ def _gramian(
     whole = config.rows == 1.0
     if not whole:
         share_K, leaf_BD = _sampled_shares(state, batch, leaf_BD)
-    if config.at != "parameters":
-        return gramian_of_representation(share_K, leaf_BD, config.at), None
     parameters = state.dense_gradients.parameters if whole else dense.shared_parameters()
-    gradients = task_gradients(share_K, leaf_BD, parameters)
+    if config.at != "parameters":
+        gradients = representation_gradients(share_K, leaf_BD, parameters)
+        assert gradients.x_KBD is not None
+        return gramian_of_representation(gradients.x_KBD, config.at), gradients if whole else None
+    # without an interaction the experts' first layers read x_BD: what they send down to it is most of a pass
+    to_x = whole and any(True for _ in dense.interaction.parameters())
+    gradients = task_gradients(share_K, leaf_BD, parameters, to_x=to_x)
+    assert gradients.dense_KP is not None
     found_KK = gramian_of_parameters(gradients.dense_KP, parameters, dense.shared_parameters())
     return found_KK, gradients if whole else None
 

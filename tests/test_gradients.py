@@ -104,10 +104,16 @@ def test_the_gramian_is_that_of_the_plain_gradients(run: Run, at: str, rows: flo
     assert_close(state.balancer.gramian_KK, expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
 
 
+@pytest.mark.parametrize("interaction", ["dcn_v2", "none"])  # the tasks' passes go down to x_BD, or end above it
 @pytest.mark.parametrize("at", ["parameters", "batch_sum"])
-def test_a_step_with_a_gramian_is_the_step_of_the_weighted_losses(run: Run, at: str) -> None:
+def test_a_step_with_a_gramian_is_the_step_of_the_weighted_losses(run: Run, at: str, interaction: str) -> None:
     weights = "balancing.weights={click: 1.5, dwell: 0.25}"
-    plain = ("optimizer.dense.kind=sgd", "optimizer.tables.kind=sgd", "optimizer.dense.learning_rate=0.5")
+    plain = (
+        f"model.interaction={interaction}",
+        "optimizer.dense.kind=sgd",
+        "optimizer.tables.kind=sgd",
+        "optimizer.dense.learning_rate=0.5",
+    )
     with parallel.process_group(CPU):
         found = []
         for logged in (f"balancing.at={at}", "balancing.log_gradients=true"), ():

@@ -12,6 +12,7 @@ from mtrec import parallel
 from mtrec.batch import Batch
 from mtrec.feed import feed
 from mtrec.labels import labels_of
+from mtrec.embeddings import table_name
 from mtrec.model import MultiTaskModel
 from mtrec.run import Run, open_source
 from mtrec.step import TrainState, build_state, train_step
@@ -46,7 +47,7 @@ def whole_tables(state: TrainState) -> dict[str, Tensor]:
             whole[row : row + rows, column : column + columns] = shard.tensor.detach()
         tables[name] = whole.requires_grad_()
     for name, bag in state.model.embeddings.replicated_tables.embedding_bags.items():
-        tables[name] = bag.weight.detach().clone().requires_grad_()
+        tables[table_name(name)] = bag.weight.detach().clone().requires_grad_()
     return tables
 
 

@@ -15,6 +15,7 @@ from mtrec.batch import Batch
 from mtrec.config import apply_overrides, parse_experiment
 from mtrec.feed import feed
 from mtrec.labels import labels_of
+from mtrec.embeddings import module_name
 from mtrec.model import MultiTaskModel
 from mtrec.run import Run, open_source
 from mtrec.step import TrainState, build_state, train_step
@@ -95,8 +96,8 @@ def column_sums(state: TrainState) -> Tensor:
         for shard in sharded[name].local_shards() if name in sharded else ():
             start, width = shard.metadata.shard_offsets[1], shard.metadata.shard_sizes[1]
             total[start : start + width] += shard.tensor.double().sum(0)
-        if name in replicated:
-            total += replicated[name].weight.detach().double().sum(0) / parallel.world_size()
+        if module_name(name) in replicated:
+            total += replicated[module_name(name)].weight.detach().double().sum(0) / parallel.world_size()
         found.append(total)
     return torch.cat(found)
 
