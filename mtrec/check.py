@@ -4,6 +4,7 @@ Everything that `prepare` would refuse is refused here, from footers and a sampl
 sizes, rates, drift from training to validation, and features that give a label away.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from mtrec.config import Experiment
 from mtrec.dataset import Dataset
 from mtrec.evaluate import check_best_metric
 from mtrec.features import BadRowsError, Encoder, psi
-from mtrec.feed import bad_rows, usable_rows, without_bad_labels
+from mtrec.feed import bad_row, bad_rows, check_encodes, usable_rows, without_bad_rows
 from mtrec.formula import ranking_formula
 from mtrec.gradients import check_place
 from mtrec.labels import LabelFit, LabelStatistics, labels_of
@@ -74,11 +75,13 @@ def check_experiment(experiment: Experiment, sample_rows: int = 100_000, device:
     fit = LabelFit(labels, objectives)
     if skip:
         bad = bad_rows(experiment.data, sample.num_rows)
-        sample = pa.Table.from_batches(without_bad_labels(_batches(sample), labels, bad), sample.schema)
+        sample = pa.Table.from_batches(without_bad_rows(_batches(sample), labels, features, bad), sample.schema)
     for batch in _checked(sample, labels, train):
         fit.add(batch)
     assert isinstance(experiment.model.embedding_dim, int)
     encoder = Encoder.fit(features, _batches(sample), schema=train.schema, embedding_dim=experiment.model.embedding_dim)
+    for source in sources[1:]:
+        check_encodes(encoder, source)
     if skip:
         sample = usable_rows(sample, encoder)
     if validation is not None and not skip:
@@ -103,9 +106,10 @@ def check_experiment(experiment: Experiment, sample_rows: int = 100_000, device:
                 f"'{experiment.label_column(name)}' although {specs[name].given} is 0. With `given`, these labels are left out."
             )
         if not each.trained:
+            given = f" where {specs[name].given} is 1" if specs[name].given else ""
             raise ValueError(
-                f"`tasks.{name}.label`: column '{experiment.label_column(name)}' holds no usable label in {each.rows:,} "
-                "sampled rows."
+                f"`tasks.{name}.label`: column '{experiment.label_column(name)}' should hold labels{given}. Found none in "
+                f"{each.rows:,} sampled rows."
             )
     dense = sum(parameter.numel() for parameter in model.dense.parameters())
     size = experiment.data.batch_size
@@ -192,10 +196,8 @@ def _checked(sample: pa.Table, labels: Mapping[str, Label], dataset: Dataset) ->
             try:
                 label_values(batch, label)
             except BadRowsError as error:
-                raise ValueError(
-                    f"`tasks.{name}.label`: {str(error).split(': ', 1)[-1]} "
-                    f"(`{dataset.place}`, a sample of {sample.num_rows:,} rows)"
-                ) from error
+                found = bad_row(dataset, [label.column], functools.partial(label_values, label=label)) or error
+                raise ValueError(f"`tasks.{name}.label`, `{dataset.place}`: {found}") from error
         yield batch
 
 

@@ -1,9 +1,10 @@
 """Checkpoints: complete, atomic, independent of the number of workers.
 
 A checkpoint is a folder `checkpoints/step-00000300` written by torch.distributed.checkpoint (every rank its shards), plus
-`state.json` (step, reader position, metrics) and, last of all, `manifest.json` with the size and SHA-256 of every file. A
-folder without a valid manifest is not a checkpoint: the newest valid one is the truth. What is in it: tables and their
-optimizer state, dense weights and theirs, the balancer's buffers.
+`state.json` (step, reader position) and, last of all, `manifest.json` with the size and SHA-256 of every file. A folder
+without a valid manifest is not a checkpoint: the newest valid one is the truth. What is in it: tables and their optimizer
+state, dense weights and theirs, the balancer's buffers. What a validation at that step found comes later: `validation.json`,
+which overrides keys of `state.json`, and a new manifest that names it, put in the old one's place in one go.
 """
 
 import dataclasses
@@ -28,15 +29,17 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from mtrec import parallel
+from mtrec.mirror import Mirror
 
 log = logging.getLogger(__name__)
 FORMAT = 1
 PROBE_BYTES = 1 << 20
+VALIDATION = "validation.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A committed checkpoint: its folder, and what `state.json` says."""
+    """A committed checkpoint: its folder, and what `state.json` and `validation.json` say."""
 
     folder: Path
     state: dict[str, Any]
@@ -76,7 +79,15 @@ def _valid(checkpoints: Path, verify: bool) -> Iterator[Checkpoint]:
         if problem:
             log.warning("Checkpoint %s is damaged and passed over: %s", folder, problem)
             continue
-        yield Checkpoint(folder, json.loads((folder / "state.json").read_text()))
+        yield Checkpoint(folder, state_of(folder))
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    """What a valid checkpoint says beside its tensors: step, position, metric, experiment, versions."""
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    if VALIDATION in json.loads((folder / "manifest.json").read_text())["files"]:
+        state |= json.loads((folder / VALIDATION).read_text())
+    return state
 
 
 def newest(checkpoints: Path) -> Checkpoint | None:
@@ -102,6 +113,27 @@ def check(folder: Path) -> str | None:
     return None
 
 
+def fetch(checkpoints: Path, mirror: Mirror) -> list[str]:
+    """Brings the valid checkpoints of a mirror that this folder lacks; their names, the newest first."""
+    here, fetched = {each.folder.name for each in find(checkpoints)}, []
+    for name in reversed(mirror.names(checkpoints.name)):
+        if name in here or mirror.read(f"{checkpoints.name}/{name}/manifest.json") is None:
+            continue
+        beside = checkpoints / f".fetched-{name}"
+        shutil.rmtree(beside, ignore_errors=True)
+        mirror.get(f"{checkpoints.name}/{name}", beside)
+        problem = check(beside)
+        if problem:
+            log.warning("Checkpoint %s of %s is damaged and passed over: %s", name, mirror.uri, problem)
+            shutil.rmtree(beside)
+            continue
+        if (checkpoints / name).exists():
+            discard(checkpoints / name)  # it is damaged
+        beside.rename(checkpoints / name)
+        fetched.append(name)
+    return fetched
+
+
 def best(found: list[Checkpoint]) -> Checkpoint | None:
     """The checkpoint with the largest metric; the newest where none has one."""
     with_metric = [each for each in found if each.metric is not None]
@@ -118,14 +150,24 @@ class Saver:
         checkpoints: folder on storage that all ranks see.
         keep_last: newest checkpoints kept; keep_best: best ones kept besides.
         in_background: training waits only until the tensors are copied.
+        timeout_seconds: how long a rank waits for the others in the background.
+        mirror: of the run's folder; rank 0 copies each checkpoint there, and deletes there what is deleted here.
     """
 
-    def __init__(self, checkpoints: Path, keep_last: int, keep_best: int, in_background: bool) -> None:
-        self._checkpoints, self._keep_last, self._keep_best = checkpoints, keep_last, keep_best
+    def __init__(
+        self,
+        checkpoints: Path,
+        keep_last: int,
+        keep_best: int,
+        in_background: bool,
+        timeout_seconds: int = 600,
+        mirror: Mirror | None = None,
+    ) -> None:
+        self._checkpoints, self._keep_last, self._keep_best, self._mirror = checkpoints, keep_last, keep_best, mirror
         # saving beside the training needs collectives of its own: shared with the training's they would be mixed up
-        self._group = parallel.new_group() if in_background else None
+        self._group = parallel.new_group(timeout_seconds) if in_background else None
         self._committer = ThreadPoolExecutor(1, "mtrec-checkpoint") if in_background else None
-        self._pending: tuple[Future[Any], Path] | None = None
+        self._pending: list[tuple[Future[Any], Path]] = []
 
     def save(
         self, tensors: Mapping[str, Any], state: Mapping[str, Any], files: Mapping[str, bytes] | None = None
@@ -156,20 +198,32 @@ class Saver:
                     dict(tensors), checkpoint_id=folder, process_group=self._group, async_stager=BlockingAsyncStager()
                 )
                 assert isinstance(written, Future)
-                self._pending = self._committer.submit(self._commit_written, written, folder, dict(state)), folder
+                self._pending.append((self._committer.submit(self._commit_written, written, folder, dict(state)), folder))
         except (OSError, CheckpointException) as error:
             raise self._failure(folder, error) from error
         return folder
 
+    def add_validation(self, step: int, state: Mapping[str, Any]) -> None:
+        """Adds what the validation of the newest checkpoint found: `state` overrides keys of that given to `save`."""
+        if parallel.rank() != 0:
+            return
+        folder = folder_of(self._checkpoints, step)
+        if self._committer is not None:
+            self._pending.append((self._committer.submit(self._amend, folder, dict(state)), folder))
+            return
+        try:
+            self._amend(folder, dict(state))
+        except OSError as error:
+            raise self._failure(folder, error) from error
+
     def finish(self) -> None:
         """Waits for the save under way, until it is committed. Raises CheckpointError where it failed."""
-        if self._pending is None:
-            return
-        (future, folder), self._pending = self._pending, None
-        try:
-            future.result()
-        except (OSError, CheckpointException) as error:
-            raise self._failure(folder, error) from error
+        pending, self._pending = self._pending, []
+        for future, folder in pending:
+            try:
+                future.result()
+            except (OSError, CheckpointException) as error:
+                raise self._failure(folder, error) from error
 
     def _commit_written(self, written: "Future[Any]", folder: Path, state: dict[str, Any]) -> None:
         written.result()
@@ -180,13 +234,28 @@ class Saver:
         if parallel.rank() != 0:
             return
         write_atomically(folder / "state.json", json.dumps(state, indent=1))
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-            for path in sorted(folder.iterdir())
-            if path.name != "manifest.json"
-        }
+        files = {path.name: _entry(path) for path in sorted(folder.iterdir()) if path.name != "manifest.json"}
         write_atomically(folder / "manifest.json", json.dumps({"format": FORMAT, "files": files}, indent=1))
         self._remove_old(folder)
+        self._copy(folder, list(files))
+
+    def _amend(self, folder: Path, state: dict[str, Any]) -> None:
+        write_atomically(folder / VALIDATION, json.dumps(state, indent=1))
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["files"][VALIDATION] = _entry(folder / VALIDATION)
+        write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1))
+        self._remove_old(folder)
+        self._copy(folder, [VALIDATION])
+
+    def _copy(self, folder: Path, names: Sequence[str]) -> None:
+        """To the mirror, the manifest last; what is gone here goes there, too."""
+        if self._mirror is None:
+            return
+        inside = self._checkpoints.name
+        self._mirror.put(*(f"{inside}/{folder.name}/{name}" for name in [*names, "manifest.json"]))
+        for name in self._mirror.names(inside):
+            if not (self._checkpoints / name).exists():
+                self._mirror.delete(f"{inside}/{name}", first="manifest.json")
 
     def _remove_old(self, newest: Path) -> None:
         found = [each for each in find(self._checkpoints, verify=False) if each.folder <= newest]
@@ -266,6 +335,10 @@ def _stored(folder: Path) -> dict[str, TensorStorageMetadata]:
 def _some(names: Mapping[str, Any]) -> str:
     listed = sorted(names)
     return ", ".join(listed[:5]) + (", ..." if len(listed) > 5 else "")
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def _sha256(path: Path) -> str:

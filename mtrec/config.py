@@ -212,6 +212,9 @@ class Training(Section):
     validate_every: PositiveInt | None = Field(None, description="steps; default: at the end of each epoch")
     checkpoint_every: PositiveInt | None = Field(None, description="steps; default: with each validation")
     checkpoint_async: bool = True
+    checkpoint_storage: str | None = Field(
+        None, description="URI of the run's own, such as s3://bucket/runs/mine: checkpoints are copied there, --resume finds them"
+    )
     keep_last: PositiveInt = 2
     keep_best: NonNegativeInt = 1
     best_metric: str | dict[str, float] | None = Field(
@@ -351,6 +354,8 @@ def _wrong_names(experiment: Experiment) -> list[str]:
                 f"`tasks.{name}.also_on` should name a task ({', '.join(tasks)}). "
                 f"Found '{task.also_on}'.{nearest(task.also_on, tasks)}"
             )
+        elif task.also_on is not None and getattr(TASKS.get(tasks[task.also_on].kind), "family", "binary") != "binary":
+            findings.append(f"`tasks.{name}.also_on` should name a binary task. Found '{task.also_on}'.")
         elif task.also_on is not None and task.given is not None:
             findings.append(f"`tasks.{name}.also_on` should be left out: metrics are given where `given` is 1 anyway.")
     wish = experiment.training.best_metric

@@ -296,7 +296,7 @@ def _open(
     for name in named:
         if name in optional and not any(name in file.schema.names for file in files) and name not in partition_types:
             continue
-        _require(name, files, partition_types, f"{place}.where" if name != source.window_column else f"{place}.window")
+        _require(name, files, partition_types, f"{place}.where" if name != source.window_column else f"{place}.window_column")
     needed = list(dict.fromkeys([*columns, *named]))
     types = _unify(needed, files, partition_types, optional, place, notes)
     condition = _bound_condition(source, condition, types, place)
@@ -443,6 +443,8 @@ def _bound_condition(
     if source.window is None:
         return bound
     first, last = (_window_value(value) for value in source.window)
+    if type(first) is type(last) and first > last:  # type: ignore[operator]  # of one type, then
+        raise ValueError(f"`{place}.window` should be [first, last]. Found {first}, which is after {last}.")
     asked = conditions.window(source.window_column, first, last, types[source.window_column])
     window = conditions.bind(asked, types, f"{place}.window")
     return window if bound is None else conditions.Both(window, bound)

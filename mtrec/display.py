@@ -59,6 +59,9 @@ class TrainDisplay:
         with self._console.status("checking the data, fitting vocabularies and statistics ..."):
             yield
 
+    def say(self, line: str) -> None:
+        self._console.print(line, soft_wrap=True, markup=False)
+
     def start(self, run: Run, resumed: Checkpoint | None) -> None:
         """Says what is trained, and begins to follow the log."""
         rows = run.info["train"]["rows"]
@@ -78,6 +81,8 @@ class TrainDisplay:
                 f"{kept:,} of the rows are trained on (`where`, bad rows): a batch holds {size_kept:,.0f} of them on average",
                 soft_wrap=True,
             )
+        for note in run.info.get("notes", []):  # files that differ, days without files
+            self.say(note)
         if resumed is not None:
             self._console.print(f"continues from step {resumed.step:,} ({resumed.folder.name})")
         path = self._folder / "log.jsonl"
@@ -130,8 +135,7 @@ class TrainDisplay:
                 self._console.print(f"  {note}", soft_wrap=True, markup=False)
         elif event["event"] == "restarted":
             self._console.print(
-                f"{event['cause']}: went on with {event['world_size']} workers from the checkpoint of step "
-                f"{event['step']:,}; {event['repeated_steps']:,} logged steps are repeated",
+                _restart(event),
                 soft_wrap=True,
                 markup=False,  # an error's text may hold brackets
                 style="yellow",
@@ -161,6 +165,27 @@ class TrainDisplay:
         self._console.print(
             f"run folder: {self._folder}  ({time.monotonic() - self._began:.0f} s in all)", soft_wrap=True
         )
+
+
+def _restart(event: Mapping[str, Any]) -> str:
+    """One line about workers that died, or that became more or fewer.
+
+    >>> event = {"step": 20, "repeated_steps": 5, "world_size": 1, "world_size_before": 2, "cause": "worker 1 died"}
+    >>> _restart(event)
+    'worker 1 died: went on with 1 worker instead of 2 from the checkpoint of step 20; 5 logged steps are repeated'
+    >>> _restart(event | {"world_size": 2, "world_size_before": 1, "cause": None})
+    'grew from 1 to 2 workers: went on from the checkpoint of step 20; 5 logged steps are repeated'
+    """
+    size, before = event["world_size"], event["world_size_before"]
+    if event["cause"] is None:
+        what = f"{'grew' if size > before else 'shrank'} from {before} to {_workers(size)}: went on"
+    else:
+        what = f"{event['cause']}: went on with {_workers(size)}" + (f" instead of {before}" if size != before else "")
+    return f"{what} from the checkpoint of step {event['step']:,}; {event['repeated_steps']:,} logged steps are repeated"
+
+
+def _workers(count: int) -> str:
+    return f"{count} worker{'' if count == 1 else 's'}"
 
 
 def show_metrics(metrics: Mapping[str, Any], title: str, to: Console | None = None) -> None:

@@ -37,6 +37,7 @@ from mtrec.tasks import Objectives
 Accumulator = BinaryMetrics | DwellMetrics | MulticlassMetrics | RegressionMetrics
 LARGER_IS_BETTER = ("auc", "gauc", "xauc", "r2", "r2_log1p", "accuracy")
 SMALLER_IS_BETTER = ("log_loss", "normalized_entropy", "ece", "mae", "rmse")
+PIECE_ROWS, ROW_BYTES = 1_000_000, 128  # of a message between ranks: rows at most, and what a row of it costs on its way
 MAIN_METRIC = {"binary": "auc", "dwell": "xauc", "regression": "r2", "multiclass": "accuracy"}
 
 
@@ -60,9 +61,10 @@ class Measures:
             if objectives.specs[name].given or experiment.tasks[name].also_on
         ]
         limit = evaluation.memory_limit_mb * 1_000_000 // max(1, len(places))
+        self._bounds: dict[str, Any] = {"memory_limit_bytes": limit, "spill_folder": spill_folder}
         for name, suffix in places:
             family = objectives.specs[name].task.family
-            options: dict[str, Any] = {"memory_limit_bytes": limit, "spill_folder": spill_folder}
+            options = dict(self._bounds)
             if family == "binary":
                 options["bins"] = evaluation.bins
             elif family == "multiclass":
@@ -102,14 +104,25 @@ class Measures:
                 accumulator.update(prediction, label_B, weight_N=weight_B)
 
     def merge_ranks(self) -> None:
-        """Rank 0 then holds the rows of all ranks."""
-        gathered = parallel.gather_objects((self.rows, {key: each.arrays() for key, each in self._found.items()}))
-        if gathered is None:
+        """Rank 0 then holds the rows of all ranks; they travel a piece at a time, so that it never holds them in memory."""
+        world = parallel.world_size()
+        if world == 1:
             return
-        for rows, arrays in gathered[1:]:
-            self.rows += rows
-            for key, each in self._found.items():
-                each.merge(type(each).from_arrays(arrays[key]))  # type: ignore[arg-type]  # of one class
+        piece_rows = max(1, min(PIECE_ROWS, self._bounds["memory_limit_bytes"] // (ROW_BYTES * world)))
+        mine = {key: each.pieces(piece_rows) for key, each in self._found.items() if parallel.rank()}
+        rows = self.rows if parallel.rank() else 0
+        more = True
+        while more:
+            part = {key: arrays for key, pieces in mine.items() if (arrays := next(pieces, None)) is not None}
+            mine = {key: mine[key] for key in part}
+            gathered = parallel.gather_objects((rows, part)) or []
+            rows = 0
+            for their_rows, arrays in gathered:
+                self.rows += their_rows
+                for key, found in arrays.items():
+                    each = self._found[key]
+                    each.merge(type(each).from_arrays(found, **self._bounds))  # type: ignore[arg-type]  # of one class
+            more = parallel.broadcast_object(any(arrays for _, arrays in gathered))
 
     def compute(self) -> dict[str, Any]:
         """{"rows": n, "tasks": {"click": {"auc": ...}}}; undefined values are None."""

@@ -1,9 +1,10 @@
 """The feed: a reader's pieces encoded into batches, in the reader's background thread; bad rows are named by file and row."""
 
 import dataclasses
+import functools
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +12,11 @@ from numpy.typing import NDArray
 
 from mtrec.batch import Batch, Label, label_values, make_batch
 from mtrec.config import Data
-from mtrec.features import BadRowsError, Encoder, FeatureCounts
+from mtrec.dataset import Dataset
+from mtrec.features import BadRowsError, Encoder, Feature, FeatureCounts
 from mtrec.reader import Piece, Reader
+
+LOOK_ROWS = 65_536
 
 
 class Fed(NamedTuple):
@@ -42,7 +46,7 @@ class BadRows:
             listed = "; ".join(f"{reason}: {count:,} rows" for reason, count in self.skipped.most_common())
             raise ValueError(
                 f"`data.max_bad_fraction` ({self.max_fraction:g}) is exceeded: {total:,} bad rows ({listed}). "
-                f"The newest one: {place}: {error}"
+                f"The newest one: {place}: {error.what}"
             ) from error
 
 
@@ -51,19 +55,52 @@ def bad_rows(data: Data, num_rows: int, world_size: int = 1) -> BadRows | None:
     return BadRows(data.max_bad_fraction, num_rows / world_size) if data.on_bad_rows == "skip" else None
 
 
-def without_bad_labels(
-    batches: Iterable[pa.RecordBatch], labels: Mapping[str, Label], bad: BadRows | None
+def without_bad_rows(
+    batches: Iterable[pa.RecordBatch], labels: Mapping[str, Label], features: Sequence[Feature], bad: BadRows | None
 ) -> Iterator[pa.RecordBatch]:
-    """The batches, for the fit: where `bad` is given, without the rows that have a label which cannot be used."""
+    """The batches, for the fit: where `bad` is given, without rows that have a label or vector which cannot be used."""
+    looks: list[Callable[[pa.RecordBatch], object]] = [functools.partial(label_values, label=label) for label in labels.values()]
+    looks += [functools.partial(_fit_alone, feature=each) for each in features if getattr(each, "width", None) is not None]
     for batch in batches:
-        for label in labels.values() if bad is not None else ():
+        for look in looks if bad is not None else ():
             try:
-                label_values(batch, label)
+                look(batch)
             except BadRowsError as error:
                 assert bad is not None
                 bad.skip(error, "while vocabularies and statistics were fitted")
                 batch = batch.filter(pa.array(_kept(batch.num_rows, error)))
         yield batch
+
+
+def _fit_alone(batch: pa.RecordBatch, feature: Any) -> None:
+    """Fits a feature of fixed-size vectors to a batch; BadRowsError where one has another size."""
+    if feature.column in batch.schema.names:
+        array = batch.column(feature.column)
+        feature.start(array.type).update(array)
+
+
+def bad_row(data: Dataset, columns: Sequence[str], look: Callable[[pa.RecordBatch], object]) -> str | None:
+    """Where the first row is that `look` refuses (BadRowsError), and why; reads until it is found. None where there is none."""
+    for group in data.row_groups:
+        start = 0
+        for batch, mask in data.chunks(group, columns, LOOK_ROWS):
+            places = np.arange(batch.num_rows) if mask is None else np.flatnonzero(mask)
+            try:
+                look(batch if mask is None else batch.filter(mask))
+            except BadRowsError as error:
+                row = start + int(places[error.rows[0]])
+                return f"'{data.files[group.file_index].path}', row group {group.index}, row {row}: {error.what}"
+            start += batch.num_rows
+    return None
+
+
+def check_encodes(encoder: Encoder, data: Dataset) -> None:
+    """Raises ValueError naming `data.place` where columns have types that the features were not fitted for."""
+    schema = pa.schema([data.schema.field(name) for name in encoder.columns if name in data.schema.names])
+    try:
+        encoder.encode(pa.RecordBatch.from_pylist([], schema))
+    except ValueError as error:
+        raise ValueError(f"`{data.place}`: {error}") from error
 
 
 def usable_rows(table: pa.Table, encoder: Encoder) -> pa.Table:
@@ -133,7 +170,7 @@ def feed(
             except BadRowsError as error:
                 if bad is None:
                     more = f" {len(error.rows)} such rows in this batch." if len(error.rows) > 1 else ""
-                    raise ValueError(f"{place(piece, error)}: {error}{more}") from error
+                    raise ValueError(f"{place(piece, error)}: {error.what}{more}") from error
                 bad.skip(error, place(piece, error))
                 piece = _without(piece, _kept(piece.record_batch.num_rows, error))
             else:

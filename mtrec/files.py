@@ -125,12 +125,23 @@ def _below(filesystem: pa.fs.FileSystem, base: str, prefix: str) -> list[Locatio
     """The Parquet files of a folder and its folders, by name."""
     found = []
     start = len(base.rstrip("/")) + 1
+    if filesystem.type_name == "local":
+        _refuse_broken_links(base)
     for info in filesystem.get_file_info(pa.fs.FileSelector(base, recursive=True)):
         names = info.path[start:].split("/")
         hidden = any(name.startswith(("_", ".")) and "=" not in name for name in names)
         if info.type == pa.fs.FileType.File and info.path.endswith(SUFFIXES) and not hidden:
             found.append(Location(filesystem, info.path, prefix + info.path, _keys(info.path), info.size))
     return sorted(found, key=lambda file: file.path)
+
+
+def _refuse_broken_links(base: str) -> None:
+    """pyarrow's listing leaves them out, and with them rows that somebody expects."""
+    for folder, _, names in os.walk(base):
+        for name in names:
+            path = os.path.join(folder, name)
+            if name.endswith(SUFFIXES) and os.path.islink(path) and not os.path.exists(path):
+                raise ValueError(f"'{path}' should be a readable Parquet file. Found a link to a file that is not there.")
 
 
 def _matches(names: Sequence[str], pattern: Sequence[str]) -> bool:
@@ -217,6 +228,8 @@ def _footer(handle: pa.NativeFile, file: Location, first_read: int) -> bytes:
         encrypted = tail[-4:] == b"PARE"
         what = "an encrypted footer" if encrypted else f"{size} bytes that do not end with {_MAGIC.decode()}"
         hint = "encrypted Parquet is not read" if encrypted else "the file was cut short, or is still being written"
+        if size and handle.read_at(min(size, 4), 0) != _MAGIC[: min(size, 4)]:
+            hint = "it is no Parquet, or was cut short"
         raise ValueError(f"'{file.shown}' should be a whole Parquet file. Found {what}: {hint}.")
     needed = int.from_bytes(tail[-8:-4], "little") + 8
     if needed + len(_MAGIC) > size:

@@ -8,6 +8,7 @@ package (an entry in its module's dictionary) or outside of it (`kind: my_module
 import difflib
 import importlib
 import inspect
+import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
@@ -113,24 +114,56 @@ def explain(
     error: pydantic.ValidationError, place: str, model: type[pydantic.BaseModel], also_known: Iterable[str] = ()
 ) -> str:
     """A pydantic error in the house's form, a line for each finding: `path` should be ... Found ..."""
-    lines = []
+    found: dict[tuple[str, str], list[str]] = {}  # {(path, what was found): wishes}; a sentence of its own has none
     for finding in error.errors():
-        keys = [str(key) for key in finding["loc"]]
+        keys = _yaml_keys(model, finding["loc"])
         path = ".".join(([place] if place else []) + keys)
         if finding["type"] == "extra_forbidden":
             known = [*_keys_at(model, keys[:-1]), *also_known]
             what = f"`{path}` is not a known key.{nearest(keys[-1], known)}"
             what += "" if nearest(keys[-1], known) or not known else f" Known here: {', '.join(sorted(known))}."
+        elif finding["type"] == "missing" and isinstance(finding["loc"][-1], int):
+            what = f"`{path.rpartition('.')[0]}` should have more entries. Found only {keys[-1]}."
         elif finding["type"] == "missing":
             what = f"`{path}` is missing and has no default."
         elif finding["type"] == "value_error":
             what = str(finding["ctx"]["error"]) if "`" in finding["msg"] else f"`{path}`: {finding['ctx']['error']}"
         else:
-            wish = finding["msg"].removeprefix("Input should be ").removeprefix("Value should have ")
-            what = f"`{path}` should be {wish}. Found {finding['input']!r}."
-        if what not in lines:
-            lines.append(what)
-    return "\n".join(lines)
+            found.setdefault((path, f" Found {finding['input']!r}."), []).append(_wish(finding))
+            continue
+        found.setdefault((what, ""), [])
+    return "\n".join(f"`{what}` should {' or '.join(wishes)}.{end}" if wishes else what for (what, end), wishes in found.items())
+
+
+def _wish(finding: Any) -> str:
+    """What a finding says should be, from its verb on."""
+    if finding["type"] == "too_short":
+        least = finding["ctx"]["min_length"]
+        return f"hold at least {'one entry' if least == 1 else f'{least} entries'}"
+    if finding["type"] in ("dict_type", "model_type", "model_attributes_type"):
+        return "be a mapping"
+    return f"be {finding['msg'].removeprefix('Input should be ').removeprefix('Value should have ')}"
+
+
+def _yaml_keys(model: Any, location: tuple[int | str, ...]) -> list[str]:
+    """The keys of pydantic's location that stand in the file: of a union it also names the member that did not fit."""
+    keys: list[str] = []
+    here = model
+    for number, key in enumerate(location):
+        members = [here]
+        while len(members) == 1 and typing.get_origin(members[0]) in (Annotated, typing.Union, types.UnionType):
+            parts = typing.get_args(members[0])
+            inside = parts[:1] if typing.get_origin(members[0]) is Annotated else parts
+            members = [each for each in inside if each is not type(None)]
+        if len(members) > 1:
+            return [*keys, *map(str, location[number + 1 :])]
+        keys.append(str(key))
+        here, arguments = members[0], typing.get_args(members[0])
+        if isinstance(here, type) and issubclass(here, pydantic.BaseModel):
+            here = here.model_fields[str(key)].annotation if str(key) in here.model_fields else Any
+        else:
+            here = arguments[-1 if isinstance(key, str) else 0] if arguments else Any
+    return keys
 
 
 def _keys_at(model: type[pydantic.BaseModel], keys: list[str]) -> list[str]:

@@ -14,13 +14,28 @@ from mtrec.config import Experiment, Source
 from mtrec.display import TrainDisplay
 from mtrec.display_scoring import ScoreDisplay
 from mtrec.evaluate import check_best_metric, evaluate
+from mtrec.locking import locked
 from mtrec.model import task_specs
 from mtrec.predictions import load_model
-from mtrec.run import Run, check_device, check_resumable, default_folder, evaluation_columns, open_run, open_source, prepare
+from mtrec.run import (
+    Run,
+    check_device,
+    check_mirror,
+    check_resumable,
+    copy_to_mirror,
+    default_folder,
+    evaluation_columns,
+    fetch_from_mirror,
+    open_run,
+    open_source,
+    prepare,
+)
 from mtrec.scored_files import Asked, score_files
 from mtrec.stopping import listening
 from mtrec.tasks import Objectives
 from mtrec.train import Recorder, train
+
+LOCK = "train.lock"  # held by the command that trains the run
 
 
 class Stopped(Exception):
@@ -47,32 +62,25 @@ def launch(
     check_best_metric(experiment, Objectives(task_specs(experiment)))
     folder = (output or default_folder(experiment, resume)).absolute()
     display = TrainDisplay(folder)
-    if resume and (folder / "run.json").is_file():
-        run = open_run(folder)
-        check_resumable(run, experiment)
-        checkpoint.write_atomically(folder / "experiment.yaml", _resumed_yaml(run, experiment))
-        run = open_run(folder)
-    else:
-        if (folder / "run.json").exists():
-            raise ValueError(f"--output {folder} holds a run already. Add --resume to continue it, or choose another folder.")
-        with display.preparing():
-            run = prepare(experiment, folder, open_run(warm_start) if warm_start else None)
-    found = checkpoint.newest(run.checkpoints)
-    display.start(run, found)
-    if local:
-        _train_here(run, found, display)
-    else:
-        from mtrec.jobs.train import cluster_gpus, train_on_ray
+    with locked(folder / LOCK, f"The run {folder}"):
+        run = _open_or_prepare(experiment, folder, resume, warm_start, display)
+        copy_to_mirror(run)
+        found = checkpoint.newest(run.checkpoints)
+        display.start(run, found)
+        if local:
+            _train_here(run, found, display)
+        else:
+            from mtrec.jobs.train import cluster_gpus, train_on_ray
 
-        gpus = cluster_gpus()
-        train_on_ray(
-            run.folder,
-            count if count is not None else max(1, gpus),
-            use_gpu=gpus > 0,
-            max_failures=experiment.training.max_failures,
-            watch=display.poll,
-        )
-    display.close()
+            gpus = cluster_gpus()
+            train_on_ray(
+                run.folder,
+                count if count is not None else max(1, gpus),
+                use_gpu=gpus > 0,
+                max_failures=experiment.training.max_failures,
+                watch=display.poll,
+            )
+        display.close()
     metrics_file = run.folder / "metrics.json"
     if json_file is not None and metrics_file.is_file():
         json_file.parent.mkdir(parents=True, exist_ok=True)
@@ -80,6 +88,33 @@ def launch(
     if display.ended == "stopped":
         raise Stopped(f"asked to stop: the checkpoint is written. The same command with --output {run.folder} --resume goes on.")
     return run
+
+
+def _open_or_prepare(
+    experiment: Experiment, folder: Path, resume: bool, warm_start: Path | None, display: TrainDisplay
+) -> Run:
+    fetched = fetch_from_mirror(folder, experiment) if resume else []
+    if fetched:
+        display.say(f"fetched from {experiment.training.checkpoint_storage}: {', '.join(fetched)}")
+    if not resume or not (folder / "run.json").is_file():
+        if (folder / "run.json").exists():
+            raise ValueError(f"--output {folder} holds a run already. Add --resume to continue it, or choose another folder.")
+        check_mirror(experiment, folder)
+        with display.preparing():
+            return prepare(experiment, folder, open_run(warm_start) if warm_start else None)
+    run = open_run(folder)
+    check_resumable(run, experiment)
+    if warm_start is not None:
+        began = run.info["warm_start"]
+        if began is None or Path(began).resolve() != warm_start.resolve():
+            raise ValueError(
+                f"--resume with --warm-start {warm_start}: the run {folder} exists and began "
+                + (f"from the weights of {began}" if began else "from new weights")
+                + ". Leave --warm-start out to continue it, or --resume (with another --output) to begin a new run."
+            )
+        display.say(f"--warm-start {warm_start} has been done: the run began from it, and continues from its own checkpoints")
+    checkpoint.write_atomically(folder / "experiment.yaml", _resumed_yaml(run, experiment))
+    return open_run(folder)
 
 
 def _resumed_yaml(run: Run, experiment: Experiment) -> str:
@@ -167,7 +202,7 @@ def inspect_run(folder: Path) -> dict[str, Any]:
         problem = checkpoint.check(path)
         entry: dict[str, Any] = {"folder": path.name, "problem": problem}
         if problem is None:
-            state = json.loads((path / "state.json").read_text())
+            state = checkpoint.state_of(path)
             files = json.loads((path / "manifest.json").read_text())["files"]
             entry |= {
                 "step": state["step"],

@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
@@ -29,11 +30,13 @@ from mtrec.config import Experiment, Source, Task, parse_experiment, to_yaml
 from mtrec.dataset import Dataset
 from mtrec.features import FEATURES, BadRowsError, Encoder, Feature, check_schema
 from mtrec.features.arrays import is_number
-from mtrec.feed import bad_rows, usable_rows, without_bad_labels
+from mtrec.feed import bad_row, bad_rows, check_encodes, usable_rows, without_bad_rows
 from mtrec.formula import ranking_formula
 from mtrec.gradients import check_place
 from mtrec.kinds import check_options, resolve
 from mtrec.labels import LabelFit, LabelStatistics, labels_of
+from mtrec.metrics import group_keys
+from mtrec.mirror import Mirror
 from mtrec.model import task_specs
 from mtrec.tasks import Objectives, TaskSpec
 from mtrec.yaml_tree import read_yaml
@@ -75,6 +78,11 @@ class Run:
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
+    def mirror(self) -> Mirror | None:
+        """The copies of this run on `training.checkpoint_storage`, if it is set."""
+        uri = self.experiment.training.checkpoint_storage
+        return None if uri is None else Mirror(uri, self.folder)
+
     def best(self) -> Checkpoint:
         """The valid checkpoint with the best metric. Raises ValueError where the run has none."""
         found = checkpoint.best(checkpoint.find(self.checkpoints))
@@ -89,6 +97,49 @@ def open_run(folder: str | Path) -> Run:
     if not (run.folder / "run.json").is_file():
         raise ValueError(f"{folder} is not a run: it has no run.json. `mtrec train` makes runs; it prints where.")
     return run
+
+
+def check_mirror(experiment: Experiment, folder: Path) -> None:
+    """Raises ValueError where `training.checkpoint_storage` holds another run than this folder."""
+    uri, own = experiment.training.checkpoint_storage, folder / "run.json"
+    far = None if uri is None else Mirror(uri, folder).read("run.json")
+    if far is not None and not (own.exists() and far == own.read_bytes()):
+        raise ValueError(
+            f"`training.checkpoint_storage` {uri} holds another run, made {json.loads(far)['made']}. "
+            "Each run needs a URI of its own; to continue that run, use --resume with an --output that does not exist yet."
+        )
+
+
+def copy_to_mirror(run: Run) -> None:
+    """Copies to `training.checkpoint_storage` what a resume needs beside the checkpoints."""
+    mirror = run.mirror()
+    if mirror is None:
+        return
+    check_mirror(run.experiment, run.folder)
+    apart = {"checkpoints", "tensorboard", "ray", "run.json"}
+    files = [path.relative_to(run.folder) for path in sorted(run.folder.rglob("*")) if path.is_file()]
+    names = [str(path) for path in files if path.parts[0] not in apart and path.suffix not in (".lock", ".jsonl")]
+    mirror.put(*names, "run.json")
+
+
+def fetch_from_mirror(folder: Path, experiment: Experiment) -> list[str]:
+    """Brings a run, or those of its checkpoints that lack, from `training.checkpoint_storage`; what was brought."""
+    uri = experiment.training.checkpoint_storage
+    if uri is None:
+        return []
+    mirror, fetched = Mirror(uri, folder), []
+    if not (folder / "run.json").exists():
+        if mirror.read("run.json") is None:
+            return []
+        for name in mirror.names(""):
+            if name not in ("checkpoints", "run.json"):
+                mirror.get(name, folder / name)
+        mirror.get("run.json", folder / "run.json")  # last: a folder with it is a whole run
+        fetched.append("run.json")
+    elif mirror.read("run.json") != (folder / "run.json").read_bytes():
+        return []  # `check_mirror` says what is wrong, if something is
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    return [*fetched, *checkpoint.fetch(folder / "checkpoints", mirror)]
 
 
 def feature_list(experiment: Experiment) -> list[Feature]:
@@ -139,6 +190,9 @@ def _check_label_types(experiment: Experiment, data: Dataset) -> None:
         found = data.schema.field(column).type
         if not is_number(found):
             raise ValueError(f"`{place}` should name a column of numbers. Found column '{column}' of type {found}.")
+    group = experiment.evaluation.group_by
+    if group in data.schema.names:
+        group_keys(pa.array([], data.schema.field(group).type), "evaluation.group_by")  # raises where it cannot group
 
 
 def resolve_auto(experiment: Experiment, rows: int) -> Experiment:
@@ -192,11 +246,9 @@ def prepare(experiment: Experiment, folder: Path, previous: Run | None = None) -
     features = feature_list(experiment)
     fit = LabelFit(labels_of(experiment, specs), objectives)
     columns, _ = feature_columns(features)
-    batches = without_bad_labels(
-        train.batches(list(dict.fromkeys([*columns, *label_columns(experiment)])), FIT_ROWS),
-        labels_of(experiment, specs),
-        bad_rows(experiment.data, train.num_rows),
-    )
+    labels = labels_of(experiment, specs)
+    read = list(dict.fromkeys([*columns, *label_columns(experiment)]))
+    batches = without_bad_rows(train.batches(read, FIT_ROWS), labels, features, bad_rows(experiment.data, train.num_rows))
     try:
         encoder = Encoder.fit(
             features,
@@ -206,14 +258,16 @@ def prepare(experiment: Experiment, folder: Path, previous: Run | None = None) -
             previous=previous.encoder if previous else None,
         )
     except BadRowsError as error:
-        raise ValueError(f"{_place_of_bad_label(train, labels_of(experiment, specs))}{error}") from error
+        raise ValueError(_bad_row(train, read, labels, features) or str(error)) from error
+    for source in sources[1:]:
+        check_encodes(encoder, source)
     statistics = fit.statistics()
     for name, each in statistics.items():
         if not each.trained:
             given = f" where {experiment.tasks[name].given} is 1" if experiment.tasks[name].given else ""
             raise ValueError(
-                f"`tasks.{name}`: column '{experiment.label_column(name)}' holds no label{given} "
-                f"in the {each.rows:,} training rows."
+                f"`tasks.{name}.label`: column '{experiment.label_column(name)}' should hold labels{given}. Found none in the "
+                f"{each.rows:,} training rows."
             )
     folder.mkdir(parents=True, exist_ok=True)
     encoder.save(folder / "encoder")
@@ -231,6 +285,7 @@ def prepare(experiment: Experiment, folder: Path, previous: Run | None = None) -
             "files": len(train.files),
             "fingerprint": train.fingerprint,
         },
+        "notes": [note for source in sources for note in source.notes],
         "warm_start": str(previous.folder) if previous else None,
         "module_folders": module_folders(experiment),
     }
@@ -238,17 +293,15 @@ def prepare(experiment: Experiment, folder: Path, previous: Run | None = None) -
     return Run(folder.absolute())
 
 
-def _place_of_bad_label(data: Dataset, labels: Mapping[str, Label]) -> str:
-    """The file and row group of the first label that cannot be used, looked for only once one was met; "" if none is found."""
-    columns = list(dict.fromkeys(label.column for label in labels.values()))
-    for group in data.row_groups:
-        for batch in data.batches(columns, FIT_ROWS, [group]):
-            try:
-                for label in labels.values():
-                    label_values(batch, label)
-            except BadRowsError:
-                return f"'{data.files[group.file_index].path}', row group {group.index}: "
-    return ""
+def _bad_row(data: Dataset, columns: Sequence[str], labels: Mapping[str, Label], features: Sequence[Feature]) -> str | None:
+    """The place of the first row that cannot be fitted, looked for only once one was met."""
+
+    def look(batch: pa.RecordBatch) -> None:
+        for label in labels.values():
+            label_values(batch, label)
+        Encoder.fit(features, [batch], schema=data.schema, embedding_dim=1)
+
+    return bad_row(data, columns, look)
 
 
 def module_folders(experiment: Experiment) -> list[str]:

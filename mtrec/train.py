@@ -10,7 +10,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ import torch
 from mtrec import checkpoint, parallel
 from mtrec.batch import Batch
 from mtrec.checkpoint import Checkpoint, Saver
+from mtrec.config import EarlyStopping
 from mtrec.dataset import Dataset
 from mtrec.evaluate import evaluate, score_metric
 from mtrec.feed import Fed, bad_rows, feed
 from mtrec.labels import labels_of
 from mtrec.model import MultiTaskModel
 from mtrec.predictions import TrainingSample
-from mtrec.reader import Reader
+from mtrec.reader import Piece, Reader
 from mtrec.run import Run, evaluation_columns, label_columns, open_run, open_source
 from mtrec.step import StepResult, TrainState, build_state, reset_tables, train_step
 from mtrec.warm import warm_start
@@ -70,15 +71,17 @@ class WarmStarted:
 
 @dataclasses.dataclass(frozen=True)
 class Restarted:
-    """Workers died and others took over at the newest checkpoint, of `step`; what came after it is done again.
+    """Workers died, or became more or fewer; these took over at the newest checkpoint, of `step`.
 
-    `cause`: what is known of the failure; `repeated_steps`: at least so many, those that had been logged.
+    `cause`: what is known of the failure, None where there was none (Ray gave the run more or fewer workers);
+    `repeated_steps`: at least so many are done again, those that had been logged after the checkpoint.
     """
 
     step: int
     world_size: int
+    world_size_before: int
     repeated_steps: int
-    cause: str
+    cause: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +119,7 @@ class Progress:
     best_metric: float | None = None
     validations_since_best: int = 0
     metric: float | None = None  # of the newest validation, if it was at this step
+    to_validate: bool = False  # a validation of this step is due and not done
 
 
 def train(
@@ -140,7 +144,8 @@ def train(
     torch.set_num_threads(config.threads_per_worker)
     if config.deterministic and device.type == "cpu":
         torch.use_deterministic_algorithms(True)
-    with parallel.process_group(device, config.collective_timeout_seconds):
+    seconds = config.collective_timeout_seconds
+    with parallel.hangs_named(seconds), parallel.process_group(device, seconds):
         _check_world(experiment.data.num_streams)
         data = open_source(experiment, experiment.data.train, "data.train")
         if data.fingerprint != run.info["train"]["fingerprint"]:
@@ -155,7 +160,7 @@ def train(
         state = build_state(
             experiment, model, run.labels, batch_size=experiment.data.batch_size, total_steps=total_steps, device=device
         )
-        saver = Saver(run.checkpoints, config.keep_last, config.keep_best, config.checkpoint_async)
+        saver = Saver(run.checkpoints, config.keep_last, config.keep_best, config.checkpoint_async, seconds, run.mirror())
         progress = Progress()
         if resume_from is not None:
             checkpoint.load(resume_from.folder, state.tensors())
@@ -164,7 +169,12 @@ def train(
         elif run.info["warm_start"] is not None:
             started = warm_start(state, run, open_run(run.info["warm_start"]))
             yield WarmStarted(0, str(started.folder), started.notes)
-        yield from _loop(run, data, state, saver, progress, total_steps, stop_requested)
+        try:
+            yield from _loop(run, data, state, saver, progress, total_steps, stop_requested)
+        except Exception as error:
+            if not parallel.timed_out(error):
+                saver.finish()  # what is being saved counts, although a validation, say, cannot be done
+            raise
 
 
 def _check_world(num_streams: int) -> None:
@@ -214,8 +224,9 @@ def _loop(
 
     sample = TrainingSample(run)
     reason, meter, skipped = "finished", _Meter(config.log_every), Counter[str]()
-    patience = config.early_stopping.patience if config.early_stopping else None
-    if patience is not None and progress.validations_since_best >= patience:
+    if validation is not None and progress.to_validate:  # the run ended before it had validated its last checkpoint
+        yield _validate(run, state, validation, progress, saver)
+    if _stops_early(progress, config.early_stopping):
         reason = "early_stopping"  # it had ended; a larger patience lets it go on
     while reason == "finished" and progress.epoch < config.epochs and state.step < total_steps:
         if config.reset_tables == "every_epoch" and progress.epoch > 0 and progress.next_batch == 0:
@@ -225,8 +236,8 @@ def _loop(
         pin = state.device.type == "cuda"
         bad = bad_rows(experiment.data, data.num_rows, parallel.world_size())
         with closing(feed(reader, run.encoder, labels, experiment.data.sample_weight, pin=pin, bad=bad)) as fed:
-            for piece, batch in meter.waiting(fed):
-                result = train_step(state, batch.to(state.device), stop=stop_requested())
+            for piece, batch, upcoming in _with_upcoming(meter.waiting(fed), state.device):
+                result = train_step(state, batch, stop=stop_requested(), upcoming=upcoming)
                 progress.next_batch += 1
                 progress.metric = None
                 if progress.next_batch == steps_per_epoch:
@@ -235,37 +246,28 @@ def _loop(
                 if state.step % config.log_every == 0 or state.step == total_steps:
                     yield meter.event(state, progress, batch, total_steps)
                 if state.nonfinite_in_a_row >= config.max_nonfinite_steps:
-                    saver.finish()
                     raise _not_finite(state, run, [path for path, _ in reader.sources(piece)])
                 epoch_ended = progress.next_batch == 0
-                last = state.step >= total_steps or result.stop
-                stop_early = False
-                if (
-                    validation is not None
-                    and (not result.stop or state.step >= total_steps)
-                    and (_due(config.validate_every, state.step, epoch_ended) or last)
-                ):
-                    event = _validate(run, state, validation, progress)
-                    stop_early = _update_best(progress, event, config.early_stopping)
-                    yield event
-                    meter.restart()
+                ended = state.step >= total_steps
+                progress.to_validate = validation is not None and (
+                    _due(config.validate_every, state.step, epoch_ended) or ended
+                )
                 every = config.checkpoint_every or config.validate_every
-                is_best = progress.metric is not None and progress.best_step == state.step
-                if _due(every, state.step, epoch_ended) or last or stop_early or is_best:
-                    folder = saver.save(
-                        state.tensors(),
-                        {"step": state.step, "metric": progress.metric, **_state(run, progress)},
-                        sample.files(state.model, state.device),
-                    )
+                # saved before it is validated: a validation that fails, or is killed, costs no training
+                if _due(every, state.step, epoch_ended) or progress.to_validate or ended or result.stop:
+                    folder = saver.save(state.tensors(), _state(run, state, progress), sample.files(state.model, state.device))
                     yield Saved(state.step, str(folder))
+                    meter.restart()
+                if validation is not None and progress.to_validate and (ended or not result.stop):
+                    yield _validate(run, state, validation, progress, saver)
                     meter.restart()
                 if result.stop:
                     reason = "stopped"
-                elif stop_early:
+                elif _stops_early(progress, config.early_stopping):
                     reason = "early_stopping"
                 elif config.max_steps and state.step >= config.max_steps:
                     reason = "max_steps"
-                if reason != "finished" or last:
+                if reason != "finished" or ended:
                     break
         skipped.update(bad.skipped if bad is not None else {})
         if reason != "finished":
@@ -276,13 +278,27 @@ def _loop(
     yield Ended(state.step, reason, progress.best_step, progress.best_metric, dict(everywhere))
 
 
+def _with_upcoming(fed: Iterator[Fed], device: torch.device) -> Iterator[tuple[Piece, Batch, Batch | None]]:
+    """The batches, on the device, each with the one that follows it (None after the last)."""
+    here: tuple[Piece, Batch] | None = None
+    for piece, batch in fed:
+        upcoming = batch.to(device)
+        if here is not None:
+            yield *here, upcoming
+        here = piece, upcoming
+    if here is not None:
+        yield *here, None
+
+
 def _due(every: int | None, step: int, epoch_ended: bool) -> bool:
     return epoch_ended if every is None else step % every == 0
 
 
-def _state(run: Run, progress: Progress) -> dict[str, Any]:
-    """What `state.json` of a checkpoint says beside the step: the reader's position is epoch and next batch of every stream."""
+def _state(run: Run, state: TrainState, progress: Progress) -> dict[str, Any]:
+    """What `state.json` of a checkpoint says: the reader's position is epoch and next batch of every stream."""
     return {
+        "step": state.step,
+        "metric": None,  # validation.json has it, once there is one
         "progress": dataclasses.asdict(progress),
         "world_size": parallel.world_size(),
         "experiment": run.experiment.model_dump(mode="json"),
@@ -290,22 +306,28 @@ def _state(run: Run, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _validate(run: Run, state: TrainState, dataset: Dataset, progress: Progress) -> Validation:
+def _validate(run: Run, state: TrainState, dataset: Dataset, progress: Progress, saver: Saver) -> Validation:
+    """Validates the newest checkpoint, which lies written or is being written, and notes in it what was found."""
     started = time.perf_counter()
     metrics = evaluate(state.model, dataset, run.experiment, run.encoder, device=state.device)
     metric = score_metric(run.experiment, state.model.objectives, metrics)
+    progress.metric, progress.to_validate = metric, False
+    early_stopping = run.experiment.training.early_stopping
+    min_gain = early_stopping.min_gain if early_stopping else 0.0
+    if metric is not None and (progress.best_metric is None or metric > progress.best_metric + min_gain):
+        progress.best_metric, progress.best_step, progress.validations_since_best = metric, state.step, 0
+    else:
+        progress.validations_since_best += 1
+    saver.add_validation(state.step, {"metric": metric, "progress": dataclasses.asdict(progress)})
     return Validation(state.step, progress.epoch, metrics, metric, time.perf_counter() - started)
 
 
-def _update_best(progress: Progress, event: Validation, early_stopping: Any) -> bool:
-    """Notes the newest metric; whether training should stop early."""
-    progress.metric = event.metric
-    min_gain = early_stopping.min_gain if early_stopping else 0.0
-    if event.metric is not None and (progress.best_metric is None or event.metric > progress.best_metric + min_gain):
-        progress.best_metric, progress.best_step, progress.validations_since_best = event.metric, event.step, 0
-        return False
-    progress.validations_since_best += 1
+def _stops_early(progress: Progress, early_stopping: EarlyStopping | None) -> bool:
     return early_stopping is not None and progress.validations_since_best >= early_stopping.patience
+
+
+class TrainingFailed(RuntimeError):
+    """Workers failed more often than `training.max_failures` allows; what is saved can be resumed."""
 
 
 class NotFiniteError(FloatingPointError, ValueError):
@@ -417,15 +439,21 @@ class Recorder:
 
     def __call__(self, event: Event) -> None:
         line = {"event": type(event).__name__.lower(), "time": time.time(), **dataclasses.asdict(event)}
-        self._log.write(json.dumps(line) + "\n")
-        self._log.flush()
+        try:
+            self._log.write(json.dumps(line) + "\n")
+            self._log.flush()
+            if isinstance(event, Validation):
+                checkpoint.write_atomically(self._folder / "metrics.json", json.dumps(event.metrics, indent=1))
+        except OSError as error:
+            raise ValueError(
+                f"The log of {self._folder} cannot be written any more: {error}. --resume goes on from the newest checkpoint."
+            ) from error
         for name, value in _scalars(event):
             self._board.add_scalar(name, value, event.step)
-        if isinstance(event, Validation):
-            checkpoint.write_atomically(self._folder / "metrics.json", json.dumps(event.metrics, indent=1))
 
     def close(self) -> None:
-        self._log.close()
+        with suppress(OSError):  # of a full disk: it was raised when the line was written
+            self._log.close()
         self._board.close()
 
 

@@ -150,7 +150,7 @@ def _write(target: object, source: Tensor, rows: int, table: Table) -> None:
         whole = _plain(target)
         whole[:rows].copy_(to_width(source[:rows], whole.shape[1], table.dim))
         return
-    size = tuple(target.size())  # type: ignore[attr-defined]
+    size = tuple(target.metadata().size)  # type: ignore[attr-defined]
     width = size[0] // table.num_embeddings if len(size) == 1 else size[1]
     wanted = to_width(source[:rows], width, table.dim)
     for shard in target.local_shards():

@@ -113,3 +113,22 @@ def test_too_many_bad_rows_end_the_run(tmp_path: Path) -> None:
     words = r"is exceeded: 7 bad rows .*The newest one: '.*part-\d.parquet', row group \d, row \d+:"
     with pytest.raises(ValueError, match=words):
         list(train(run, device=torch.device("cpu")))
+
+
+def test_a_vector_of_another_width_is_left_out_of_the_fit_and_of_the_training(tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log", 600, files=2)
+    for number, path in enumerate(sorted(log.glob("*"))):
+        table = pq.read_table(path)
+        vectors = [[float(row), 1.0] for row in range(len(table))]
+        if number == 1:
+            vectors[17] = [1.0, 2.0, 3.0]
+        pq.write_table(table.append_column("vector", pa.array(vectors, pa.list_(pa.float32()))), path)
+    tree: dict[str, Any] = experiment_tree(log)
+    tree["features"]["vector"] = {"kind": "dense", "width": 2}
+    with pytest.raises(ValueError, match=r"part-1.parquet', row group 0, row 17: .*'vector' should hold 2 numbers a row"):
+        small_run(tmp_path, tree=tree)
+    run = small_run(tmp_path, "data.on_bad_rows=skip", tree=tree)
+    assert run.info["train"]["kept"] == 599
+    ended = list(train(run, device=torch.device("cpu")))[-1]
+    assert isinstance(ended, Ended)
+    assert ended.skipped_rows == {"vector should hold 2 numbers a row": 1}

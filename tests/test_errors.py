@@ -172,7 +172,7 @@ def test_a_bad_label_that_footers_do_not_show_is_named_by_its_row(log: Path, tmp
     result = CliRunner().invoke(app, ["train", str(path), "--local", "--output", str(tmp_path / "run")])
     assert isinstance(result.exception, ValueError)
     assert "column 'click' should be 0, 1 or null. Found 7" in str(result.exception)
-    assert "part-1.parquet', row group 0: " in str(result.exception)
+    assert "part-1.parquet', row group 0, row 499: " in str(result.exception)
 
 
 def test_check_shows_sizes_rates_drift_leaks_and_broken_funnels(log: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -473,6 +474,27 @@ def test_memory_stays_within_the_limit(metrics_type):
 
     assert peak_megabytes(4) < 4 + 10  # 20 MB of rows; beside the limit: the batch, the work arrays of a chunk
     assert peak_megabytes(1_000) > 40
+
+
+def mapped_megabytes():
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return sum(int(lines[name].split()[0]) for name in ("RssFile", "RssShmem")) / 2**10
+
+
+def test_spilled_rows_do_not_stay_mapped():
+    rows = SortedRows([("x", "f8"), ("y", "f8")], {"x": Order(("x",))}, memory_limit_bytes=40 * 2**20)
+    rng = np.random.default_rng(5)
+    for _ in range(100):
+        rows.append({"x": rng.random(65_536), "y": rng.random(65_536)})
+    assert rows.num_runs == 9
+    before, most, last = mapped_megabytes(), 0.0, -1.0
+    for chunk in rows.chunks("x"):
+        assert chunk["x"][0] > last
+        last = chunk["x"][-1]
+        most = max(most, mapped_megabytes())
+    assert most - before < 10  # of 90 MB of files
+    assert sum(len(piece["x"]) for piece in rows.pieces(100_000)) == rows.num_rows
+    assert mapped_megabytes() - before < 10
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

@@ -12,6 +12,7 @@ from runs import small_run, train_on, trained
 from sklearn.metrics import roc_auc_score
 from torch.testing import assert_close
 
+import mtrec.evaluate
 from mtrec.checkpoint import find, read
 from mtrec.launch import evaluate_run
 from mtrec.optim import schedule
@@ -190,6 +191,12 @@ def evaluated(folder: str, data: str) -> dict[str, Any]:
     return evaluate_run(Path(folder), data, by="click")
 
 
+def evaluated_in_pieces(folder: str, data: str) -> dict[str, Any]:
+    """As `evaluated`, the rows sent to rank 0 seventeen at a time."""
+    mtrec.evaluate.PIECE_ROWS = 17
+    return evaluated(folder, data)
+
+
 def test_evaluation_is_the_same_on_one_two_and_three_ranks(tmp_path: Path) -> None:
     from ranks import run_ranks
 
@@ -199,7 +206,8 @@ def test_evaluation_is_the_same_on_one_two_and_three_ranks(tmp_path: Path) -> No
     one, *others = (run_ranks(world, evaluated, str(run.folder), data, folder=tmp_path / "ranks")[0] for world in (1, 2, 3))
     assert one["rows"] == 1_000
     assert one["tasks"]["click"]["gauc"] is not None
-    for other in others:
+    pieces = run_ranks(3, evaluated_in_pieces, str(run.folder), data, folder=tmp_path / "ranks")[0]
+    for other in (*others, pieces):
         assert _flat(other).keys() == _flat(one).keys()
         for path, value in _flat(one).items():
             assert _flat(other)[path] == (None if value is None else pytest.approx(value, rel=1e-6, abs=1e-6)), path

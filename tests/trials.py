@@ -1,10 +1,9 @@
 """A trial of resuming: ranks that train are killed, others go on, and what they did is held against a run that lived.
 
-Training is `mtrec.train.train` itself. What it does is seen through wrappers around `feed` and `train_step`, put in place in
-the ranks' own processes: the row ids of every batch, the state before the first step; and they set off the SIGKILL.
+Training is `mtrec.train.train` itself. What it does is seen by a witness in the ranks' own processes (witness.py): the row ids
+of every batch, the state before the first step. A wrapper around `train_step` sets off the SIGKILL.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -19,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import witness
 from logs import experiment_tree
 from ranks import run_dying_ranks, run_ranks
-from runs import gathered, small_run
+from runs import small_run
 
 import mtrec.checkpoint
 import mtrec.train
@@ -94,25 +94,11 @@ def rank_that_trains(folder: str, attempt: str, kill: Kill | None) -> dict[str, 
     """One rank of an attempt: `train()` from the newest checkpoint to its end, or to its death."""
     torch.set_num_threads(1)
     run, rank = Run(Path(folder)), int(os.environ["RANK"])
-    feed, train_step, async_save = mtrec.train.feed, mtrec.train.train_step, mtrec.checkpoint.async_save
-    restored: dict[str, torch.Tensor] | None = None
+    restored: dict[str, torch.Tensor] = {}
+    witness.watch(run.folder, attempt, restored)
+    train_step, async_save = mtrec.train.train_step, mtrec.checkpoint.async_save
 
-    def recording_feed(*arguments: Any, **options: Any) -> Iterator[Any]:
-        with (
-            contextlib.closing(feed(*arguments, **options)) as fed,
-            (run.folder / f"rows-{attempt}-{rank}.jsonl").open("a") as out,
-        ):
-            for item in fed:
-                piece = item.piece
-                rows = piece.record_batch["row_id"].to_pylist()
-                out.write(json.dumps({"batch": [piece.epoch, piece.index], "rows": rows}) + "\n")
-                out.flush()
-                yield item
-
-    def watched_step(state: Any, batch: Any, **options: Any) -> Any:
-        nonlocal restored
-        if restored is None:
-            restored = gathered(state, run.folder / f"restored-{attempt}") or {}
+    def deadly_step(state: Any, batch: Any, **options: Any) -> Any:
         if kill is not None and not kill.in_checkpoint and (rank, state.step) == (kill.rank, kill.step):
             threading.Timer(kill.seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
         return train_step(state, batch, **options)
@@ -128,7 +114,7 @@ def rank_that_trains(folder: str, attempt: str, kill: Kill | None) -> dict[str, 
             os.kill(os.getpid(), signal.SIGKILL)
         return begun
 
-    mtrec.train.feed, mtrec.train.train_step = recording_feed, watched_step  # type: ignore[assignment]
+    mtrec.train.train_step = deadly_step  # type: ignore[assignment]
     mtrec.checkpoint.async_save = deadly_save
     metrics = None
     with (run.folder / f"losses-{attempt}.jsonl").open("a") as out:
@@ -152,19 +138,7 @@ def losses(run: Run, attempt: str) -> dict[int, dict[str, float]]:
 
 
 def batches(run: Run, attempt: str) -> dict[int, list[int]]:
-    """{step: row ids of its global batch, rank after rank} of an attempt. Raises AssertionError for a batch fed twice."""
-    found: dict[int, list[int]] = {}
-    for path in sorted(run.folder.glob(f"rows-{attempt}-*.jsonl")):
-        seen = set()
-        for line in path.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):
-                event = json.loads(line)
-                epoch, index = event["batch"]
-                step = epoch * STEPS_PER_EPOCH + index + 1
-                assert step not in seen, f"{path.name} was fed batch {index} of epoch {epoch} twice"
-                seen.add(step)
-                found.setdefault(step, []).extend(event["rows"])
-    return found
+    return witness.batches(run.folder, attempt, STEPS_PER_EPOCH)
 
 
 def copy_of(run: Run, folder: Path) -> Run:
@@ -205,7 +179,7 @@ def conduct(base: Run, trial: Trial, kill: Kill | None = None) -> Outcome:
     last = newest(run.checkpoints)
     assert last is not None
 
-    failures += _restored(before, ended["restored"])
+    failures += wrongly_restored(before, ended["restored"])
     failures += _rows(run, at, whole)
     second = losses(run, "second")
     steps = [step for step in sorted(second) if step <= at + COMPARED_STEPS]
@@ -216,7 +190,7 @@ def conduct(base: Run, trial: Trial, kill: Kill | None = None) -> Outcome:
     )
     if loss_difference > (0.0 if trial.before == trial.after else 1e-5):
         failures.append(f"losses differ by {loss_difference:.1e} of their value within {COMPARED_STEPS} steps")
-    metric_difference = max(_metric_differences(whole.metrics, ended["metrics"]))
+    metric_difference = max(metric_differences(whole.metrics, ended["metrics"]))
     if metric_difference > 1e-3:
         failures.append(f"final metrics differ by {metric_difference:.1e}")
     state = read(last.folder)
@@ -227,7 +201,7 @@ def conduct(base: Run, trial: Trial, kill: Kill | None = None) -> Outcome:
     return Outcome(trial, kill, at, died_at, loss_difference, metric_difference, bit_equal, tuple(failures))
 
 
-def _restored(before: dict[str, torch.Tensor] | None, restored: dict[str, torch.Tensor]) -> list[str]:
+def wrongly_restored(before: dict[str, torch.Tensor] | None, restored: dict[str, torch.Tensor]) -> list[str]:
     """What was read back, gathered from the ranks, must be what was saved, to the bit."""
     if before is None:
         return []
@@ -243,20 +217,24 @@ def _rows(run: Run, at: int, whole: Reference) -> list[str]:
     """Every row once an epoch, in the same global batches: the first attempt up to its checkpoint, then the second."""
     first, second = batches(run, "first"), batches(run, "second")
     lived = {**{step: rows for step, rows in first.items() if step <= at}, **second}
+    again = [f"resumed from step {at}, but step {min(second)} was fed again"] if min(second) <= at else []
+    return again + wrong_rows(lived, whole.batches)
+
+
+def wrong_rows(lived: dict[int, list[int]], expected: dict[int, list[int]]) -> list[str]:
+    """What is wrong with the batches of the steps that count: not every row once an epoch, or not those expected."""
     failures = []
-    if min(second) <= at:
-        failures.append(f"resumed from step {at}, but step {min(second)} was fed again")
-    for epoch in range(EPOCHS):
+    for epoch in range(max(expected) // STEPS_PER_EPOCH):
         steps = range(epoch * STEPS_PER_EPOCH + 1, (epoch + 1) * STEPS_PER_EPOCH + 1)
         count = Counter(row for step in steps for row in lived.get(step, []))
         if set(count) != set(range(ROWS)) or set(count.values()) != {1}:
             often = sum(each > 1 for each in count.values())
             failures.append(f"epoch {epoch}: {ROWS - len(count)} rows never trained on, {often} more than once")
-    different = [step for step, rows in whole.batches.items() if sorted(lived.get(step, [])) != sorted(rows)]
+    different = [step for step, rows in expected.items() if sorted(lived.get(step, [])) != sorted(rows)]
     return [*failures, *([f"other rows than without the kill in the batches of steps {different}"] if different else [])]
 
 
-def _metric_differences(expected: dict[str, Any], found: dict[str, Any]) -> Iterator[float]:
+def metric_differences(expected: dict[str, Any], found: dict[str, Any]) -> Iterator[float]:
     for task, metrics in expected["tasks"].items():
         for name, value in metrics.items():
             if value is not None:

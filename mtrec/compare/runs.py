@@ -10,6 +10,7 @@
 The files are the truth: a run without done.json is done again, from its newest checkpoint.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -18,9 +19,9 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -29,8 +30,9 @@ import torch
 
 from mtrec import checkpoint, parallel
 from mtrec.checkpoint import Checkpoint, write_atomically
-from mtrec.compare.plan import Plan, dense_size, matched, search_draws, varied
-from mtrec.config import Experiment, parse_experiment, to_yaml
+from mtrec.compare.plan import Budget, Plan, dense_size, matched, search_draws, varied
+from mtrec.compare.space import active
+from mtrec.config import Experiment, Source, parse_experiment, to_yaml
 from mtrec.embeddings import Embeddings
 from mtrec.evaluate import whole_reader
 from mtrec.feed import feed
@@ -38,7 +40,7 @@ from mtrec.labels import labels_of
 from mtrec.metrics import group_keys
 from mtrec.predictions import load_model, uses_bf16
 from mtrec.run import Run, evaluation_columns, label_columns, open_run, open_source, prepare, resolve_auto
-from mtrec.train import Ended, Recorder, Step, train
+from mtrec.train import Event, Recorder, Step, train
 from mtrec.yaml_tree import read_yaml
 
 PREDICTIONS, DONE, SPEC = "predictions.parquet", "done.json", "compare.json"
@@ -87,12 +89,12 @@ def prepared(folder: Path, experiment: Experiment) -> Run:
     return run
 
 
-def with_budget(plan: Plan, experiment: Experiment, rows: int) -> Experiment:
-    """The experiment with its steps set by the budget, and enough validations for a learning curve; `rows`: of training."""
+def with_budget(experiment: Experiment, rows: int, budget: Budget | None, curve_points: int) -> Experiment:
+    """The experiment with its steps set by the budget, and so many validations as a learning curve needs; `rows`: of training."""
     experiment = resolve_auto(experiment, rows)
     batch_size = experiment.data.batch_size
     assert isinstance(batch_size, int)
-    training, budget = experiment.training, plan.comparison.budget
+    training = experiment.training
     steps_an_epoch = -(-rows // batch_size)
     steps = min(steps_an_epoch * training.epochs, training.max_steps or FOR_EVER)
     changes: dict[str, Any] = {}
@@ -100,7 +102,7 @@ def with_budget(plan: Plan, experiment: Experiment, rows: int) -> Experiment:
         steps = budget.steps or max(1, (budget.rows or 0) // batch_size)
         changes = {"max_steps": steps, "epochs": -(-steps // steps_an_epoch)}
     if training.validate_every is None and experiment.data.validation is not None:
-        changes["validate_every"] = max(1, -(-steps // plan.comparison.curve_points))
+        changes["validate_every"] = max(1, -(-steps // curve_points))
     return experiment.model_copy(update={"training": training.model_copy(update=changes)})
 
 
@@ -128,10 +130,10 @@ def search_specs(plan: Plan, experiments: dict[str, Experiment]) -> list[Spec]:
     """The trials of the search, the same draws for every variant; validated only, and with one seed, the first."""
     if plan.comparison.search is None:
         return []
-    found = []
+    found, space = [], plan.comparison.search.space
     for name, experiment in experiments.items():
         for index, overrides in enumerate(search_draws(plan.comparison.search)):
-            changed = varied(experiment, {**overrides, "seed": plan.seeds[0]}, "search.space")
+            changed = varied(experiment, {**active(space, overrides), "seed": plan.seeds[0]}, "search.space")
             found.append(Spec(f"{name}/trial-{index}", name, plan.seeds[0], changed, tested=False))
     return found
 
@@ -153,12 +155,12 @@ def chosen(
         edges = [
             path
             for path, space in search.space.items()
-            if not isinstance(space, list) and draws[best][path] in (min(d[path] for d in draws), max(d[path] for d in draws))
+            if space.choice is None and draws[best][path] in (min(d[path] for d in draws), max(d[path] for d in draws))
         ]
-        found[name] = varied(experiment, draws[best], "search.space")
+        found[name] = varied(experiment, active(search.space, draws[best]), "search.space")
         facts[name] = {
             "trials": search.trials,
-            "chosen": draws[best],
+            "chosen": active(search.space, draws[best]),
             "metric": metrics[best],
             "at_edge": edges if search.trials > 2 else [],
             "tried": [{**draw, "metric": metric} for draw, metric in zip(draws, metrics, strict=True)],
@@ -186,7 +188,8 @@ def make_folders(plan: Plan, folder: Path, specs: Sequence[Spec]) -> list[str]:
     for spec in specs:
         place = folder_of(folder, spec.name)
         source = prepared(folder, spec.experiment)
-        experiment = with_budget(plan, spec.experiment, source.info["train"]["rows"])
+        comparison = plan.comparison
+        experiment = with_budget(spec.experiment, source.info["train"]["rows"], comparison.budget, comparison.curve_points)
         if (place / "run.json").is_file():
             if open_run(place).experiment != parse_experiment(read_yaml(to_yaml(experiment), spec.name)):
                 raise ValueError(
@@ -196,7 +199,7 @@ def make_folders(plan: Plan, folder: Path, specs: Sequence[Spec]) -> list[str]:
         else:
             if place.exists():
                 shutil.rmtree(place)  # cut short before its run.json, which is written last
-            _copy_prepared(source, experiment, place)
+            copy_prepared(source, experiment, place)
         budget = plan.comparison.budget
         what = {
             "tested": spec.tested,
@@ -209,7 +212,8 @@ def make_folders(plan: Plan, folder: Path, specs: Sequence[Spec]) -> list[str]:
     return missing
 
 
-def _copy_prepared(source: Run, experiment: Experiment, place: Path) -> None:
+def copy_prepared(source: Run, experiment: Experiment, place: Path) -> None:
+    """A run's folder for this experiment with the encoder and label statistics of `source`."""
     place.mkdir(parents=True)
     for path in sorted(source.folder.iterdir()):
         if path.name in (*SEEN_IN, "checkpoints"):
@@ -237,12 +241,13 @@ def read_done(folder: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def train_here(run: Run, device: torch.device, watch: Callable[[], None] = lambda: None) -> None:
-    """Trains a run in this process, from its newest checkpoint; within the seconds of its budget, if it has one.
+def train_here(
+    run: Run, device: torch.device, seconds: float | None = None, watch: Callable[[Event], None] = lambda event: None
+) -> None:
+    """Trains a run in this process, from its newest checkpoint; `watch` gets every event once it is in the log.
 
-    A budget of seconds cannot be continued (the seconds of the lost part are unknown): it begins anew.
+    Within `seconds`, if given. Such a budget cannot be continued (the seconds of the lost part are unknown): it begins anew.
     """
-    seconds = json.loads((run.folder / SPEC).read_text())["seconds"]
     if seconds is not None:
         shutil.rmtree(run.checkpoints)
         run.checkpoints.mkdir()
@@ -251,11 +256,11 @@ def train_here(run: Run, device: torch.device, watch: Callable[[], None] = lambd
     recorder = Recorder(run.folder)
     try:
         resume_from = checkpoint.newest(run.checkpoints)
-        for event in train(run, device=device, resume_from=resume_from, stop_requested=lambda: time.monotonic() > until):
-            recorder(event)
-            watch()
-            if isinstance(event, Ended):
-                break
+        asked = train(run, device=device, resume_from=resume_from, stop_requested=lambda: time.monotonic() > until)
+        with contextlib.closing(cast("Generator[Event]", asked)) as events:  # ends it here also where `watch` raises
+            for event in events:
+                recorder(event)
+                watch(event)
     finally:
         recorder.close()
 
@@ -271,9 +276,9 @@ def conduct(place: Path, device: torch.device, train_run: Callable[[Run], None] 
     what = json.loads((place / SPEC).read_text())
     started = time.monotonic()
     _reset_peak_memory(device)
-    if not _has_ended(run):
+    if not has_ended(run):
         if train_run is None:
-            train_here(run, device)
+            train_here(run, device, what["seconds"])
         else:
             train_run(run)
     found = run.best()
@@ -312,7 +317,7 @@ def gate_shares(events: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list
     return {gate: {"steps": sorted(by), "shares": [by[step] for step in sorted(by)]} for gate, by in found.items()}
 
 
-def _has_ended(run: Run) -> bool:
+def has_ended(run: Run) -> bool:
     """Whether training ended; then only the predictions are missing. A resumed run's log may hold an older part."""
     events = list(events_of(run))
     return bool(events) and events[-1]["event"] == "ended" and checkpoint.newest(run.checkpoints) is not None
@@ -351,17 +356,21 @@ def _model_facts(run: Run) -> dict[str, Any]:
     return {"dense_parameters": size["parameters"], "table_parameters": tables, "flops_per_row": size["flops"]}
 
 
-def predict_test(run: Run, found: Checkpoint, segment: str | None, device: torch.device) -> dict[str, Any]:
-    """Reads the test rows once and writes predictions.parquet; returns {"test_rows", "score_rows_per_second", "fingerprint"}.
+def predict_test(
+    run: Run, found: Checkpoint, segment: str | None, device: torch.device, source: Source | None = None
+) -> dict[str, Any]:
+    """Reads the test rows (of `source`, by default `data.test`) once and writes predictions.parquet.
 
-    Columns: user (the int64 key of `evaluation.group_by`), segment, weight, label/<task> in natural units (null where
-    unobserved), the columns of `Objectives.predictions`, log/<task> for heads with a log-scale output.
+    Returns {"test_rows", "score_rows_per_second", "fingerprint"}. Columns: user (the int64 key of `evaluation.group_by`),
+    segment, weight, label/<task> in natural units (null where unobserved), the columns of `Objectives.predictions`,
+    log/<task> for heads with a log-scale output.
     """
     experiment = run.experiment
-    assert experiment.data.test is not None
+    source = source or experiment.data.test
+    assert source is not None
     torch.set_num_threads(experiment.training.threads_per_worker)
     extra = [*evaluation_columns(experiment), *([segment] if segment else [])]
-    data = open_source(experiment, experiment.data.test, "data.test", extra)
+    data = open_source(experiment, source, "data.test", extra)
     tables, scoring = [], 0.0
     with parallel.process_group(device), torch.no_grad():
         model = load_model(run, found, device)

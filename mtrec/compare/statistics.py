@@ -113,7 +113,7 @@ def paired_difference(
     """
     if not 0 < confidence < 1:
         raise ValueError(f"`confidence` should be between 0 and 1. Found {confidence}.")
-    _check_same_rows(baseline, variant)
+    check_same_rows(baseline, variant)
     paired = sorted(baseline.prediction.keys() & variant.prediction.keys())
     is_paired = len(paired) > 1
     left_seeds, right_seeds = (paired, paired) if is_paired else (sorted(baseline.prediction), sorted(variant.prediction))
@@ -148,7 +148,8 @@ def paired_difference(
     )
 
 
-def _check_same_rows(baseline: Scores, variant: Scores) -> None:
+def check_same_rows(baseline: Scores, variant: Scores) -> None:
+    """Raises ValueError where two sides differ in labels, users or weights, or a prediction is not finite."""
     for name in ("label", "user", "weight"):
         left, right = getattr(baseline, name), getattr(variant, name)
         if (left is None) != (right is None) or (left is not None and not np.array_equal(left, right, equal_nan=name == "label")):

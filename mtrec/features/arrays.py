@@ -22,7 +22,8 @@ Mask = npt.NDArray[np.bool_]
 class BadRowsError(ValueError):
     """Some rows of a batch hold what cannot be trained on.
 
-    Attributes: `column`; `rows`, their numbers within the batch, ascending; `reason`, in words, for counting.
+    Attributes: `column`; `rows`, their numbers within the batch, ascending; `reason`, in words, for counting; `what` is wrong
+    with the first of them, for whoever knows where that row lies in the files.
     """
 
     def __init__(self, place: str, column: str, rows: npt.NDArray[np.int64], should: str, found: object) -> None:
@@ -31,7 +32,8 @@ class BadRowsError(ValueError):
         self.reason = f"{column} should {should}"
         more = f" and {len(rows) - 1:,} more rows" if len(rows) > 1 else ""
         where = f"in row {rows[0]} of the batch{more}"
-        super().__init__(f"{place}: column '{column}' should {should}. Found {found} {where}.")
+        self.what = f"{place}: column '{column}' should {should}. Found {found}."
+        super().__init__(f"{self.what[:-1]} {where}.")
 
 
 def plain(column: Any) -> Any:

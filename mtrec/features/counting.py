@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from mtrec.features.hashing import mix64
 
-_BUFFER = 1 << 20  # values gathered before they are sorted into the counts
+_BUFFER = 1 << 17  # values gathered before they are sorted into the counts
 
 
 class KeyCounter:

@@ -2,12 +2,14 @@
 
 One file of each kind lies in the run's folder while a job goes on, for it is what driver, controller and workers all see:
 `stop-requested` (the driver was asked to stop), `failure.json` (the last failure, written by Ray's controller), `mistake.json`
-(an error that a restart would only meet again).
+(an error that a restart would only meet again), `workers.json` (how many there are).
 """
 
 import json
 import threading
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +18,29 @@ from ray.exceptions import RayActorError
 from ray.train import UserCallback
 from ray.train.torch import TorchConfig
 
+from mtrec import parallel
 from mtrec.checkpoint import write_atomically
 from mtrec.stopping import listen
 from mtrec.train import Restarted
 
-STOP, FAILURE, MISTAKE = "stop-requested", "failure.json", "mistake.json"
+STOP, FAILURE, MISTAKE, WORKERS = "stop-requested", "failure.json", "mistake.json", "workers.json"
 LOOK_EVERY_SECONDS = 0.5  # between two looks at the stop file: on network storage each costs a round trip
 ASK_EVERY_STEPS = 20  # between two questions for preemption: each is a collective of Ray's, some milliseconds
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")  # gloo's words
+LOST_PEER = (  # the words of gloo, of torch's store and of NCCL
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Connection refused",
+    "Connection was likely closed",
+    "remote process exited",
+)
 
 _terminated = threading.Event()  # SIGTERM to this worker process
 
 
 def clear(run_folder: Path) -> None:
     """Removes what an earlier job left."""
-    for name in (STOP, FAILURE, MISTAKE):
+    for name in (STOP, FAILURE, MISTAKE, WORKERS):
         (run_folder / name).unlink(missing_ok=True)
 
 
@@ -84,11 +94,53 @@ class FailureNotes(UserCallback):  # type: ignore[misc]
         write_atomically(self._run_folder / FAILURE, json.dumps(note))
 
 
-def describe(failures: dict[int, Exception]) -> str:
+@contextmanager
+def hangs_named(timeout_seconds: int) -> Iterator[None]:
+    """Ray's own collectives (of reports and preemption) that time out raise HangError like those of torch."""
+    try:
+        yield
+    except Exception as error:
+        if any(each.__name__ == "CollectiveTimeoutError" for each in type(error).__mro__):  # not public in Ray
+            raise parallel.hang(timeout_seconds) from error
+        raise
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error only says that another worker is gone."""
+    return any(words in str(error) for words in LOST_PEER)
+
+
+def culprit(failures: Mapping[int, BaseException]) -> tuple[int, BaseException] | None:
+    """The rank that failed by itself, and how: before ranks that waited for it in vain, or lost it.
+
+    >>> culprit({0: RuntimeError("Connection closed by peer"), 1: ValueError("no such column")})
+    (1, ValueError('no such column'))
+    >>> culprit({0: parallel.hang(5), 2: RuntimeError("out of memory")})
+    (2, RuntimeError('out of memory'))
+    """
+    causes = {rank: root(failure) for rank, failure in failures.items()}
+    return min(causes.items(), key=lambda each: (_innocence(each[1]), each[0])) if causes else None
+
+
+def _innocence(cause: BaseException) -> int:
+    if isinstance(cause, RayActorError) or _is_unresponsive(cause):
+        return 0
+    return 3 if is_lost_peer(cause) else 2 if isinstance(cause, parallel.HangError) else 1
+
+
+def _is_unresponsive(cause: BaseException) -> bool:
+    return type(cause).__name__ == "WorkerHealthCheckTimeoutError"  # not public in Ray
+
+
+def describe(failures: Mapping[int, BaseException]) -> str:
     """What happened, in a few words: workers that died before workers that only lost their peers.
 
     >>> describe({0: RuntimeError("Connection closed by peer"), 1: RayActorError()})
     'worker 1 died'
+    >>> describe({0: RuntimeError("Connection closed by peer"), 1: ValueError("no such column")})
+    'worker 1 failed (ValueError: no such column)'
+    >>> describe({0: parallel.hang(5)})  # doctest: +ELLIPSIS
+    'worker 0 waited in vain: another worker did not answer within 5 s (training.collective_timeout_seconds): ...'
     >>> from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
     >>> describe({0: WorkerHealthCheckFailedError("A worker health check failed.", RayActorError())})
     'worker 0 died'
@@ -100,31 +152,42 @@ def describe(failures: dict[int, Exception]) -> str:
     died = [rank for rank, failure in sorted(failures.items()) if isinstance(root(failure), RayActorError)]
     if died:
         return f"worker{'s' if len(died) > 1 else ''} {', '.join(map(str, died))} died"
-    if not failures:
+    found = culprit(failures)
+    if found is None:
         return "workers failed"
-    rank, failure = min(failures.items())
-    cause = root(failure)
+    rank, cause = found
     first = next(iter(str(cause).strip().splitlines()), "")
-    if any(words in first for words in LOST_PEER):  # Ray asks its workers in turn: it may not know yet which one died
+    if is_lost_peer(cause):  # Ray asks its workers in turn: it may not know yet which one died
         return f"a worker died (worker {rank} lost the connection to it)"
+    if isinstance(cause, parallel.HangError):
+        return f"worker {rank} waited in vain: {first}"
+    if _is_unresponsive(cause):
+        return f"worker {rank} did not answer any more ({first})"
     return f"worker {rank} failed ({type(cause).__name__}: {first})"
 
 
 def root(error: BaseException) -> BaseException:
     """The error at the bottom of a chain of causes; Ray keeps what a health check met beside its own error."""
-    while (cause := error.__cause__ or getattr(error, "health_check_failure", None)) is not None:
+    while not isinstance(error, ValueError | parallel.HangError):  # these say already what there is to say
+        cause = error.__cause__ or getattr(error, "health_check_failure", None)
+        if cause is None:
+            break
         error = cause
     return error
 
 
 def restarted(run_folder: Path, step: int, world_size: int) -> Restarted | None:
-    """The event of a restart from the checkpoint of `step` (0: from the start), None where nothing failed before."""
-    path = run_folder / FAILURE
-    if not path.is_file():
+    """The event of a restart from the checkpoint of `step` (0: from the start), None for the first workers of a job."""
+    workers, failure, before, cause = run_folder / WORKERS, run_folder / FAILURE, world_size, None
+    if workers.is_file():
+        before = int(json.loads(workers.read_text())["world_size"])
+    write_atomically(workers, json.dumps({"world_size": world_size}))
+    if failure.is_file():
+        cause = str(json.loads(failure.read_text())["cause"])
+        failure.unlink()
+    if cause is None and before == world_size:
         return None
-    cause = json.loads(path.read_text())["cause"]
-    path.unlink()
-    return Restarted(step, world_size, max(0, _last_logged_step(run_folder) - step), cause)
+    return Restarted(step, world_size, before, max(0, _last_logged_step(run_folder) - step), cause)
 
 
 def _last_logged_step(run_folder: Path) -> int:
@@ -154,7 +217,10 @@ __all__ = [
     "ListeningTorchConfig",
     "StopRequest",
     "clear",
+    "culprit",
     "describe",
+    "hangs_named",
+    "is_lost_peer",
     "mistake",
     "note_mistake",
     "restarted",

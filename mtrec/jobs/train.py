@@ -5,13 +5,20 @@ import os
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from mtrec import parallel
 from mtrec.checkpoint import newest
-from mtrec.run import open_run
+from mtrec.locking import LockedError, locked
+from mtrec.run import Run, open_run
 from mtrec.stopping import listening
+from mtrec.train import TrainingFailed
+
+WRITER = "writer.lock"  # held by rank 0: workers of a command that was killed live a moment longer than it
+WRITER_WAIT_SECONDS = 60.0
+LEAST_HEALTH_CHECK_SECONDS = 60  # a worker that computes may leave Ray's question for its health unanswered for a while
 
 
 def cluster_gpus() -> int:
@@ -51,13 +58,12 @@ def train_on_ray(
         watch: called about ten times a second meanwhile (shows progress).
 
     SIGTERM to this process, to a worker, or a node that is about to be taken away: all workers end with a checkpoint, and
-    the log's last event says `stopped`. Raises ValueError for a user's mistake that only showed in a worker, RuntimeError with
-    the first cause, not Ray's stack, where workers failed more than `max_failures` times.
+    the log's last event says `stopped`. Raises ValueError for a user's mistake that only showed in a worker, TrainingFailed with
+    the first cause, not Ray's stack, where workers failed more than `max_failures` times. Workers that die with a node which Ray
+    knows to have been taken away do not count, unless `max_failures` is 0.
     """
     connect()
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
     from mtrec.jobs import recovery
 
@@ -70,25 +76,7 @@ def train_on_ray(
         raise ValueError(
             f"--workers {least} needs {least} {'GPUs' if use_gpu else 'CPUs'}. The Ray cluster has {cpus} CPUs and {gpus} GPUs."
         )
-    experiment = open_run(run_folder).experiment
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={"run": str(run_folder)},
-        scaling_config=ScalingConfig(
-            num_workers=workers,
-            use_gpu=use_gpu,
-            resources_per_worker={"GPU": 1} if use_gpu else {"CPU": 1},
-        ),
-        torch_config=recovery.ListeningTorchConfig(
-            backend="nccl" if use_gpu else "gloo", timeout_s=experiment.training.collective_timeout_seconds
-        ),
-        run_config=RunConfig(
-            name=run_folder.name,
-            storage_path=str(run_folder / "ray"),
-            failure_config=FailureConfig(max_failures=max_failures),
-            callbacks=[recovery.FailureNotes(run_folder)],
-        ),
-    )
+    trainer = _trainer(run_folder, workers, use_gpu, max_failures)
     recovery.clear(run_folder)
     ended = threading.Event()
     watcher = threading.Thread(target=_watch, args=(watch, ended), daemon=True)
@@ -99,7 +87,7 @@ def train_on_ray(
             trainer.fit()
     except ray.train.TrainingFailedError as error:
         noted = recovery.mistake(run_folder)
-        raise (_first_cause(error) if noted is None else ValueError(noted)) from None
+        raise (_first_cause(error, max_failures) if noted is None else ValueError(noted)) from None
     finally:
         ended.set()
         watcher.join()
@@ -109,27 +97,87 @@ def train_on_ray(
         raise ValueError(found)
 
 
+def _trainer(run_folder: Path, workers: int | tuple[int, int], use_gpu: bool, max_failures: int) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from mtrec.jobs import recovery
+
+    timeout = open_run(run_folder).experiment.training.collective_timeout_seconds
+    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(timeout)  # Ray hands both on to its controller and workers
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(max(timeout, LEAST_HEALTH_CHECK_SECONDS))
+    return TorchTrainer(
+        _worker,
+        train_loop_config={"run": str(run_folder)},
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"GPU": 1} if use_gpu else {"CPU": 1},
+        ),
+        torch_config=recovery.ListeningTorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=timeout),
+        run_config=RunConfig(
+            name=run_folder.name,
+            storage_path=str(run_folder / "ray"),
+            failure_config=FailureConfig(max_failures=max_failures, max_preemption_failures=-1 if max_failures else 0),
+            callbacks=[recovery.FailureNotes(run_folder)],
+        ),
+    )
+
+
 def _watch(watch: Callable[[], None], ended: threading.Event) -> None:
     while not ended.wait(0.1):
         watch()
 
 
-def _first_cause(error: BaseException) -> Exception:
-    """The error of the worker that failed first, as one sentence; a user's mistake stays a ValueError."""
-    from mtrec.jobs.recovery import root
+def _first_cause(error: BaseException, max_failures: int) -> Exception:
+    """What the worker that failed by itself met, as one sentence; a user's mistake stays a ValueError.
+
+    >>> from ray.train import WorkerGroupError
+    >>> lost, oom = RuntimeError("Connection closed by peer"), MemoryError("no 2 GB left")
+    >>> _first_cause(WorkerGroupError("both failed", {0: lost, 1: oom}), 3)  # doctest: +ELLIPSIS
+    TrainingFailed('worker 1 failed (MemoryError: no 2 GB left). The workers had been restarted 3 times ...
+    >>> _first_cause(WorkerGroupError("both failed", {0: lost, 1: ValueError("no column 'age'")}), 3)
+    ValueError("no column 'age'")
+    """
+    from mtrec.jobs.recovery import culprit, describe
 
     failures: dict[int, BaseException] = getattr(error, "worker_failures", {}) or {}
-    for rank, failure in sorted(failures.items()):
-        cause = root(failure)
-        text = str(cause).strip()
-        if isinstance(cause, ValueError):
-            return ValueError(text)
-        return RuntimeError(f"Worker {rank} failed: {type(cause).__name__}: {text}")
-    return RuntimeError(f"Training failed: {error}")
+    found = culprit(failures)
+    if found is None:
+        return TrainingFailed(f"Training failed: {error}")
+    if isinstance(found[1], ValueError):
+        return ValueError(str(found[1]).strip())
+    return TrainingFailed(
+        f"{describe(failures)}. The workers had been restarted {max_failures} times (training.max_failures); "
+        "--resume goes on from the newest checkpoint."
+    )
 
 
 def _worker(config: dict[str, Any]) -> None:
     """What each Ray worker runs: `train()` to its end, events reported to Ray and written by rank 0."""
+    import ray.train
+
+    from mtrec.jobs import recovery
+
+    for name in ("torchrec.distributed.planner", "torch.fx", "torchrec"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    run = open_run(config["run"])
+    if recovery.mistake(run.folder) is not None:
+        return  # a restart would only meet it again
+    rank = ray.train.get_context().get_world_rank()
+    timeout = run.experiment.training.collective_timeout_seconds
+    try:
+        with ExitStack() as held, recovery.hangs_named(timeout), parallel.hangs_named(timeout):
+            if rank == 0:
+                held.enter_context(locked(run.folder / WRITER, f"The run {run.folder}", WRITER_WAIT_SECONDS))
+            _train(run, rank)
+    except ValueError as error:
+        if not recovery.is_lost_peer(error) and not isinstance(error, LockedError):  # these may go away
+            recovery.note_mistake(run.folder, error)
+        raise
+
+
+def _train(run: Run, rank: int) -> None:
     import ray.train
     import ray.train.torch
 
@@ -137,19 +185,13 @@ def _worker(config: dict[str, Any]) -> None:
     from mtrec.jobs.gauges import Gauges
     from mtrec.train import Recorder, Validation, train
 
-    for name in ("torchrec.distributed.planner", "torch.fx", "torchrec"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    run = open_run(config["run"])
-    if recovery.mistake(run.folder) is not None:
-        return  # a restart would only meet it again
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
     # the newest folder with a valid manifest, not Ray's own record, which lags; one rank looks, so that all take the same
     resume_from = parallel.broadcast_object(newest(run.checkpoints) if rank == 0 else None)
     recorder = Recorder(run.folder) if rank == 0 else None
     gauges = Gauges(run.folder.name) if rank == 0 else None
     try:
         if recorder is not None:
+            world_size = ray.train.get_context().get_world_size()
             again = recovery.restarted(run.folder, resume_from.step if resume_from else 0, world_size)
             if again is not None:
                 recorder(again)
@@ -161,9 +203,6 @@ def _worker(config: dict[str, Any]) -> None:
                 gauges(event)
             if isinstance(event, Validation):
                 ray.train.report({"step": event.step, "metric": event.metric})
-    except ValueError as error:
-        recovery.note_mistake(run.folder, error)
-        raise
     finally:
         if recorder is not None:
             recorder.close()

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mtrec.metrics.groups import NULL_GROUP
-from mtrec.metrics.rows import EVERYTHING, Array, Floats, Ints, Order, SortedRows, observed_rows, require
+from mtrec.metrics.rows import EVERYTHING, Array, Floats, Ints, Order, Run, SortedRows, observed_rows, require
 
 BINARY_COLUMNS = [("group", "i8"), ("prediction", "f8"), ("weight", "f8"), ("label", "u1")]
 BY_PREDICTION = Order(("prediction",))
@@ -242,7 +242,7 @@ class _BlockCounter:
         self.ascending = 0.0  # the later row has the greater label
         self.comparable = 0.0  # different labels
         self._rows = rows
-        self._earlier: list[Array] = []
+        self._earlier: list[Run] = []
 
     def counting(self, blocks: Iterable[Array]) -> Iterator[Cells]:
         """Pass the blocks on, as cells by prediction and label, whose `ordered` pairs are the tied ones."""
@@ -253,13 +253,14 @@ class _BlockCounter:
             before = np.concatenate([[0.0], np.cumsum(weight_W[order])])  # weight of the rows before each place
             mine = np.stack([np.append(label_W[order], np.inf), before])  # (2, W + 1)
             self.comparable += _below(mine, mine)
-            for other in self._earlier:
+            for stored in self._earlier:
+                other = stored[:].reshape(2, -1)
                 ascending = _below(other, mine)
                 self.ascending += ascending
                 self.comparable += ascending + _below(mine, other)
-            if self._rows.num_runs:
-                mine = self._rows.write_temporary(iter([mine.ravel()]), np.dtype(np.float64), mine.size).reshape(2, -1)
-            self._earlier.append(mine)
+            flat = mine.ravel()
+            on_disk = self._rows.num_runs > 0
+            self._earlier.append(self._rows.write_temporary(iter([flat]), np.float64, flat.size) if on_disk else flat)
             yield Cells(prediction_W, label_W, weight_W, weight_W, weight_W, np.ones(len(block), np.int64))
 
 

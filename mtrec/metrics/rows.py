@@ -6,7 +6,7 @@ Legend: N rows given.
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import IO, Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -62,7 +62,7 @@ class SortedRows:
         self._buffer_rows = max(1, memory_limit_bytes // (4 * self.dtype.itemsize))
         self._buffer: list[Array] = []
         self._buffered = 0
-        self._runs: dict[str, list[list[Array]]] = {name: [] for name in orders}  # [level][run], memory-mapped
+        self._runs: dict[str, list[list[Run]]] = {name: [] for name in orders}  # [level][run]
 
     @property
     def num_runs(self) -> int:
@@ -108,18 +108,19 @@ class SortedRows:
         The files of the first order are read, so that one should skip no row that was added.
         """
         first = next(iter(self._orders))
-        parts = [run for level in self._runs[first] for run in level] + self._buffer
-        pieces = rechunk(iter(parts), rows) if self.num_rows else iter([np.empty(0, self.dtype)])
+        runs = [run for level in self._runs[first] for run in level]
+        parts = (part for run in [*runs, *self._buffer] for part in _slices(run, self._buffer_rows))
+        pieces = rechunk(parts, rows) if self.num_rows else iter([np.empty(0, self.dtype)])
         for piece in pieces:
             yield {name: np.ascontiguousarray(piece[name]) for name in self.dtype.names or ()}
 
     def _sorted_parts(self, order: str) -> Iterator[Array]:
-        runs = [run for level in self._runs[order] for run in level]
+        runs: list[Run] = [run for level in self._runs[order] for run in level]
         if self._buffer:
             runs.append(self._sort(order, np.concatenate(self._buffer)))
         runs = [run for run in runs if len(run)]
         if len(runs) == 1:
-            yield runs[0]
+            yield from _slices(runs[0], self._buffer_rows)
         elif runs:
             yield from merge_sorted(runs, self._orders[order].keys, max(1, self._buffer_rows // len(runs)))
 
@@ -137,7 +138,7 @@ class SortedRows:
                 self._add_run(name, 0, self.write_temporary(iter([rows]), self.dtype, len(rows)))
         self._buffer, self._buffered = [], 0
 
-    def _add_run(self, order: str, level: int, run: Array) -> None:
+    def _add_run(self, order: str, level: int, run: "Run") -> None:
         """Equal levels are merged FAN_IN at a time, so a row is rewritten once for each level: log(rows) times."""
         levels = self._runs[order]
         while len(levels) <= level:
@@ -149,14 +150,15 @@ class SortedRows:
             num_rows = sum(len(run) for run in runs)
             self._add_run(order, level + 1, self.write_temporary(parts, self.dtype, num_rows))
 
-    def write_temporary(self, parts: Iterator[Array], dtype: Any, size: int) -> Array:
-        """The parts, `size` items in all, as one read-only memory-mapped array (size,) in the spill folder."""
+    def write_temporary(self, parts: Iterator[Array], dtype: Any, size: int) -> "StoredArray":
+        """The parts, `size` items in all, as one array in the spill folder."""
         try:
-            with tempfile.TemporaryFile(dir=self._spill_folder) as file:
-                for part in parts:
-                    file.write(np.ascontiguousarray(part).view(np.uint8).data)
-                file.flush()
-                return np.memmap(file, dtype, "r", shape=(size,))  # keeps its own handle of the file
+            file = tempfile.TemporaryFile(dir=self._spill_folder)  # noqa: SIM115  # the array closes it
+            stored = StoredArray(file, np.dtype(dtype), size)
+            for part in parts:
+                file.write(np.ascontiguousarray(part).view(np.uint8).data)
+            file.flush()
+            return stored
         except OSError as error:
             folder = tempfile.gettempdir() if self._spill_folder is None else os.fspath(self._spill_folder)
             error.add_note(
@@ -164,6 +166,38 @@ class SortedRows:
                 f"{size * np.dtype(dtype).itemsize} bytes could not be written to `spill_folder` ({folder})."
             )
             raise
+
+
+class StoredArray:
+    """A one-dimensional array in an unnamed temporary file, of which slices are read; the file goes with it.
+
+    Not a mapped file: pages of one count as this process's memory once they were read, and whole files of them soon do.
+    """
+
+    def __init__(self, file: IO[bytes], dtype: np.dtype[Any], size: int) -> None:
+        self._file, self.dtype, self._size = file, dtype, size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, part: slice) -> Array:
+        start, stop, _ = part.indices(self._size)
+        found = np.empty(max(0, stop - start), self.dtype)
+        view, done = found.view(np.uint8).data, 0
+        while done < len(view):
+            done += os.preadv(self._file.fileno(), [view[done:]], start * self.dtype.itemsize + done)
+        return found
+
+    def __del__(self) -> None:
+        self._file.close()
+
+
+Run = Array | StoredArray
+
+
+def _slices(run: Run, rows: int) -> Iterator[Array]:
+    for start in range(0, len(run), rows):
+        yield run[start : start + rows]
 
 
 def rechunk(parts: Iterator[Array], rows: int) -> Iterator[Array]:
@@ -188,23 +222,29 @@ def rechunk(parts: Iterator[Array], rows: int) -> Iterator[Array]:
         yield np.concatenate(pending)
 
 
-def merge_sorted(runs: Sequence[Array], keys: Sequence[str], block_rows: int) -> Iterator[Array]:
-    """Merge structured arrays, each sorted by `keys`, holding about `block_rows` rows of each in memory.
+def merge_sorted(runs: Sequence[Run], keys: Sequence[str], block_rows: int) -> Iterator[Array]:
+    """Merge structured arrays, each sorted by `keys`, holding at most `block_rows` rows of each in memory.
 
-    In each step the smallest of the last keys of the blocks bounds what may leave: no later row can be smaller.
+    In each step the smallest of the last keys of the blocks bounds what may leave: no later row can be smaller. So at least
+    one block leaves whole, and is replaced by the next of its run.
     """
-    cursors = [0] * len(runs)
-    while any(cursor < len(run) for cursor, run in zip(cursors, runs, strict=True)):
-        blocks = [run[cursor : cursor + block_rows] for cursor, run in zip(cursors, runs, strict=True)]
+    blocks, read = [run[:0] for run in runs], [0] * len(runs)
+    while True:
+        for number, run in enumerate(runs):
+            if not len(blocks[number]) and read[number] < len(run):
+                blocks[number] = run[read[number] : read[number] + block_rows]
+                read[number] += len(blocks[number])
+        if not any(len(block) for block in blocks):
+            return
         lasts = [
             tuple(block[-1][key] for key in keys)
-            for block, cursor, run in zip(blocks, cursors, runs, strict=True)
-            if cursor + len(block) < len(run)
+            for block, cursor, run in zip(blocks, read, runs, strict=True)
+            if cursor < len(run)
         ]
         bound = min(lasts) if lasts else None
         ends = [len(block) if bound is None else _upper_bound(block, keys, bound) for block in blocks]
         rows = np.concatenate([block[:end] for block, end in zip(blocks, ends, strict=True)])
-        cursors = [cursor + end for cursor, end in zip(cursors, ends, strict=True)]
+        blocks = [block[end:] for block, end in zip(blocks, ends, strict=True)]
         yield rows[_argsort(rows, keys)]
 
 

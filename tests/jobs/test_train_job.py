@@ -1,68 +1,24 @@
-"""Training on a real local Ray cluster: workers that die, a driver that is asked to stop."""
+"""Training on a real local Ray cluster: two of the trials of ray_trials.py, and a driver that is asked to stop."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 import yaml
 from logs import experiment_tree, write_log
-from runs import small_run, train_on
+from ray_trials import conduct, events, started, step_of, train_workers, wait_for
 
-from mtrec.checkpoint import find, read
+from mtrec.checkpoint import find
 from mtrec.run import Run
 
 ROWS = 16_000  # 125 steps: long enough to be killed at
 OVERRIDES = ("training.checkpoint_every=10", "training.validate_every=1000", "training.log_every=1")
 
 pytestmark = pytest.mark.slow
-
-
-def events(run: Path, kind: str) -> list[dict[str, Any]]:
-    """The events of a kind in the run's log; a line that is being written is left out."""
-    log = run / "log.jsonl"
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    return [event for line in lines if line.endswith("\n") and (event := json.loads(line))["event"] == kind]
-
-
-def step_of(run: Path) -> int:
-    return max((event["step"] for event in events(run, "step")), default=0)
-
-
-def wait_for(what: Callable[[], Any], seconds: float = 90) -> Any:
-    until = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < until, "waited too long"
-        time.sleep(0.02)
-    return found
-
-
-def children(process: int) -> dict[int, str]:
-    """{pid: command line} of a process's descendants."""
-    parents, commands = {}, {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(path.name)] = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            commands[int(path.name)] = (path / "cmdline").read_text().replace("\0", " ")
-        except OSError:
-            continue  # it has ended meanwhile
-    found: dict[int, str] = {}
-    new = {process}
-    while new:
-        new = {child for child, parent in parents.items() if parent in new}
-        found |= {child: commands.get(child, "") for child in new}
-    return found
-
-
-def train_workers(driver: int) -> list[int]:
-    return sorted(pid for pid, command in children(driver).items() if "RayTrainWorker" in command)
 
 
 @pytest.fixture
@@ -77,42 +33,20 @@ def command(tmp_path: Path) -> list[str]:
     return [*mtrec, "--workers", "2", "--output", str(tmp_path / "run")]
 
 
-def test_a_killed_worker_is_replaced_and_nothing_changes(tmp_path: Path, command: list[str]) -> None:
-    run = tmp_path / "run"
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        wait_for(lambda: step_of(run) >= 25)
-        os.kill(train_workers(driver.pid)[-1], signal.SIGKILL)
-        said = driver.communicate(timeout=150)[0]
-    finally:
-        driver.kill()
-    assert driver.returncode == 0, said
-    (again,) = events(run, "restarted")
-    assert again["step"] % 10 == 0
-    assert again["step"] >= 10
-    assert again["world_size"] == 2
-    line = next(line for line in said.splitlines() if "went on with 2 workers from the checkpoint of step" in line)
-    assert "died" in line
-    assert f"{again['repeated_steps']} logged steps are repeated" in line
-
-    whole = small_run(tmp_path, *OVERRIDES, rows=ROWS)
-    train_on(2, whole)
-    expected, found = read(find(whole.checkpoints)[0].folder), read(find(Run(run).checkpoints)[0].folder)
-    assert expected.keys() == found.keys()
-    for key, value in expected.items():
-        assert torch.equal(found[key], value), key
+@pytest.mark.parametrize("name", ["worker killed", "driver killed, command repeated"])
+def test_what_dies_is_replaced_and_nothing_changes(name: str, tmp_path: Path) -> None:
+    outcome = conduct(name, tmp_path / "trial")
+    assert not outcome.failures, outcome
+    assert outcome.bit_equal
 
 
 def stopped_by_sigterm(command: list[str], run: Path, choose: Callable[[int], int]) -> int:
     """Runs the command, sends SIGTERM to a process of it after 15 more steps; the step of the checkpoint it left."""
     begun = step_of(run)
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        wait_for(lambda: step_of(run) >= begun + 15 or driver.poll() is not None)
+    with started(command) as driver:
+        wait_for(lambda: step_of(run) >= begun + 15, driver)
         os.kill(choose(driver.pid), signal.SIGTERM)
         said = driver.communicate(timeout=60)[0]
-    finally:
-        driver.kill()
     assert driver.returncode == 75, said
     ended = events(run, "ended")[-1]
     assert ended["reason"] == "stopped"
