@@ -56,6 +56,7 @@ def train(
     from mtrec.config import load_experiment
     from mtrec.launch import Stopped, launch
     from mtrec.stopping import EXIT_CODE
+    from mtrec.train import TrainingFailed
 
     try:
         launch(
@@ -70,6 +71,11 @@ def train(
     except Stopped as stopped:
         typer.secho(str(stopped), fg=typer.colors.YELLOW, err=True)
         raise typer.Exit(EXIT_CODE) from None
+    except TrainingFailed as failed:
+        if "--debug" in sys.argv:
+            raise
+        typer.secho(f"error: {failed}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(1) from None
 
 
 @app.command()
@@ -158,14 +164,34 @@ def compare(
 
 
 @app.command()
+def tune(
+    experiment: ExperimentFile,
+    space: Annotated[Path, typer.Option(metavar="SPACE.yaml", help="YAML file: which paths may be what, and the objectives")],
+    trials: Annotated[int, typer.Option(min=1, metavar="N", help="so many draws, and the experiment as written")],
+    workers: Annotated[int, typer.Option(min=1, help="workers a trial")] = 1,
+    parallel: Annotated[int | None, typer.Option(min=1, help="trials at a time; default: as many as fit")] = None,
+    set_: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="make only the trials that are missing, or more of them")] = False,
+    output: Annotated[Path | None, typer.Option(help="folder of the search; default runs/<name>-tune-<time>")] = None,
+) -> None:
+    """Search for better values of an experiment's keys (Optuna, ASHA); writes best.yaml and tune.html."""
+    from mtrec.config import load_experiment
+    from mtrec.launch_tune import launch_search
+
+    made = load_experiment(experiment, set_ or ())
+    launch_search(made, space, trials, workers=workers, parallel=parallel, resume=resume, output=output)
+
+
+@app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="folder of a run, or of a comparison")],
+    run: Annotated[Path, typer.Argument(help="folder of a run, of a comparison or of a search")],
     output: Annotated[Path | None, typer.Option("--output", help="HTML file; default report.html in that folder")] = None,
 ) -> None:
-    """Write report.html for a run or, from the saved predictions, again for a comparison."""
+    """Write the page of a run or, from what was saved, again that of a comparison or of a search."""
     from mtrec.launch_compare import write_report
+    from mtrec.launch_tune import is_search, write_search_report
 
-    typer.echo(f"report: {write_report(run, output)}")
+    typer.echo(f"report: {write_search_report(run, output) if is_search(run) else write_report(run, output)}")
 
 
 @app.command()
@@ -205,6 +231,44 @@ def synth(
         f"{log.folder}: {log.rows:,} training and {log.validation_rows:,} validation rows in {len(log.files)} files "
         f"({log.num_bytes / 1e6:.1f} MB); clicks {log.click_rate:.1%}, conversions {log.conversion_rate:.1%} of the clicks, "
         f"mean dwell {log.mean_dwell_seconds:.1f} s a click"
+    )
+
+
+@app.command()
+def bench(
+    experiment: Annotated[
+        Path | None, typer.Argument(help="experiment with the model to measure; default pipelines/benchmark/reference.yaml")
+    ] = None,
+    stage: Annotated[
+        list[str] | None, typer.Option(help="read, encode, compute, train, score, startup or all; may be given several times")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="processes that train and score, one thread each")] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    rounds: Annotated[int, typer.Option(help="interleaved launches of every measurement")] = 5,
+    steps: Annotated[int, typer.Option(help="timed training steps of a launch")] = 160,
+    rows: Annotated[int, typer.Option(help="of the reference log, written once into --work")] = 2_000_000,
+    work: Annotated[Path, typer.Option(help="folder for data and prepared runs")] = Path("runs/bench"),
+    architectures: Annotated[bool, typer.Option("--architectures", help="also train PLE and shared-bottom")] = False,
+    set_: Overrides = None,
+    json_: Annotated[Path | None, typer.Option("--json", help="write all numbers here")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="write the plot here")] = None,
+) -> None:
+    """Measure reading, encoding, computing, training and scoring here, beside a bare loop and the hardware's floor."""
+    from mtrec.launch_bench import launch_bench
+
+    launch_bench(
+        stage or ["all"],
+        experiment=experiment,
+        work=work,
+        workers=workers,
+        device=device,
+        rounds=rounds,
+        steps=steps,
+        rows=rows,
+        architectures=architectures,
+        overrides=set_ or (),
+        json_file=json_,
+        page_file=html,
     )
 
 

@@ -274,7 +274,7 @@ def test_the_report_is_made_again_from_the_files_and_for_one_run(
 
 
 def test_budget_and_search(log: Path, tmp_path: Path) -> None:
-    search = {"trials": 2, "space": {"optimizer.dense.learning_rate": {"low": 1e-5, "high": 1e-2}}}
+    search = {"trials": 2, "space": {"optimizer.dense.learning_rate": {"log_uniform": [1e-5, 1e-2]}}}
     variants = {"single_task": {"set": {"model.architecture.kind": "single_task"}}}
     plan = load_plan(
         _file(tmp_path, _tree(log), variants=variants, budget={"rows": 1_300}, search=search, match="none", segment=None)
@@ -294,7 +294,7 @@ def test_budget_and_search(log: Path, tmp_path: Path) -> None:
 
 def test_steps_of_a_budget_are_spread_over_epochs(log: Path, tmp_path: Path) -> None:
     plan = load_plan(_file(tmp_path, _tree(log), budget={"steps": 40}))
-    training = with_budget(plan, plan.experiments["mmoe"], rows=2_000).training
+    training = with_budget(plan.experiments["mmoe"], 2_000, plan.comparison.budget, 8).training
     assert (training.max_steps, training.epochs, training.validate_every) == (40, 3, 5)
 
 
@@ -307,7 +307,7 @@ def test_matching_reaches_the_target(log: Path, tmp_path: Path) -> None:
 
 
 def test_draws_cover_a_list_and_a_range() -> None:
-    search = Search.model_validate({"trials": 4, "space": {"a": [1, 2, 3, 4], "b": {"low": 0, "high": 1, "log": False}}})
+    search = Search.model_validate({"trials": 4, "space": {"a": [1, 2, 3, 4], "b": {"uniform": [0, 1]}}})
     draws = search_draws(search)
     assert sorted(each["a"] for each in draws) == [1, 2, 3, 4]
     assert sorted(int(4 * each["b"]) for each in draws) == [0, 1, 2, 3]

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "mtrec"
 
 # From the bottom to the top; the modules of one line do not import each other. A new module is written in here.
 LAYERS = [
-    ["versions", "kinds", "yaml_tree", "stopping"],
+    ["versions", "kinds", "yaml_tree", "stopping", "locking", "mirror"],
     ["synthetic"],
     ["features"],
     ["batch"],
@@ -49,9 +49,10 @@ LAYERS = [
     ["score", "export"],
     ["scored_files"],
     ["compare"],
+    ["tune", "bench"],
     ["report"],
     ["jobs"],
-    ["launch", "launch_compare"],
+    ["launch", "launch_compare", "launch_tune", "launch_bench"],
     ["cli"],
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}

@@ -7,17 +7,32 @@ from typing import Any
 # Okabe and Ito (2008), in an order whose first members differ most; readable on white and on near-black
 COLOURS = ("#8c8c8c", "#0f88d0", "#e08214", "#17a27c", "#d0568f", "#b59a00", "#7a6fd0", "#d1495b", "#4aa3a2")
 POINTS_SHOWN = 200  # of a gate's curve
+FEW = 40  # points of a line that are marked
 ROW_PIXELS, EDGE_PIXELS = 30, 105
 
 Figure = dict[str, Any]
 
 
-def colours(variants: Sequence[str]) -> dict[str, str]:
-    """{variant: colour}; the first, the baseline, is grey."""
-    return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(variants)}
+def colours(results: Mapping[str, Any]) -> dict[str, str]:
+    """{variant: colour}; the baseline is grey, the points of a preference sweep have one colour together."""
+    swept = {point: name for name, sweep in results.get("sweeps", {}).items() for point in sweep}
+    groups = list(dict.fromkeys(swept.get(name, name) for name in results["variants"]))
+    return {name: COLOURS[groups.index(swept.get(name, name)) % len(COLOURS)] for name in results["variants"]}
 
 
-def _figure(data: list[Figure], title: str, x: str, y: str = "", height: int = 320, **axes: Any) -> Figure:
+def legend(results: Mapping[str, Any], again: bool = False) -> dict[str, str]:
+    """{name: colour} for a page, a sweep under its own name; `again`: with the A/A row."""
+    tints, found = colours(results), {}
+    swept = {point: name for name, sweep in results.get("sweeps", {}).items() for point in sweep}
+    for name, variant in results["variants"].items():
+        if again or not variant["again"]:
+            sweep = swept.get(name)
+            label = name if sweep is None else f"{sweep} ({len(results['sweeps'][sweep])} preferences)"
+            found[label] = tints[name]
+    return found
+
+
+def figure(data: list[Figure], title: str, x: str, y: str = "", height: int = 320, **axes: Any) -> Figure:
     layout: Figure = {
         "title": {
             "text": title,
@@ -35,28 +50,28 @@ def _figure(data: list[Figure], title: str, x: str, y: str = "", height: int = 3
     return {"data": data, "layout": layout}
 
 
-def _height(rows: int) -> int:
+def height_of(rows: int) -> int:
     return EDGE_PIXELS + ROW_PIXELS * max(2, rows)
 
 
 def metric_intervals(results: Mapping[str, Any], task: str, metric: str) -> Figure:
     """A dot and its interval a variant, and a small mark for each seed."""
-    names, tints = list(results["variants"]), colours(list(results["variants"]))
+    names, tints = list(results["variants"]), colours(results)
     data: list[Figure] = []
     for name in names:
         found = results["variants"][name]["metrics"][task][metric]
         if found["value"] is None:
             continue
         seeds = [value for value in found["by_seed"].values() if value is not None]
-        data.append(_dots(seeds, [name] * len(seeds), tints[name], name, size=6, opacity=0.55, symbol="line-ns-open"))
+        data.append(dots(seeds, [name] * len(seeds), tints[name], name, size=6, opacity=0.55, symbol="line-ns-open"))
         data.append(_interval(found, name, tints[name]))
-    return _figure(data, f"{task}: {metric}", metric, height=_height(len(names)), yaxis=_categories(names))
+    return figure(data, f"{task}: {metric}", metric, height=height_of(len(names)), yaxis=_categories(names))
 
 
 def differences(results: Mapping[str, Any], task: str, metric: str) -> Figure:
     """Variant minus baseline with its interval, and the line of no difference."""
     rows = [row for row in results["differences"] if (row["task"], row["metric"]) == (task, metric) and row["value"] is not None]
-    tints = colours(list(results["variants"]))
+    tints = colours(results)
     names = [name for name in results["variants"] if name != results["baseline"]]
     data = [_interval(row, row["variant"], tints[row["variant"]]) for row in rows]
     line = {
@@ -69,12 +84,13 @@ def differences(results: Mapping[str, Any], task: str, metric: str) -> Figure:
         "line": {"width": 1, "dash": "dot", "color": "#888"},
     }
     title = f"{task}: {metric} minus {results['baseline']}'s"
-    return _figure(data, title, f"difference in {metric}", height=_height(len(names)), yaxis=_categories(names), shapes=[line])
+    axes: dict[str, Any] = {"yaxis": _categories(names), "xaxis": {"nticks": 4}}
+    return figure(data, title, f"difference in {metric}", height=height_of(len(names)), shapes=[line], **axes)
 
 
 def _interval(found: Mapping[str, Any], name: str, colour: str) -> Figure:
     value, low, high = found["value"], found["low"], found["high"]
-    dot = _dots([value], [name], colour, name, size=10)
+    dot = dots([value], [name], colour, name, size=10)
     if low is not None and high is not None:
         dot["error_x"] = {
             "type": "data",
@@ -89,7 +105,7 @@ def _interval(found: Mapping[str, Any], name: str, colour: str) -> Figure:
     return dot
 
 
-def _dots(x: list[Any], y: list[Any], colour: str, name: str, size: int, opacity: float = 1.0, symbol: str = "circle") -> Figure:
+def dots(x: list[Any], y: list[Any], colour: str, name: str, size: int, opacity: float = 1.0, symbol: str = "circle") -> Figure:
     marker = {"color": colour, "size": size, "opacity": opacity, "symbol": symbol}
     return {"type": "scatter", "mode": "markers", "x": x, "y": y, "name": name, "marker": marker}
 
@@ -122,11 +138,11 @@ def variance_sources(results: Mapping[str, Any], task: str, metric: str) -> Figu
             ("seeds", "seeds", COLOURS[2]),
         )
     ]
-    return _figure(
+    return figure(
         data,
         f"{task}: {metric}",
         "variance of the difference",
-        height=_height(len(names)) + 30,
+        height=height_of(len(names)) + 30,
         yaxis=_categories(names),
         xaxis={"exponentformat": "e", "nticks": 4, "rangemode": "tozero"},
         barmode="stack",
@@ -138,7 +154,7 @@ def variance_sources(results: Mapping[str, Any], task: str, metric: str) -> Figu
 
 def learning_curves(results: Mapping[str, Any], task: str) -> Figure:
     """Mean of the validation metric over seeds, with a band of one standard deviation."""
-    tints, data, metric = colours(list(results["variants"])), [], ""
+    tints, data, metric = colours(results), [], ""
     for name, variant in results["variants"].items():
         curve = variant["curves"]["validation"].get(task)
         points = [each for each in (curve or {"mean": []})["mean"] if each[1] is not None]
@@ -165,28 +181,46 @@ def learning_curves(results: Mapping[str, Any], task: str) -> Figure:
             }
         )
         data.append({**base, "x": steps, "y": means, "mode": "lines+markers", "line": {"color": tints[name], "width": 2}})
-    return _figure(data, f"{task}: {metric} on validation rows", "step", height=330)
+    return figure(data, f"{task}: {metric} on validation rows", "step", height=330)
 
 
 def pareto(results: Mapping[str, Any], first: str, second: str) -> Figure:
-    """Two objectives against each other; a ring marks the Pareto front over all objectives."""
-    tints, data = colours(list(results["variants"])), []
-    metrics = results["primary"]
+    """Two objectives against each other; a ring marks the Pareto front over all objectives.
+
+    The points of a preference sweep are joined in the order of their preference between the two, and say what it is.
+    """
+    tints, metrics = colours(results), results["primary"]
+    data: list[Figure] = []
+    at = {}
     for name, variant in results["variants"].items():
-        x, y = (variant["metrics"][task][metrics[task]] for task in (first, second))
-        if x["value"] is None or y["value"] is None:
-            continue
-        dot = _dots([x["value"]], [y["value"]], tints[name], name, size=11)
+        x, y = (variant["metrics"][task][metrics[task]]["value"] for task in (first, second))
+        if x is not None and y is not None:
+            at[name] = (x, y)
+
+    def ratio(preference: Mapping[str, float]) -> float:
+        return preference.get(first, 1.0) / preference.get(second, 1.0)  # auxiliary tasks have none
+
+    for sweep in results.get("sweeps", {}).values():
+        order = sorted((point for point in sweep if point in at), key=lambda point: ratio(sweep[point]))
+        line = {"color": tints[order[0]] if order else None, "width": 1.5}
+        x, y = ([at[point][index] for point in order] for index in (0, 1))
+        data.append({"type": "scatter", "mode": "lines", "x": x, "y": y, "line": line, "hoverinfo": "skip"})
+    preferences = {point: each for sweep in results.get("sweeps", {}).values() for point, each in sweep.items()}
+    for name, (x, y) in at.items():
+        dot = dots([x], [y], tints[name], name, size=11)
         if results["across"][name]["pareto"]:
             dot["marker"] |= {"symbol": "circle-open-dot", "size": 16, "line": {"width": 2.5}}
+        if name in preferences:
+            text = ":".join(f"{value:g}" for value in preferences[name].values())
+            dot |= {"mode": "markers+text", "text": [text], "textposition": "top center", "cliponaxis": False}
         dot["hovertemplate"] = f"{name}: %{{x:.5f}}, %{{y:.5f}}<extra></extra>"
         data.append(dot)
-    return _figure(data, f"{first} and {second}", f"{first} {metrics[first]}", f"{second} {metrics[second]}", height=330)
+    return figure(data, f"{first} and {second}", f"{first} {metrics[first]}", f"{second} {metrics[second]}", height=330)
 
 
 def calibration(results: Mapping[str, Any], task: str) -> Figure:
     """Mean label against mean prediction in bins of equal rows; on the diagonal predictions are right on average."""
-    tints, data, most = colours(list(results["variants"])), [], 0.0
+    tints, data, most = colours(results), [], 0.0
     for name, variant in results["variants"].items():
         found = variant["calibration"].get(task)
         if found is None or variant["again"]:
@@ -214,7 +248,7 @@ def calibration(results: Mapping[str, Any], task: str) -> Figure:
             "hoverinfo": "skip",
         },
     )
-    return _figure(data, f"{task}: label against prediction", "mean prediction", "mean label", height=330)
+    return figure(data, f"{task}: label against prediction", "mean prediction", "mean label", height=330)
 
 
 def gate_heat(gates: Mapping[str, Any], name: str) -> Figure:
@@ -240,11 +274,11 @@ def gate_heat(gates: Mapping[str, Any], name: str) -> Figure:
             "hovertemplate": "%{y}, expert %{x}: %{z:.3f}<extra></extra>",
         }
     ]
-    return _figure(
+    return figure(
         data,
         f"{name}: weight of each expert",
         "expert",
-        height=_height(len(rows)),
+        height=height_of(len(rows)),
         yaxis={"autorange": "reversed"},
         xaxis={"type": "category"},
     )
@@ -272,7 +306,7 @@ def expert_use(gates: Mapping[str, Any], name: str) -> Figure:
         ]
     legend = {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"}
     lines = 1 + len(gates) // 2  # of the legend, where the figure is narrow
-    return _figure(
+    return figure(
         data,
         f"{name}: expert use over training",
         "step",
@@ -319,11 +353,11 @@ def segments(results: Mapping[str, Any], task: str) -> Figure:
         }
     ]
     title = f"{task}: {results['primary'][task]} minus {results['baseline']}'s"
-    return _figure(
+    return figure(
         data,
         title,
         "",
-        height=_height(len(order)) + 20,
+        height=height_of(len(order)) + 20,
         yaxis={"autorange": "reversed", "type": "category"},
         xaxis={"type": "category", "nticks": 0},
     )
@@ -344,15 +378,15 @@ COSTS = {
 
 def cost_against_quality(results: Mapping[str, Any], task: str, cost: str) -> Figure:
     """A primary metric with its interval against one cost."""
-    tints, data, metric = colours(list(results["variants"])), [], results["primary"][task]
+    tints, data, metric = colours(results), [], results["primary"][task]
     for name, variant in results["variants"].items():
         found, price = variant["metrics"][task][metric], variant["cost"][cost]
         if found["value"] is None or price is None or variant["again"]:
             continue
-        dot = _dots([price], [found["value"]], tints[name], name, size=11)
+        dot = dots([price], [found["value"]], tints[name], name, size=11)
         dot["hovertemplate"] = f"{name}: %{{x:,.0f}}, %{{y:.5f}}<extra></extra>"
         data.append(dot)
-    return _figure(data, f"{task} against {COSTS[cost]}", COSTS[cost], metric, height=330, xaxis={"rangemode": "tozero"})
+    return figure(data, f"{task} against {COSTS[cost]}", COSTS[cost], metric, height=330, xaxis={"rangemode": "tozero"})
 
 
 def losses(events: Sequence[Mapping[str, Any]]) -> Figure:
@@ -361,7 +395,7 @@ def losses(events: Sequence[Mapping[str, Any]]) -> Figure:
     data = [
         {
             "type": "scatter",
-            "mode": "lines",
+            "mode": "lines" if len(steps) > FEW else "lines+markers",
             "x": [event["step"] for event in steps],
             "y": [event["losses"][task] for event in steps],
             "name": task,
@@ -370,7 +404,7 @@ def losses(events: Sequence[Mapping[str, Any]]) -> Figure:
         for task, colour in zip(steps[0]["losses"] if steps else (), itertools.cycle(COLOURS[1:]))
     ]
     legend = {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"}
-    return _figure(
+    return figure(
         data,
         "training loss before weighting",
         "step",
@@ -394,4 +428,4 @@ def validations(events: Sequence[Mapping[str, Any]], task: str, metric: str) -> 
             "line": line,
         }
     ]
-    return _figure(data, f"{task}: {metric} on validation rows", "step", height=300)
+    return figure(data, f"{task}: {metric} on validation rows", "step", height=300)

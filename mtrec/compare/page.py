@@ -8,7 +8,7 @@ from typing import Any
 STYLE = """
 :root { color-scheme: light dark; --text: #1b1f24; --soft: #57606a; --line: #d5dae0; --back: #ffffff; --raised: #f5f7f9;
   --good: #116a43; --good-back: #dcf3e6; --bad: #9b2318; --bad-back: #fbe3df; --plain-back: #e9edf1; }
-@media (prefers-color-scheme: dark) { :root { --text: #e4e8ec; --soft: #9aa5b1; --line: #333b45; --back: #14181d;
+@media screen and (prefers-color-scheme: dark) { :root { --text: #e4e8ec; --soft: #9aa5b1; --line: #333b45; --back: #14181d;
   --raised: #1c2229;
   --good: #7ddba9; --good-back: #143526; --bad: #f5a196; --bad-back: #432019; --plain-back: #2a323b; } }
 * { box-sizing: border-box; }
@@ -26,16 +26,18 @@ th { font-weight: 600; } td.number, th.number { text-align: right; } td.number {
   var(--bad); }
 .figures { display: grid; align-items: start; grid-template-columns: repeat(auto-fit, minmax(min(350px, 100%), 1fr));
   gap: 14px; margin: 10px 0; }
+.figures.wide { grid-template-columns: 1fr; }
 .figure { min-width: 0; overflow: hidden; background: var(--raised); border-radius: 6px; }
+.parcoords .domain, .parcoords .tick line { stroke: var(--soft) !important; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 8px 0; font-size: 14px; }
 .legend i { display: inline-block; width: 11px; height: 11px; border-radius: 50%; margin-right: 6px; }
 ul { margin: 6px 0; padding-left: 20px; } pre { background: var(--raised); padding: 10px; overflow-x: auto; font-size:
-  13px; border-radius: 6px; }
+  13px; border-radius: 6px; white-space: pre-wrap; }
 code { font-size: 13px; overflow-wrap: anywhere; } details > summary { cursor: pointer; color: var(--soft); margin: 6px 0; }
-@media print { body { padding: 0; max-width: none; font-size: 12px; } .figure, tr { break-inside: avoid; } h2 {
-  break-after: avoid; }
-  .scroll { overflow: visible; } .figures { grid-template-columns: 1fr 1fr; } table { font-size: 10px; } th, td {
-  padding-right: 7px; } }
+@media print { :root { color-scheme: light; } body { padding: 0; max-width: none; font-size: 12px; }
+  .figure, tr, li { break-inside: avoid; } h2, h2 + p, .legend { break-after: avoid; } p { max-width: none; }
+  .scroll { overflow: visible; } .figures { grid-template-columns: 340px 340px; } .figures.wide { grid-template-columns:
+  694px; } table { font-size: 10px; } th, td { padding-right: 7px; } }
 """
 
 SCRIPT = """
@@ -49,14 +51,16 @@ function themed(layout, printing) {
 }
 function draw(printing) {
   for (const place of document.querySelectorAll(".figure")) {
-    const figure = FIGURES[place.dataset.figure];
-    Plotly.react(place, figure.data, themed(figure.layout, printing), { displayModeBar: false, responsive: true });
+    const figure = FIGURES[place.dataset.figure], layout = themed(figure.layout, printing);
+    if (printing) { // the widths of the style above: the page's own are not known before it is laid out
+      layout.autosize = false; layout.width = place.parentElement.classList.contains("wide") ? 694 : 340;
+    }
+    Plotly.react(place, figure.data, layout, { displayModeBar: false, responsive: true });
   }
 }
 draw(false);
 dark.addEventListener("change", () => draw(false));
-window.addEventListener("beforeprint", () => { draw(true);
-  for (const place of document.querySelectorAll(".figure")) Plotly.Plots.resize(place); });
+window.addEventListener("beforeprint", () => draw(true));
 window.addEventListener("afterprint", () => draw(false));
 """
 
@@ -91,15 +95,15 @@ class Page:
         )
         self._parts.append(table if fold is None else f"<details><summary>{html.escape(fold)}</summary>{table}</details>")
 
-    def figures(self, figures: Iterable[Mapping[str, Any]]) -> None:
-        """Beside each other where there is room."""
+    def figures(self, figures: Iterable[Mapping[str, Any]], wide: bool = False) -> None:
+        """Beside each other where there is room; `wide`: below each other."""
         places = []
         for figure in figures:
             places.append(
                 f'<div class="figure" data-figure="{len(self._figures)}" style="height:{figure["layout"]["height"]}px"></div>'
             )
             self._figures.append(figure)
-        self._parts.append(f'<div class="figures">{"".join(places)}</div>')
+        self._parts.append(f'<div class="figures{" wide" if wide else ""}">{"".join(places)}</div>')
 
     def legend(self, colours: Mapping[str, str]) -> None:
         marks = (f'<span><i style="background:{colour}"></i>{html.escape(name)}</span>' for name, colour in colours.items())

@@ -21,6 +21,8 @@ import torch
 from pydantic import Field
 
 from mtrec.architectures import ARCHITECTURES
+from mtrec.compare.space import Space, active
+from mtrec.compare.sweep import points
 from mtrec.config import Experiment, Section, apply_overrides, load_experiment, parse_experiment, with_absolute_paths
 from mtrec.evaluate import MAIN_METRIC, Measures, check_best_metric
 from mtrec.formula import ranking_formula
@@ -53,24 +55,19 @@ class Budget(Section):
         return self
 
 
-class Range(Section):
-    """Numbers from `low` to `high`, drawn evenly on a log scale unless `log: false`."""
-
-    low: float
-    high: float
-    log: bool = True
-
-
 class Search(Section):
     """The same number of trials for every variant; the best on validation goes on to the seeds."""
 
     trials: PositiveInt
-    space: dict[str, Range | list[Any]] = Field(min_length=1, description="{path: {low, high} or a list of values}")
+    space: Space = Field(description="{path: {log_uniform: [low, high]}}; also uniform, int, log_int, choice or a list of values")
     seed: int = 0
 
 
 class Variant(Section):
     set: dict[str, Any] = Field(default_factory=dict, description="{path of the experiment: value}")
+    preference: list[dict[str, PositiveFloat]] | None = Field(
+        None, min_length=2, description="a variant for each of these {task: preference} of its balancing method"
+    )
 
 
 class Comparison(Section):
@@ -104,6 +101,7 @@ class Plan:
         diffs: {variant: {path: value}}.
         primary: {task: metric}.
         seeds: of every variant; `again_seeds`: of the A/A row.
+        sweeps: {name: {variant: {task: preference}}} of the preference sweeps.
     """
 
     comparison: Comparison
@@ -111,6 +109,7 @@ class Plan:
     diffs: dict[str, dict[str, Any]]
     primary: dict[str, str]
     seeds: tuple[int, ...]
+    sweeps: dict[str, dict[str, dict[str, float]]] = dataclasses.field(default_factory=dict)
 
     @property
     def baseline(self) -> str:
@@ -157,24 +156,42 @@ def load_plan(path: str | Path) -> Plan:
     base_tree = {"name": base_file.stem, **read_yaml(base_file.read_text(encoding="utf-8"), str(base_file))}
     base_tree = _changed(base_tree, comparison.set, "set")
     base = _parsed(base_tree, "set")
-    diffs: dict[str, dict[str, Any]] = {comparison.baseline: {}}
-    experiments = {comparison.baseline: base}
     _check_name(comparison.baseline, "baseline", ())
+    experiments, diffs, sweeps = _variants(comparison, base_tree, base)
+    plan = Plan(comparison, experiments, diffs, _primary(comparison, base), seeds, sweeps)
+    _check(plan)
+    return plan
+
+
+def _variants(
+    comparison: Comparison, base_tree: Mapping[str, Any], base: Experiment
+) -> tuple[dict[str, Experiment], dict[str, dict[str, Any]], dict[str, dict[str, dict[str, float]]]]:
+    """(experiments, diffs, sweeps) of a plan; a swept variant is one for each of its preferences."""
+    experiments: dict[str, Experiment] = {comparison.baseline: base}
+    diffs: dict[str, dict[str, Any]] = {comparison.baseline: {}}
+    sweeps: dict[str, dict[str, dict[str, float]]] = {}
     for name, variant in comparison.variants.items():
         place = f"variants.{name}.set"
         _check_name(name, f"variants.{name}", experiments)
         _check_kept(variant.set, place)
-        made = _parsed(_changed(base_tree, variant.set, place), place)
-        twin = next((other for other, each in experiments.items() if each == made), None)
-        if twin is not None:
-            what = "the base" if twin == comparison.baseline else f"the variant '{twin}'"
-            raise ValueError(
-                f"`{place}` should change something. Found a variant equal to {what}; A/A is in every comparison anyway."
-            )
-        experiments[name], diffs[name] = made, dict(variant.set)
-    plan = Plan(comparison, experiments, diffs, _primary(comparison, base), seeds)
-    _check(plan)
-    return plan
+        changes = {name: dict(variant.set)}
+        if variant.preference is not None:
+            place = f"variants.{name}.preference"
+            whole = _parsed(_changed(base_tree, variant.set, f"variants.{name}.set"), f"variants.{name}.set")
+            made = points(name, variant.preference, variant.set, whole, place)
+            changes = {point: change for point, (change, _) in made.items()}
+            sweeps[name] = {point: preference for point, (_, preference) in made.items()}
+        for point, change in changes.items():
+            _check_name(point, f"variants.{name}", experiments)
+            experiment = _parsed(_changed(base_tree, change, place), place)
+            twin = next((other for other, each in experiments.items() if each == experiment), None)
+            if twin is not None:
+                what = "the base" if twin == comparison.baseline else f"the variant '{twin}'"
+                raise ValueError(
+                    f"`{place}` should change something. Found a variant equal to {what}; A/A is in every comparison anyway."
+                )
+            experiments[point], diffs[point] = experiment, change
+    return experiments, diffs, sweeps
 
 
 def _check_name(name: str, place: str, taken: Mapping[str, Any] | tuple[()]) -> None:
@@ -205,17 +222,21 @@ def _parsed(tree: Mapping[str, Any], place: str) -> Experiment:
         raise ValueError(f"`{place}`: {error}") from None
 
 
+def primary_metrics(experiment: Experiment) -> dict[str, str]:
+    """{task: the metric that it is compared by}: AUC, XAUC, R2 or accuracy, over all rows where that is defined."""
+    objectives = Objectives(task_specs(experiment))
+    known = Measures(experiment, objectives).compute()["tasks"]
+    metrics = {
+        name: MAIN_METRIC[spec.task.family] for name, spec in objectives.specs.items() if not experiment.tasks[name].auxiliary
+    }
+    return {name: metric if metric in known[name] else f"{metric}_given" for name, metric in metrics.items()}
+
+
 def _primary(comparison: Comparison, base: Experiment) -> dict[str, str]:
     """{task: metric}, checked against the metrics that the task has."""
-    objectives = Objectives(task_specs(base))
-    known = Measures(base, objectives).compute()["tasks"]
+    known = Measures(base, Objectives(task_specs(base))).compute()["tasks"]
     if comparison.primary is None:
-        found = {}
-        for name, spec in objectives.specs.items():
-            if not base.tasks[name].auxiliary:
-                metric = MAIN_METRIC[spec.task.family]
-                found[name] = metric if metric in known[name] else f"{metric}_given"
-        return found
+        return primary_metrics(base)
     for task, metric in comparison.primary.items():
         if task not in known:
             raise ValueError(f"`primary` should name tasks ({', '.join(known)}). Found '{task}'.{nearest(task, known)}")
@@ -247,7 +268,7 @@ def _check(plan: Plan) -> None:
             raise ValueError("`search` chooses on validation rows, and the base has no `data.validation`.")
         for name, experiment in plan.experiments.items():
             for overrides in search_draws(comparison.search):
-                varied(experiment, overrides, f"search.space (variant {name})")
+                varied(experiment, active(comparison.search.space, overrides), f"search.space (variant {name})")
     for name, experiment in plan.experiments.items():
         try:
             check_best_metric(experiment, Objectives(task_specs(experiment)))
@@ -273,7 +294,7 @@ def varied(experiment: Experiment, overrides: Mapping[str, Any], place: str) -> 
 def search_draws(search: Search) -> list[dict[str, Any]]:
     """The trials of a search, the same for every variant: latin hypercube draws, so that few trials cover each range.
 
-    >>> draws = search_draws(Search(trials=3, space={"optimizer.dense.learning_rate": Range(low=1e-4, high=1e-2)}))
+    >>> draws = search_draws(Search(trials=3, space={"optimizer.dense.learning_rate": {"log_uniform": (1e-4, 1e-2)}}))
     >>> sorted(int(np.log10(each["optimizer.dense.learning_rate"]) // (2 / 3)) for each in draws)
     [-6, -5, -4]
     """
@@ -282,12 +303,7 @@ def search_draws(search: Search) -> list[dict[str, Any]]:
     for path, space in search.space.items():
         at = (rng.permutation(search.trials) + rng.random(search.trials)) / search.trials
         for draw, share in zip(draws, at, strict=True):
-            if isinstance(space, list):
-                draw[path] = space[int(share * len(space))]
-            elif space.log:
-                draw[path] = float(np.exp(np.log(space.low) + share * (np.log(space.high) - np.log(space.low))))
-            else:
-                draw[path] = float(space.low + share * (space.high - space.low))
+            draw[path] = space.at(share)
     return draws
 
 

@@ -8,8 +8,10 @@ import yaml
 
 from mtrec.checkpoint import newest
 from mtrec.compare import figures
+from mtrec.compare.balance import balancing_series, is_told, section
 from mtrec.compare.page import Page, badge, stacked
 from mtrec.compare.runs import events_of, gate_shares
+from mtrec.compare.table import signed, summary
 from mtrec.evaluate import MAIN_METRIC
 from mtrec.model import task_specs
 from mtrec.run import Run
@@ -26,6 +28,7 @@ def comparison_report(results: Results) -> str:
     _fairness(page, results)
     _training(page, results)
     _objectives(page, results)
+    _balancing(page, results)
     _gates(page, results)
     _segments(page, results)
     _cost(page, results)
@@ -43,8 +46,9 @@ def _verdicts(page: Page, results: Results) -> None:
         if results["test_users"]
         else "no user column: rows are taken as independent, which makes intervals too narrow where a user has several rows"
     )
+    others = [name for name in results["variants"] if name not in (results["baseline"], results["again"])]
     page.paragraph(
-        f"{len(results['variants']) - 1} variants against {results['baseline']}, {len(results['seeds'])} seeds each; "
+        f"{len(others)} variants against {results['baseline']}, {len(results['seeds'])} seeds each; "
         f"{results['test_rows']:,} test rows, {users}. Budget: {_budget(results)}. Widths: "
         f"{'as in the experiments' if results['match'] == 'none' else 'matched by ' + results['match']}."
     )
@@ -63,8 +67,8 @@ def _verdicts(page: Page, results: Results) -> None:
             elif row["value"] is None:
                 cells.append(badge("undefined"))
             else:
-                interval = f"{row['low']:+.4f} to {row['high']:+.4f}"
-                cells.append(stacked(badge(row["outcome"]), f"{row['value']:+.4f}", interval))
+                interval = f"{signed(row['low'])} to {signed(row['high'])}"
+                cells.append(stacked(badge(row["outcome"]), signed(row["value"]), interval))
         across = results["across"][name]
         gain = across["delta_m"]
         cells += [
@@ -75,7 +79,9 @@ def _verdicts(page: Page, results: Results) -> None:
         table.append(cells)
     tasks = [f"{task}: {metric}" for task, metric in results["primary"].items()]
     page.table(["variant", *tasks, "MTL gain", "seesaw", "Pareto front"], table, numbers=(len(tasks) + 1,))
-    page.bullets(row["verdict"] for row in results["differences"] if row["primary"] and row["variant"] != results["again"])
+    page.bullets(summary(results))
+    verdicts = [row["verdict"] for row in results["differences"] if row["primary"] and row["variant"] != results["again"]]
+    page.code("\n".join(verdicts), f"All verdicts in words ({len(verdicts)})")
     against = next(iter(results["across"].values()))["delta_m_against"]
     page.paragraph(
         "Differences are the variant's metric minus the baseline's, averaged over seeds, with 95 % intervals that count both the "
@@ -201,7 +207,7 @@ def _training(page: Page, results: Results) -> None:
         return
     page.heading("Learning curves")
     page.paragraph("Mean over seeds on the validation rows, with a band of one standard deviation.", "soft")
-    page.legend({name: colour for name, colour in figures.colours(list(variants)).items() if not variants[name]["again"]})
+    page.legend(figures.legend(results))
     page.figures(figures.learning_curves(results, task) for task in results["primary"])
     rows = [
         [name, *(_number(variant["curves"]["validation"][task]["best_step"], 0) for task in results["primary"])]
@@ -213,13 +219,15 @@ def _training(page: Page, results: Results) -> None:
 def _objectives(page: Page, results: Results) -> None:
     tasks = list(results["primary"])
     variants = results["variants"]
-    tints = figures.colours(list(variants))
+    preferences = [each for sweep in results.get("sweeps", {}).values() for each in sweep.values()]
     if len(tasks) > 1:
         page.heading("Objectives against each other")
         page.paragraph(
-            "A ring: on the Pareto front over all objectives. Mind the intervals above: neighbours may differ by chance.", "soft"
+            "A ring: on the Pareto front over all objectives. Mind the intervals above: neighbours may differ by chance."
+            + (f" Joined: one method with several preferences, given as {':'.join(preferences[0])}." if preferences else ""),
+            "soft",
         )
-        page.legend(tints)
+        page.legend(figures.legend(results, again=True))
         pairs = [(a, b) for index, a in enumerate(tasks) for b in tasks[index + 1 :]]
         page.figures(figures.pareto(results, first, second) for first, second in pairs[:6])
     calibrated = [
@@ -228,8 +236,16 @@ def _objectives(page: Page, results: Results) -> None:
     if calibrated:
         page.heading("Calibration")
         page.paragraph("Bins of equal numbers of test rows, all seeds together; in natural units.", "soft")
-        page.legend({name: colour for name, colour in tints.items() if not variants[name]["again"]})
+        page.legend(figures.legend(results))
         page.figures(figures.calibration(results, task) for task in calibrated)
+
+
+def _balancing(page: Page, results: Results) -> None:
+    runs = {name: each.get("balancing", {}) for name, each in results["variants"].items() if not each["again"]}
+    if any(is_told(series) for seeds in runs.values() for series in seeds.values()):
+        against = next(iter(results["across"].values()))["delta_m_against"]
+        rest = {point for sweep in results["sweeps"].values() for point in list(sweep)[1:]}
+        section(page, runs, against, rest)
 
 
 def _gates(page: Page, results: Results) -> None:
@@ -264,7 +280,7 @@ def _segments(page: Page, results: Results) -> None:
 def _cost(page: Page, results: Results) -> None:
     page.heading("Cost against quality")
     variants = results["variants"]
-    page.legend({name: colour for name, colour in figures.colours(list(variants)).items() if not variants[name]["again"]})
+    page.legend(figures.legend(results))
     page.figures(figures.cost_against_quality(results, task, cost) for cost in figures.COSTS for task in results["primary"])
     rows = [
         [
@@ -341,7 +357,11 @@ def run_report(run: Run) -> str:
     if last is not None:
         page.heading("Metrics on the validation rows")
         tasks = last["metrics"]["tasks"]
-        rows = [[task, name, _number(value, 5)] for task, found_ in tasks.items() for name, value in found_.items()]
+        rows = [
+            [task, name, _number(value, 0 if isinstance(value, int) else 5)]
+            for task, found_ in tasks.items()
+            for name, value in found_.items()
+        ]
         page.table(["task", "metric", "value"], rows, numbers=(2,))
     page.heading("Learning curves")
     specs, curves = task_specs(run.experiment), [figures.losses(events)]
@@ -351,6 +371,7 @@ def run_report(run: Run) -> str:
             known = last["metrics"]["tasks"][task]
             curves.append(figures.validations(events, task, metric if metric in known else f"{metric}_given"))
     page.figures(curves)
+    section(page, {"": {"": balancing_series(events)}}, None)
     gates = {gate: {"": shares} for gate, shares in gate_shares(events).items()}
     if gates:
         page.heading("Gates")

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from mtrec.checkpoint import write_atomically
+from mtrec.compare.balance import balancing_series
 from mtrec.compare.interval import metric_interval
 from mtrec.compare.plan import Plan
 from mtrec.compare.runs import (
@@ -171,24 +172,7 @@ def compute(plan: Plan, folder: Path, facts: Mapping[str, Any]) -> dict[str, Any
     }
     metrics = {task: [name for name in names if name] for task, names in metrics.items()}
     rows, primaries = _differences(plan, measured, runs, metrics)
-    variants = {
-        name: {
-            "diff": plan.diffs.get(name, {}),
-            "baseline": name == plan.baseline,
-            "again": name == plan.again,
-            "size": facts["sizes"].get(name, facts["sizes"][plan.baseline]),
-            "search": facts["search"].get(name, facts["search"][plan.baseline]),
-            "cost": _cost([read_done(folder, each) for each in by_seed.values()]),
-            "runs": {str(seed): read_done(folder, each) for seed, each in by_seed.items()},
-            "metrics": {
-                task: {metric: _interval(measured, name, task, metric) for metric in names} for task, names in metrics.items()
-            },
-            "curves": _curves(folder, by_seed, plan.primary),
-            "gates": _gates(folder, by_seed),
-            "calibration": {task: _calibration(measured, name, task) for task in measured.objectives.names},
-        }
-        for name, by_seed in runs.items()
-    }
+    variants = {name: _variant(plan, folder, facts, measured, metrics, name, by_seed) for name, by_seed in runs.items()}
     found = {
         "name": plan.comparison.name,
         "baseline": plan.baseline,
@@ -196,6 +180,7 @@ def compute(plan: Plan, folder: Path, facts: Mapping[str, Any]) -> dict[str, Any
         "primary": plan.primary,
         "seeds": list(plan.seeds),
         "again_seeds": list(plan.again_seeds),
+        "sweeps": {name: {point: each for point, each in sweep.items() if point in runs} for name, sweep in plan.sweeps.items()},
         "budget": plan.comparison.budget.model_dump(exclude_none=True) if plan.comparison.budget else None,
         "match": plan.comparison.match,
         "test_rows": measured.rows,
@@ -211,6 +196,35 @@ def compute(plan: Plan, folder: Path, facts: Mapping[str, Any]) -> dict[str, Any
     }
     plain: dict[str, Any] = _plain(found)
     return plain
+
+
+def _variant(
+    plan: Plan,
+    folder: Path,
+    facts: Mapping[str, Any],
+    measured: Measured,
+    metrics: Mapping[str, Sequence[str]],
+    name: str,
+    by_seed: Mapping[int, str],
+) -> dict[str, Any]:
+    """What is known of one variant (the A/A row is the baseline's)."""
+    logs = {str(seed): events_of(open_run(folder_of(folder, each))) for seed, each in by_seed.items()}
+    return {
+        "diff": plan.diffs.get(name, {}),
+        "baseline": name == plan.baseline,
+        "again": name == plan.again,
+        "size": facts["sizes"].get(name, facts["sizes"][plan.baseline]),
+        "search": facts["search"].get(name, facts["search"][plan.baseline]),
+        "cost": _cost([read_done(folder, each) for each in by_seed.values()]),
+        "runs": {str(seed): read_done(folder, each) for seed, each in by_seed.items()},
+        "metrics": {
+            task: {metric: _interval(measured, name, task, metric) for metric in names} for task, names in metrics.items()
+        },
+        "curves": _curves(folder, by_seed, plan.primary),
+        "gates": _gates(folder, by_seed),
+        "balancing": {seed: balancing_series(events) for seed, events in logs.items()},
+        "calibration": {task: _calibration(measured, name, task) for task in measured.objectives.names},
+    }
 
 
 def _differences(

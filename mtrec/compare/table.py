@@ -6,7 +6,38 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mtrec.compare.verdict import shown
+
 COLOURS = {"better": "green", "worse": "red"}
+
+
+def summary(results: Mapping[str, Any]) -> list[str]:
+    """The verdicts, task by task; where several variants do not differ, these in one sentence."""
+    lines = []
+    for task in results["primary"]:
+        rows = [r for r in results["differences"] if r["primary"] and r["task"] == task and r["variant"] != results["again"]]
+        same = [row for row in rows if row["outcome"] == "no difference" and row["detectable"] is not None]
+        folded = same if len(same) > 1 else []
+        lines += [row["verdict"] for row in rows if row not in folded]
+        if folded:
+            names = ", ".join(row["variant"] + (" (once corrected)" if _excludes_0(row) else "") for row in folded)
+            least, most = (shown(extreme(row["detectable"] for row in folded)) for extreme in (min, max))
+            lines.append(f"{task}: no difference to {results['baseline']} found for {names}; {least} to {most} would be seen")
+    return lines
+
+
+def _excludes_0(row: Mapping[str, Any]) -> bool:
+    return row["low"] is not None and (row["low"] > 0 or row["high"] < 0)
+
+
+def signed(value: float, digits: int = 4) -> str:
+    """A difference; one that is 0 in these digits has no sign.
+
+    >>> signed(0.00123), signed(-0.00001)
+    ('+0.0012', '0.0000')
+    """
+    text = f"{value:+.{digits}f}"
+    return text if float(text) else text.lstrip("+-")
 
 
 def show_results(results: Mapping[str, Any], to: Console) -> None:
@@ -36,7 +67,7 @@ def show_results(results: Mapping[str, Any], to: Console) -> None:
                 cells.append("undefined")
             else:
                 colour = COLOURS.get(row["outcome"], "")
-                text = f"{row['value']:+.4f} ± {(row['high'] - row['low']) / 2:.4f}"
+                text = f"{signed(row['value'])} ± {(row['high'] - row['low']) / 2:.4f}"
                 cells.append(f"[{colour}]{text}[/]" if colour else text)
         cost = variant["cost"]
         speed = cost["train_rows_per_second"]
@@ -48,8 +79,7 @@ def show_results(results: Mapping[str, Any], to: Console) -> None:
         flag = " (seesaw)" if results["across"][name]["seesaw"] else ""
         table.add_row(name + flag, *cells)
     to.print(table)
-    for row in results["differences"]:
-        if row["primary"] and row["variant"] != results["again"]:
-            to.print(row["verdict"], soft_wrap=True, markup=False)
+    for line in summary(results):
+        to.print(line, soft_wrap=True, markup=False)
     for note in results["notes"]:
         to.print(f"[yellow]note:[/] {note}", soft_wrap=True)

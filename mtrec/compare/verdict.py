@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mtrec.compare.statistics import METRIC_NAMES, Difference, smallest_detectable
 
+RANKING = ("auc", "gauc", "xauc")  # 0.5 by chance, 1 at best
 # 1: more is better; -1: less is; 0: 1 is best, so that a difference is neither better nor worse by itself.
 DIRECTION: dict[str, int] = {
     "accuracy": 1,
@@ -78,10 +79,13 @@ def verdict(name: str, baseline_name: str, task: str, difference: Difference, ad
     value, low, high = (_number(each, decimals, "+") for each in (difference.value, difference.low, difference.high))
     interval = f"{metric} {value}, {low} to {high}"
     if found == "no difference":
-        seen = _number(smallest_detectable(difference, comparisons=comparisons), decimals)
+        seen = smallest_detectable(difference, comparisons=comparisons)
+        told = f"{_number(seen, decimals)} would be seen"
+        if seen > 0.5 and difference.metric.removesuffix("_given") in RANKING:
+            told = "not even .5 would be seen: too few seeds or rows"
         excluded = difference.low > 0 or difference.high < 0
         why = f" once corrected for {comparisons} comparisons" if excluded and comparisons > 1 else ""
-        return f"{start} no difference found{why} ({interval}; {base}); {seen} would be seen"
+        return f"{start} no difference found{why} ({interval}; {base}); {told}"
     p = "p < .001" if adjusted_p < 0.001 else f"p = {_number(adjusted_p, 3)}"
     return f"{start} {found} ({interval}; {base}; {p})"
 
@@ -105,6 +109,15 @@ def _number(value: float, decimals: int, sign: str = "") -> str:
     if decimals and float(text) == 0:
         text = text.lstrip("+-")
     return text.replace("0.", ".", 1) if text.lstrip("+-").startswith("0.") else text
+
+
+def shown(value: float) -> str:
+    """A size with two digits: .0017, .028, 1.5.
+
+    >>> shown(0.00174), shown(0.0278), shown(1.52)
+    ('.0017', '.028', '1.5')
+    """
+    return _number(value, max(0, 1 - math.floor(math.log10(value))) if value > 0 else 0)
 
 
 def delta_m(metrics: Mapping[str, str], variant: Mapping[str, float], single_task: Mapping[str, float]) -> float:

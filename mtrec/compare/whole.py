@@ -59,6 +59,7 @@ def compare(
         "diffs": plan.diffs,
         "primary": plan.primary,
         "seeds": plan.seeds,
+        "sweeps": plan.sweeps,
     }
     if (folder / PLAN).exists():
         facts["made"] = json.loads((folder / PLAN).read_text())["made"]
@@ -85,4 +86,4 @@ def plan_of(facts: dict[str, Any]) -> Plan:
     """The plan that a comparison's plan.json was written from."""
     experiments = {name: parse_experiment(tree) for name, tree in facts["experiments"].items()}
     comparison = Comparison.model_validate(facts["comparison"])
-    return Plan(comparison, experiments, facts["diffs"], facts["primary"], tuple(facts["seeds"]))
+    return Plan(comparison, experiments, facts["diffs"], facts["primary"], tuple(facts["seeds"]), facts.get("sweeps", {}))

@@ -1,0 +1,351 @@
+"""Interleaved launches of the stages, each in processes of its own, and what follows from them: medians, ratios, floors.
+
+A round launches every measurement once; rounds alternate in direction. A ratio is taken within each round and the median over
+rounds is what counts: a machine that is slow for a minute is slow for both sides.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mtrec.bench.floor import floor_rows_per_second
+from mtrec.config import apply_overrides, parse_experiment
+from mtrec.model import MultiTaskModel
+from mtrec.run import open_run, prepare, versions
+from mtrec.synthetic import write_reference
+from mtrec.yaml_tree import read_yaml
+
+TABLE_BYTES_PER_ROW = 8_192  # read, gradient, optimizer state, written: what the floor counts for the reference workload
+ARCHITECTURES = {
+    "mmoe": {"kind": "mmoe", "num_experts": 4, "expert_layers": [256, 128]},
+    "ple": {"kind": "ple", "num_levels": 2, "num_shared_experts": 1, "num_task_experts": 1, "expert_layers": [256, 128]},
+    "shared_bottom": {"kind": "shared_bottom", "bottom_layers": [1024, 256]},
+}
+STAGE_NAMES = ("read", "encode", "compute", "train", "score", "startup", "all")
+RAY_STAGES = ("ray_data", "empty_trainer")
+STARTUP_ROWS = 20_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What `mtrec bench` was asked for.
+
+    Attributes:
+        experiment: the reference experiment, or one's own.
+        work: folder of data and prepared runs; used again by the next call.
+        stages: of STAGE_NAMES.
+        workers: of training and scoring, one thread each.
+        device: cpu or cuda.
+        rounds: launches of each measurement.
+        steps, warmup: timed and untimed steps of a launch.
+        rows: of the reference log.
+        overrides: of the experiment, as `mtrec train --set`.
+    """
+
+    experiment: Path
+    work: Path
+    stages: tuple[str, ...] = ("all",)
+    workers: int = 2
+    device: str = "cpu"
+    rounds: int = 5
+    steps: int = 150
+    warmup: int = 20
+    rows: int = 2_000_000
+    architectures: bool = False
+    overrides: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One line of the table: a stage of a prepared run on so many workers."""
+
+    name: str
+    stage: str
+    variant: str
+    workers: int = 1
+    threads: int = 1
+
+
+def counted(workers: int) -> str:
+    """`1 worker`, `2 workers`."""
+    return f"{workers} worker{'s' if workers > 1 else ''}"
+
+
+def measurements(asked: Asked) -> list[Measurement]:
+    """What is launched in a round, in order."""
+    wanted = set(asked.stages)
+    every = "all" in wanted
+    many, found = asked.workers, [Measurement("ceilings", "ceilings", "fp32")]
+    if every or wanted & {"compute", "train", "score"}:
+        found.append(Measurement("yardstick", "yardstick", "fp32", 1, torch.get_num_threads()))
+    if every or "read" in wanted:
+        found += [Measurement("decode", "decode", "fp32"), Measurement("read", "read", "fp32")]
+        found.append(Measurement("Ray Data iter_torch_batches", "ray_data", "fp32"))
+    if every or "encode" in wanted:
+        if not (every or "read" in wanted):
+            found.append(Measurement("decode", "decode", "fp32"))
+        found.append(Measurement("encode", "encode", "fp32"))
+    for stage in ("compute", "train"):
+        if every or stage in wanted:
+            found += [Measurement(f"{stage} {kind}, {counted(many)}", stage, kind, many) for kind in ("bf16", "fp32")]
+            if many > 1:
+                found.append(Measurement(f"{stage} bf16, 1 worker", stage, "bf16"))
+    if every or "score" in wanted:
+        found.append(Measurement(f"score bf16, {counted(many)}", "score", "bf16", many))
+    if every or "startup" in wanted:
+        found += [
+            Measurement("mtrec --help", "help", "fp32"),
+            Measurement("an empty TorchTrainer that imports torchrec", "empty_trainer", "fp32"),
+            Measurement("mtrec train to its first step", "first_step", "fp32"),
+            Measurement("mtrec train --local to its first step", "first_step_local", "fp32"),
+        ]
+    if asked.architectures:
+        found += [
+            Measurement(f"train bf16 {kind}, {counted(many)}", "train", f"bf16-{kind}", many)
+            for kind in ARCHITECTURES
+            if kind != "mmoe"
+        ]
+    return found
+
+
+def prepare_variants(asked: Asked, wanted: Sequence[Measurement]) -> dict[str, Path]:
+    """{variant: its prepared run}; what is there already is used again if it was made from the same experiment."""
+    asked.work.mkdir(parents=True, exist_ok=True)
+    log = asked.work / f"log-{asked.rows}"
+    if not (log / "train").exists():
+        write_reference(log, rows=asked.rows, seed=7)
+    tree = read_yaml(asked.experiment.read_text(encoding="utf-8"), str(asked.experiment))
+    runs = {}
+    for variant in dict.fromkeys(each.variant for each in wanted):
+        precision, _, architecture = variant.partition("-")
+        overrides = [
+            f"data.train={log / 'train'}",
+            "data.validation=null",
+            f"training.precision={precision}",
+            f"training.max_steps={asked.warmup + asked.steps}",
+            f"training.log_every={asked.warmup}",
+            f"training.checkpoint_every={max(1, (asked.warmup + asked.steps) // 2)}",
+            *([f"model.architecture={json.dumps(ARCHITECTURES[architecture])}"] if architecture else []),
+            *asked.overrides,
+        ]
+        experiment = parse_experiment(apply_overrides(tree, overrides), default_name="reference")
+        folder = asked.work / f"run-{variant}"
+        stated = yaml.safe_dump(experiment.model_dump(mode="json"))
+        stamp = asked.work / f"run-{variant}.yaml"
+        if not (folder.exists() and stamp.is_file() and stamp.read_text() == stated):
+            shutil.rmtree(folder, ignore_errors=True)
+            prepare(experiment, folder)
+            stamp.write_text(stated)
+        runs[variant] = folder
+    return runs
+
+
+def launch(each: Measurement, run: Path, asked: Asked) -> dict[str, Any]:
+    """Starts the processes of one measurement and returns what rank 0 found; scoring's speeds are added up."""
+    if each.stage in COMMANDS:
+        return {"seconds": COMMANDS[each.stage](asked)}
+    spec = {
+        "stage": each.stage,
+        "run": str(run),
+        "device": asked.device,
+        "steps": asked.steps,
+        "warmup": asked.warmup,
+        "threads": os.cpu_count() if each.stage == "yardstick" else each.threads,
+        "files": 4,
+        "work": str(asked.work),
+        "batch_size": 4096,
+    }
+    module = "mtrec.jobs.bench" if each.stage in RAY_STAGES else "mtrec.bench.stages"
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        processes = []
+        for rank in range(each.workers):
+            environment = {**os.environ, "OMP_NUM_THREADS": str(spec["threads"])}
+            if each.workers > 1:
+                environment |= {
+                    "RANK": str(rank),
+                    "WORLD_SIZE": str(each.workers),
+                    "LOCAL_RANK": str(rank),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                }
+            command = [sys.executable, "-m", module, json.dumps(spec), f"{folder}/found"]
+            processes.append(
+                subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            )
+        said = [process.communicate()[0] for process in processes]
+        for process, text in zip(processes, said, strict=True):
+            if process.returncode:
+                raise RuntimeError(f"The stage {each.name} failed:\n{text}")
+        found = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("found*"))]
+    first: dict[str, Any] = found[0]
+    if each.stage == "score":
+        first["rows_per_second"] = sum(one["rows_per_second"] for one in found)
+    return first
+
+
+def time_help(asked: Asked) -> float:
+    """Seconds that `mtrec --help` takes."""
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "mtrec.cli", "--help"], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - started
+
+
+def time_first_step(asked: Asked, *options: str) -> float:
+    """Seconds from `mtrec train` on a small log to the first step in its own log, the fit of the features included."""
+    data = asked.work / f"log-{STARTUP_ROWS}"
+    if not (data / "train").exists():
+        write_reference(data, rows=STARTUP_ROWS, seed=7, files=1)
+    folder = asked.work / "run-startup"
+    shutil.rmtree(folder, ignore_errors=True)
+    sets = (f"data.train={data / 'train'}", "data.validation=null", "training.log_every=1", "training.max_steps=2")
+    command = [sys.executable, "-m", "mtrec.cli", "train", str(asked.experiment), "--output", str(folder), *options]
+    command += [part for each in (*sets, *asked.overrides) for part in ("--set", each)]
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log, seconds = folder / "log.jsonl", 0.0
+    while not seconds:
+        time.sleep(0.02)
+        if log.exists() and '"event": "step"' in log.read_text():
+            seconds = time.perf_counter() - started
+        elif process.poll() is not None:
+            raise RuntimeError(f"`mtrec train` ended before its first step:\n{process.communicate()[0]}")
+    process.communicate()
+    return seconds
+
+
+COMMANDS: dict[str, Callable[[Asked], float]] = {
+    "help": time_help,
+    "first_step": lambda asked: time_first_step(asked, "--workers", "1"),
+    "first_step_local": lambda asked: time_first_step(asked, "--local"),
+}
+
+
+def bench(asked: Asked, say: Callable[[str], None]) -> dict[str, Any]:
+    """Runs all rounds; the result is what `--json` writes."""
+    wanted = measurements(asked)
+    runs = prepare_variants(asked, wanted)
+    rounds: list[dict[str, dict[str, Any]]] = []
+    for number in range(asked.rounds):
+        found = {}
+        for each in wanted if number % 2 == 0 else wanted[::-1]:
+            say(f"round {number + 1} of {asked.rounds}: {each.name}")
+            found[each.name] = launch(each, runs[each.variant], asked)
+        rounds.append(found)
+    return summary(asked, wanted, runs, rounds)
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values), "values": list(values)}
+
+
+def summary(
+    asked: Asked, wanted: Sequence[Measurement], runs: Mapping[str, Path], rounds: Sequence[dict[str, dict[str, Any]]]
+) -> dict[str, Any]:
+    """Medians over rounds, ratios within rounds, floors from the measured ceilings."""
+    ceilings = {key: statistics.median(r["ceilings"][key] for r in rounds) for key in rounds[0]["ceilings"]}
+    stages: dict[str, Any] = {}
+    startup: dict[str, Any] = {}
+    idle: list[int] = []
+    for each in wanted:
+        if each.stage == "ceilings":
+            continue
+        found = [r[each.name] for r in rounds]
+        if "seconds" in found[0]:
+            startup[each.name] = _spread([one["seconds"] for one in found])
+            idle += [one["idle_bytes"] for one in found if "idle_bytes" in one]
+            continue
+        stages[each.name] = {
+            "stage": each.stage,
+            "variant": each.variant,
+            "workers": each.workers,
+            "rows_per_second": _spread([one["rows_per_second"] for one in found]),
+            **{
+                key: _spread([one[key] for one in found])
+                for key, value in found[0].items()
+                if isinstance(value, int | float) and key != "rows_per_second"
+            },
+        }
+        if "phases" in found[0]:
+            stages[each.name]["phases"] = {
+                phase: statistics.median(one["phases"].get(phase, 0.0) for one in found) for phase in found[0]["phases"]
+            }
+        if each.stage in ("compute", "train", "score"):
+            stages[each.name]["floor"] = _floor(each, runs[each.variant], ceilings, asked)
+            stages[each.name]["of_floor"] = stages[each.name]["rows_per_second"]["median"] / stages[each.name]["floor"]
+    ratios = {name: _spread(values) for name, values in _ratios(asked, rounds).items()}
+    by_name = {name: each["median"] for name, each in ratios.items()}
+    return {
+        "train_over_yardstick": by_name.get(f"train bf16, {counted(asked.workers)} / yardstick"),
+        "about": about(asked),
+        "ceilings": ceilings,
+        "stages": stages,
+        "ratios": ratios,
+        **({"startup": startup} if startup else {}),
+        **({"idle_worker_bytes": statistics.median(idle)} if idle else {}),
+    }
+
+
+def _ratios(asked: Asked, rounds: Sequence[dict[str, dict[str, Any]]]) -> dict[str, list[float]]:
+    """{what / what: the ratio of each round}."""
+    many = asked.workers
+    pairs = [
+        *((f"train {kind}, {counted(many)}", "yardstick") for kind in ("bf16", "fp32")),
+        *((f"compute {kind}, {counted(many)}", "yardstick") for kind in ("bf16", "fp32")),
+        *((f"train {kind}, {counted(many)}", f"compute {kind}, {counted(many)}") for kind in ("bf16", "fp32")),
+        (f"train bf16, {counted(many)}", "train bf16, 1 worker"),
+        (f"compute bf16, {counted(many)}", "compute bf16, 1 worker"),
+        ("read", "decode"),
+        ("encode", "decode"),
+        ("encode", "Ray Data iter_torch_batches"),
+        (f"score bf16, {counted(many)}", "yardstick"),
+    ]
+    return {
+        f"{one} / {other}": [r[one]["rows_per_second"] / r[other]["rows_per_second"] for r in rounds]
+        for one, other in pairs
+        if one != other and one in rounds[0] and other in rounds[0]
+    }
+
+
+def _floor(each: Measurement, run_folder: Path, ceilings: Mapping[str, float], asked: Asked) -> float:
+    run = open_run(run_folder)
+    model = MultiTaskModel(run.experiment, run.encoder, run.labels, torch.device("meta"))
+    times = 1 if each.stage == "score" else 3
+    rate = ceilings["bf16_flops" if each.variant.startswith("bf16") else "fp32_flops"]
+    moved = TABLE_BYTES_PER_ROW / (4 if each.stage == "score" else 1)
+    one = floor_rows_per_second(times * model.dense.flops_per_row(), rate, moved, ceilings["gather_bytes"])
+    return one * each.workers
+
+
+def about(asked: Asked) -> dict[str, Any]:
+    """Hardware, versions and sizes of a measurement."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
+    gpu = torch.cuda.get_device_name() if asked.device == "cuda" else None
+    return {
+        "processor": ", ".join(sorted(names)) or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpu": gpu,
+        "versions": versions(),
+        "rounds": asked.rounds,
+        "steps": asked.steps,
+        "rows": asked.rows,
+        "workers": asked.workers,
+        "overrides": list(asked.overrides),
+    }

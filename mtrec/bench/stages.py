@@ -1,0 +1,253 @@
+"""What one launched process measures. `python -m mtrec.bench.stages SPEC OUT` runs a stage and writes a JSON object to OUT.
+
+SPEC is a JSON object: `stage`, the run prepared for it, and its sizes; with more than one worker the environment says which
+rank this is (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), and rank 0 writes. A stage's main number is `rows_per_second`.
+"""
+
+import collections
+import itertools
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+
+from mtrec import parallel
+from mtrec.batch import Batch
+from mtrec.bench import floor
+from mtrec.dataset import Dataset
+from mtrec.feed import feed
+from mtrec.labels import labels_of
+from mtrec.model import MultiTaskModel
+from mtrec.run import Run, label_columns, open_run, open_source
+from mtrec.step import TrainState, build_state, train_step
+from mtrec.train import Progress, Saved, Step, make_reader, train
+
+Found = dict[str, Any]
+BATCHES_IN_MEMORY = 96  # enough rows that a lookup is not always in the cache
+
+
+def _data(run: Run) -> Dataset:
+    return open_source(run.experiment, run.experiment.data.train, "data.train")
+
+
+def _specs(run: Run) -> Any:
+    return MultiTaskModel(run.experiment, run.encoder, run.labels, torch.device("meta")).specs
+
+
+def _batches(run: Run) -> Iterator[Batch]:
+    with_labels = labels_of(run.experiment, _specs(run))
+    for _, batch in feed(make_reader(run, _data(run), Progress()), run.encoder, with_labels, None):
+        yield batch
+
+
+def _in_memory(run: Run, device: torch.device) -> list[Batch]:
+    return [batch.to(device) for batch in itertools.islice(_batches(run), BATCHES_IN_MEMORY)]
+
+
+def _batch_size(run: Run) -> int:
+    size = run.experiment.data.batch_size
+    assert isinstance(size, int)
+    return size
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def decode(run: Run, spec: Found) -> Found:
+    """Raw decoding: pyarrow row group after row group, the columns that training reads, one thread, nothing else."""
+    columns = list(dict.fromkeys([*run.encoder.columns, *label_columns(run.experiment)]))
+    rows, started = 0, time.perf_counter()
+    for file in _data(run).files:
+        parquet = pq.ParquetFile(file.path)
+        for group in range(parquet.num_row_groups):
+            rows += parquet.read_row_group(group, columns=columns, use_threads=False).num_rows
+    return {"rows_per_second": rows / (time.perf_counter() - started)}
+
+
+def read(run: Run, spec: Found) -> Found:
+    """The reader alone: shuffled streams cut into global batches, not encoded."""
+    rows, started = 0, time.perf_counter()
+    for piece in make_reader(run, _data(run), Progress()):
+        rows += piece.record_batch.num_rows
+    return {"rows_per_second": rows / (time.perf_counter() - started)}
+
+
+def encode(run: Run, spec: Found) -> Found:
+    """Reading and encoding to ready batches, as training does."""
+    rows, started, cpu_started = 0, time.perf_counter(), time.process_time()
+    for batch in _batches(run):
+        rows += batch.num_rows
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu_started
+    return {"rows_per_second": rows / seconds, "rows_per_cpu_second": rows / cpu}
+
+
+def yardstick(run: Run, spec: Found) -> Found:
+    """The bare loop of yardstick.py, fp32, data in memory, all cores in one process."""
+    from mtrec.bench.yardstick import BareModel, inputs, train_bare
+
+    device = torch.device(spec["device"])
+    torch.set_num_threads(spec["threads"])
+    with parallel.process_group(torch.device("cpu")):
+        batches = [inputs(batch) for batch in _in_memory(run, device)]
+    model = BareModel(run.encoder.tables, run.encoder.num_dense, run.experiment, device)
+    train_bare(model, batches, spec["warmup"])
+    return {"rows_per_second": spec["steps"] * _batch_size(run) / train_bare(model, batches, spec["steps"])}
+
+
+class Phases:
+    """Adds up the time of each phase of a step; `mark` is for `TrainState.mark`. On a GPU each mark waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = collections.defaultdict(float)
+        self.at = time.perf_counter()
+
+    def mark(self, phase: str) -> None:
+        _synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[phase] += now - self.at
+        self.at = now
+
+
+def _fresh_state(run: Run, steps: int, device: torch.device) -> TrainState:
+    model = MultiTaskModel(run.experiment, run.encoder, run.labels, device)
+    return build_state(
+        run.experiment, model, run.labels, batch_size=_batch_size(run), total_steps=steps, device=device
+    )
+
+
+def compute(run: Run, spec: Found) -> Found:
+    """`train_step` on batches that lie in memory, and what share of a step each phase takes."""
+    device = torch.device(spec["device"])
+    torch.set_num_threads(run.experiment.training.threads_per_worker)
+    with parallel.process_group(device):
+        batches = _in_memory(run, device)
+        state = _fresh_state(run, spec["warmup"] + 2 * spec["steps"], device)
+        endless = itertools.pairwise(itertools.cycle(batches))
+        for batch, upcoming in itertools.islice(endless, spec["warmup"]):
+            train_step(state, batch, upcoming=upcoming)
+        _synchronize(device)
+        parallel.barrier()
+        started, cpu_started, times = time.perf_counter(), time.process_time(), []
+        for batch, upcoming in itertools.islice(endless, spec["steps"]):
+            before = time.perf_counter()
+            train_step(state, batch, upcoming=upcoming)
+            times.append(time.perf_counter() - before)
+        _synchronize(device)
+        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu_started
+        phases = Phases(device)
+        state.mark = phases.mark
+        for batch, upcoming in itertools.islice(endless, min(spec["steps"], 50)):
+            train_step(state, batch, upcoming=upcoming)
+            phases.mark("between")
+        total = sum(phases.seconds.values())
+        return {
+            "rows_per_second": spec["steps"] * _batch_size(run) / seconds,
+            "median_step_ms": 1e3 * statistics.median(times),
+            "cpu_ms_per_step": 1e3 * cpu / spec["steps"],
+            "phases": {phase: each / total for phase, each in phases.seconds.items()},
+        }
+
+
+def whole(run: Run, spec: Found) -> Found:
+    """`train()` itself, from Parquet to weights, checkpoints on and validation off: from step `warmup` to the last one."""
+    device = torch.device(spec["device"])
+    if int(os.environ.get("RANK", "0")) == 0:
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
+    marks: dict[int, tuple[float, float]] = {}
+    waits, saved = [], 0
+    events = train(run, device=device)
+    while (event := next(events, None)) is not None:
+        if isinstance(event, Step):
+            _synchronize(device)
+            marks[event.step] = time.perf_counter(), time.process_time()
+            if event.step > spec["warmup"]:
+                waits.append(event.data_wait)
+        if isinstance(event, Saved):
+            saved += 1
+    first, last = spec["warmup"], spec["warmup"] + spec["steps"]
+    seconds, cpu = (end - start for start, end in zip(marks[first], marks[last], strict=True))
+    return {
+        "rows_per_second": spec["steps"] * _batch_size(run) / seconds,
+        "cpu_ms_per_step": 1e3 * cpu / spec["steps"],
+        "data_wait": statistics.fmean(waits),
+        "checkpoints": saved,
+        "peak_bytes": peak_bytes(),
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
+    }
+
+
+def score(run: Run, spec: Found) -> Found:
+    """Parquet to Parquet: this process's share of the files, through what `mtrec score` runs in each of its workers."""
+    from mtrec.dataset import Source
+    from mtrec.scored_files import Asked, score_files, score_here
+
+    torch.set_num_threads(1)
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    files = [file.path for file in _data(run).files][rank::world_size][: spec["files"]]
+    rows = sum(pq.read_metadata(path).num_rows for path in files)
+    with tempfile.TemporaryDirectory(dir=spec["work"]) as folder:
+        marks: list[float] = []
+
+        def timed(work: Any, pieces: Any) -> Any:
+            for event in score_here(work, pieces):
+                marks.append(time.perf_counter())
+                yield event
+
+        asked = Asked(str(run.folder), Source(list(files)), f"{folder}/out")
+        manifest = score_files(asked, timed)
+        if not manifest["complete"]:
+            raise RuntimeError(f"Not all was scored: {manifest['failed']}")
+    return {"rows_per_second": rows / (marks[-1] - marks[0]), "peak_bytes": peak_bytes()}
+
+
+def ceilings(run: Run, spec: Found) -> Found:
+    """Measured rates of matrix products and of gathering, for one process with one thread (or the GPU)."""
+    device = torch.device(spec["device"])
+    torch.set_num_threads(1)
+    return {
+        "fp32_flops": floor.matmul_flops(torch.float32, device),
+        "bf16_flops": floor.matmul_flops(torch.bfloat16, device),
+        "gather_bytes": floor.gather_bytes(device),
+    }
+
+
+def peak_bytes() -> int:
+    """The largest resident memory of this process so far (Linux)."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
+
+
+STAGES: dict[str, Callable[[Run, Found], Found]] = {
+    "decode": decode,
+    "read": read,
+    "encode": encode,
+    "yardstick": yardstick,
+    "compute": compute,
+    "train": whole,
+    "score": score,
+    "ceilings": ceilings,
+}
+
+
+def main() -> None:
+    """Runs the stage that the first argument describes."""
+    spec = json.loads(sys.argv[1])
+    found = STAGES[spec["stage"]](open_run(spec["run"]), spec)
+    if spec["stage"] == "score" or int(os.environ.get("RANK", "0")) == 0:
+        Path(sys.argv[2] + os.environ.get("RANK", "0")).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

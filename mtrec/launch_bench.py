@@ -1,0 +1,72 @@
+"""What `mtrec bench` does: checks the request, measures, shows the table, writes JSON and the page."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from mtrec.bench import Asked, bench
+from mtrec.bench.launches import STAGE_NAMES
+from mtrec.bench.page import page
+from mtrec.bench.table import show
+from mtrec.checkpoint import write_atomically
+from mtrec.kinds import nearest
+
+REFERENCE = Path(__file__).parents[1] / "pipelines" / "benchmark" / "reference.yaml"
+
+
+def launch_bench(
+    stages: Sequence[str],
+    *,
+    experiment: Path | None,
+    work: Path,
+    workers: int,
+    device: str,
+    rounds: int,
+    steps: int,
+    rows: int,
+    architectures: bool,
+    overrides: Sequence[str],
+    json_file: Path | None,
+    page_file: Path | None,
+) -> None:
+    """Raises ValueError naming the option for a stage, a device or a number that is not there or makes no sense."""
+    for stage in stages:
+        if stage not in STAGE_NAMES:
+            raise ValueError(f"--stage should be one of {', '.join(STAGE_NAMES)}. Found '{stage}'.{nearest(stage, STAGE_NAMES)}")
+    for option, value in (("workers", workers), ("rounds", rounds), ("steps", steps), ("rows", rows)):
+        if value < 1:
+            raise ValueError(f"--{option} should be at least 1. Found {value}.")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device should be cpu or cuda. Found '{device}'.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda needs a GPU and a CUDA build of torch. Found none; leave the option out to use the CPU.")
+    experiment = experiment or REFERENCE
+    if not experiment.is_file():
+        raise ValueError(f"There is no experiment file '{experiment}'. Name one as the argument of `mtrec bench`.")
+    warmup = max(1, min(20, steps // 3))
+    asked = Asked(
+        experiment=experiment,
+        work=work.absolute(),
+        stages=tuple(stages),
+        workers=workers,
+        device=device,
+        rounds=rounds,
+        steps=-(-steps // warmup) * warmup,  # a logged step at its end
+        warmup=warmup,
+        rows=rows,
+        architectures=architectures,
+        overrides=tuple(overrides),
+    )
+    to = Console()
+    with to.status("prepares data and runs") as status:
+        found = bench(asked, status.update)
+    show(found, to)
+    if json_file is not None:
+        write_atomically(json_file, json.dumps(found, indent=1) + "\n")
+        to.print(f"written: {json_file}", soft_wrap=True)
+    if page_file is not None:
+        write_atomically(page_file, page(found))
+        to.print(f"written: {page_file}", soft_wrap=True)

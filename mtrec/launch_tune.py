@@ -1,0 +1,68 @@
+"""What `mtrec tune` does."""
+
+import datetime
+import functools
+import json
+from pathlib import Path
+
+from mtrec.config import Experiment
+from mtrec.display import console
+from mtrec.tune.plan import load_plan
+from mtrec.tune.table import show_results
+from mtrec.tune.whole import PLAN, REPORT, read_plan, tune, write_all
+
+
+def launch_search(
+    experiment: Experiment,
+    space: Path,
+    trials: int,
+    *,
+    workers: int,
+    parallel: int | None,
+    resume: bool,
+    output: Path | None,
+) -> Path:
+    """Makes the trials of a search on Ray (those that are missing), prints the table; returns its folder.
+
+    Raises ValueError for a mistake in experiment, space or arguments, before anything runs.
+    """
+    plan = load_plan(experiment, space, trials)
+    folder = (output or _default_folder(experiment, resume)).absolute()
+    to = console()
+
+    def say(line: str) -> None:
+        to.print(line, soft_wrap=True, markup=False)
+
+    from mtrec.jobs.tune import search_on_ray
+
+    say(f"search {folder}")
+    search = functools.partial(search_on_ray, workers=workers, parallel=parallel, say=say)
+    show_results(tune(plan, folder, resume=resume, search=search, say=say), to)
+    say(f"best: {folder / 'best.yaml'}\nreport: {folder / REPORT}")
+    return folder
+
+
+def _default_folder(experiment: Experiment, resume: bool) -> Path:
+    name = f"{experiment.name}-tune"
+    if resume:
+        found = sorted(path.parent for path in Path("runs").glob(f"{name}-*/{PLAN}"))
+        if not found:
+            raise ValueError(f"--resume: there is no search runs/{name}-*. Name its folder with --output.")
+        return found[-1]
+    return Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+
+def is_search(folder: Path) -> bool:
+    """Whether a folder is that of a search."""
+    return (folder / PLAN).is_file()
+
+
+def write_search_report(folder: Path, output: Path | None = None) -> Path:
+    """tune.html and the other files of a search, again from what its trials left; returns where the page was written."""
+    facts = json.loads((folder / PLAN).read_text())
+    write_all(read_plan(facts), folder, facts)
+    target = output or folder / REPORT
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text((folder / REPORT).read_text(encoding="utf-8"), encoding="utf-8")
+    return target
