@@ -3,10 +3,11 @@
 python pipelines/balancing/cost.py OUTPUT [--rounds 5] [--batch-size 2048] [--threads 1] [--methods static,uncertainty,...]
 
 Three tasks, the reference workload of the benchmark (pipelines/benchmark/reference.yaml: MMoE, 4 x [256, 128], 445 inputs), fp32,
-one process. Every variant trains a model of its own on the same batches, already in memory. A round takes 10 steps of each variant in turn (so that
-`every: 10` takes one Gramian in them), and after each of these steps one with static weights on the same batch: what disturbs the
-machine for longer than a step disturbs both. The ratio of a round is that of the two sums of 10; the table shows the median over
-rounds. Time is CPU time of the process (user and system). Writes OUTPUT/cost.json and OUTPUT/cost.md.
+one process. Every variant trains a model of its own on the same batches, already in memory. A round has 10 steps of each variant
+in turn (so that `every: 10` takes one Gramian in them), and after each of these steps one with static weights on the same batch:
+what disturbs the machine longer than a step disturbs both. The ratio of a round is that of the two sums of 10; the table shows
+the median over rounds. Time is CPU time of the process (user and system). Writes OUTPUT/cost.json and OUTPUT/cost.md; variants
+that are there and not measured again stay as they are.
 """
 
 import argparse
@@ -107,6 +108,7 @@ def measure(run: Run, batches: list[Batch], chosen: dict[str, list[str]], rounds
             "ratio": statistics.median(ratios),
             "ratio_low": min(ratios),
             "ratio_high": max(ratios),
+            "rounds": rounds,
         }
         print(f"{name}: {found[name]['ratio']:.3f}", flush=True)
     return found
@@ -114,9 +116,10 @@ def measure(run: Run, batches: list[Batch], chosen: dict[str, list[str]], rounds
 
 def markdown(found: dict[str, dict[str, float]], about: str) -> str:
     """The table."""
-    lines = ["| method | CPU ms a step | relative to static | lowest and highest round |", "|---|---|---|---|"]
+    lines = ["| method | CPU ms a step | relative to static | lowest and highest round | rounds |", "|---|---|---|---|---|"]
     lines += [
-        f"| {name} | {each['ms']:.1f} | {each['ratio']:.3f} | {each['ratio_low']:.3f} to {each['ratio_high']:.3f} |"
+        f"| {name} | {each['ms']:.1f} | {each['ratio']:.3f} | {each['ratio_low']:.3f} to {each['ratio_high']:.3f} "
+        f"| {each['rounds']} |"
         for name, each in found.items()
     ]
     return f"{about}\n\n" + "\n".join(lines) + "\n"
@@ -137,10 +140,14 @@ def main() -> None:
         found = measure(run, batches, variants(arguments.methods.split(",")), arguments.rounds)
     about = (
         f"Batches of {arguments.batch_size:,} rows, {arguments.threads} thread(s), {platform.machine()}, torch "
-        f"{versions()['torch']}; medians over {arguments.rounds} rounds of {STEPS} steps."
+        f"{versions()['torch']}; medians over rounds of {STEPS} steps."
     )
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "cost.json").write_text(json.dumps({"about": about, "variants": found}, indent=1) + "\n")
+    file = arguments.output / "cost.json"
+    before = json.loads(file.read_text()) if file.exists() else {"about": about, "variants": {}}
+    if before["about"] == about:  # measured with the same sizes and versions
+        found = {**before["variants"], **found}
+    file.write_text(json.dumps({"about": about, "variants": found}, indent=1) + "\n")
     (arguments.output / "cost.md").write_text(markdown(found, about))
     print(markdown(found, about))
 
