@@ -10,9 +10,9 @@ from torch.testing import assert_close
 
 from mtrec import parallel
 from mtrec.batch import Batch
+from mtrec.embeddings import table_name
 from mtrec.feed import feed
 from mtrec.labels import labels_of
-from mtrec.embeddings import table_name
 from mtrec.model import MultiTaskModel
 from mtrec.run import Run, open_source
 from mtrec.step import TrainState, build_state, train_step

@@ -13,9 +13,9 @@ from mtrec import parallel
 from mtrec.balancing import BALANCERS
 from mtrec.batch import Batch
 from mtrec.config import apply_overrides, parse_experiment
+from mtrec.embeddings import module_name
 from mtrec.feed import feed
 from mtrec.labels import labels_of
-from mtrec.embeddings import module_name
 from mtrec.model import MultiTaskModel
 from mtrec.run import Run, open_source
 from mtrec.step import TrainState, build_state, train_step
