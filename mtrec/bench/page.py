@@ -47,7 +47,7 @@ def page(found: Mapping[str, Any]) -> str:
 def _layout(height: int, title: str, **more: Any) -> dict[str, Any]:
     return {
         "height": height,
-        "margin": {"l": 190, "r": 24, "t": 12, "b": 44},
+        "margin": {"l": 190, "r": 40, "t": 12, "b": 52},
         "xaxis": {"title": {"text": title}, "rangemode": "tozero"},
         "yaxis": {"autorange": "reversed", "automargin": True},
         **more,
@@ -59,15 +59,15 @@ def _speeds(found: Mapping[str, Any]) -> dict[str, Any]:
     names = list(stages)
     speeds = [each["rows_per_second"] for each in stages.values()]
     medians = [each["median"] for each in speeds]
-    bars = {
-        "type": "bar",
-        "orientation": "h",
+    measured = {  # dots: on a logarithmic axis the length of a bar would mean nothing
+        "type": "scatter",
+        "mode": "markers+text",
         "name": "measured",
         "y": names,
         "x": medians,
         "text": [f"{value:,.0f}" for value in medians],
-        "textposition": "auto",
-        "marker": {"color": "#4c78a8"},
+        "textposition": "top center",
+        "marker": {"color": "#4c78a8", "size": 10},
         "error_x": {
             "type": "data",
             "symmetric": False,
@@ -83,10 +83,10 @@ def _speeds(found: Mapping[str, Any]) -> dict[str, Any]:
         "x": [each["floor"] for each in stages.values() if "floor" in each],
         "marker": {"symbol": "line-ns", "size": 20, "line": {"width": 3, "color": "#e45756"}},
     }
-    layout = _layout(80 + 38 * len(names), "rows/s (logarithmic)", legend={"orientation": "h", "y": 1.08})
+    layout = _layout(120 + 38 * len(names), "rows/s (logarithmic)", legend={"orientation": "h", "y": 1.08})
     layout["xaxis"] = {"title": {"text": "rows/s (logarithmic)"}, "type": "log"}
     layout["margin"]["t"] = 44
-    return {"data": [bars, floors], "layout": layout}
+    return {"data": [measured, floors], "layout": layout}
 
 
 def _phases(found: Mapping[str, Any]) -> dict[str, Any]:
