@@ -2,7 +2,7 @@
 
 python pipelines/benchmark/gpu.py OUTPUT.json [--device cuda] [--work runs/gpu] [--rows 2000000] [--batch-sizes 4096,...]
 
-Correctness, fp32 without TF32, same seed on both devices: predictions of a batch (1e-4), weights after three steps (1e-4), whether
+Correctness, fp32 without TF32, same seed on both devices: predictions of a batch (1e-4), weights after three steps (1e-4), if
 every table moved, and the metrics of one short run (1e-4). Then `mtrec bench` with stages compute and train for each batch size,
 one worker, beside the yardstick on the same device. Prints a table, writes OUTPUT.json (hardware, versions, numbers); exit code
 1 where a check failed. `--device cpu` compares the CPU with itself: for a look at this script where there is no GPU.
