@@ -75,8 +75,8 @@ def skewed_seconds(rows: int = 4001) -> Tensor:
 
 
 def fit_constant(loss: Callable[[Tensor, Tensor], Tensor], start_C: Tensor, seconds_N: Tensor) -> Tensor:
-    """(1, C) constant logits after gradient descent (L-BFGS) on the mean loss."""
-    logits_C = start_C.clone().requires_grad_()
+    """(1, C) constant logits after gradient descent (L-BFGS) on the mean loss, in float64: no CPU's rounding decides."""
+    logits_C = start_C.double().requires_grad_()
     optimizer = torch.optim.LBFGS([logits_C], max_iter=200, line_search_fn="strong_wolfe", tolerance_change=1e-10)
 
     def closure() -> Tensor:
@@ -86,7 +86,7 @@ def fit_constant(loss: Callable[[Tensor, Tensor], Tensor], start_C: Tensor, seco
         return total
 
     optimizer.step(closure)
-    return logits_C.detach().reshape(1, -1)
+    return logits_C.detach().to(start_C.dtype).reshape(1, -1)
 
 
 # --- losses against outside formulas ---------------------------------------------------------------------------------

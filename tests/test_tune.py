@@ -37,7 +37,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     ("space", "message"),
     [
         ({}, r"`parameters` is missing"),
-        ({"parameters": {}}, r"`parameters` should be"),
+        ({"parameters": {}}, r"`parameters` should hold at least one entry"),
         ({"parameter": RATE}, r"`parameter` is not a known key\. Did you mean 'parameters'\?"),
         (
             {"parameters": {"optimizer.dense.learning_rat": {"uniform": [0.1, 1]}}},
