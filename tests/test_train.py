@@ -255,3 +255,23 @@ def test_auc_of_a_whole_evaluation_is_scikit_learns(tmp_path: Path) -> None:
     assert tasks["conversion"]["auc"] == pytest.approx(joint, abs=1e-6)
     given = roc_auc_score(joined["conversion"][clicked], joined["p_conversion"][clicked])
     assert tasks["conversion"]["auc_given"] == pytest.approx(given, abs=1e-6)
+
+
+@pytest.mark.parametrize("sharding", ["table_wise", "data_parallel"])
+def test_a_table_may_have_any_name(tmp_path: Path, sharding: str) -> None:
+    names = ("user.id", "items", "50%_forward")  # a module of torch is named none of these
+    tables = [f"features.{feature}.table={name}" for feature, name in zip(("user_id", "item_id", "tags"), names, strict=True)]
+    both = ("training.checkpoint_every=10", "training.keep_last=9", *tables, f"features.tags.sharding={sharding}")
+    stopped, run = small_run(tmp_path, *both), small_run(tmp_path, *both)
+    stops = iter([False] * 15 + [True] * 99)
+    list(train(stopped, device=CPU, stop_requested=lambda: next(stops)))
+    trained(str(run.folder))
+    trained(str(stopped.folder), resume=True)
+    first, whole = read(find(run.checkpoints)[-1].folder), read(find(run.checkpoints)[0].folder)
+    resumed = read(find(stopped.checkpoints)[0].folder)
+    assert resumed.keys() == whole.keys()
+    for key, value in whole.items():
+        assert torch.equal(resumed[key], value), key
+    for name in names:
+        assert not torch.equal(first[f"tables.{name}"], whole[f"tables.{name}"]), name
+        assert any(key.startswith(f"tables_state.{name}.") for key in whole), name

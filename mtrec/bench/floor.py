@@ -1,21 +1,17 @@
 """What the hardware allows: measured rates of matrix products and of gathering rows, and the rows/s that follow from them."""
 
 import time
+from collections.abc import Callable
 
 import torch
 
 REPEATS = 7
 
 
-def _best(seconds: list[float]) -> float:
-    """The fastest of several: a ceiling is what the hardware can do when nothing disturbs it."""
-    return min(seconds)
-
-
-def _timed(work: object, device: torch.device, repeats: int = REPEATS) -> float:
-    assert callable(work)
+def _timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest of several: a ceiling is what the hardware can do when nothing disturbs it."""
     found = []
-    for _ in range(repeats + 2):
+    for _ in range(REPEATS + 2):  # the first two warm up
         if device.type == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()
@@ -23,7 +19,7 @@ def _timed(work: object, device: torch.device, repeats: int = REPEATS) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
         found.append(time.perf_counter() - started)
-    return _best(found[2:])
+    return min(found[2:])
 
 
 def matmul_flops(dtype: torch.dtype, device: torch.device, rows: int = 2048, width: int = 1024) -> float:

@@ -77,7 +77,6 @@ class Measurement:
     stage: str
     variant: str
     workers: int = 1
-    threads: int = 1
 
 
 def counted(workers: int) -> str:
@@ -91,7 +90,7 @@ def measurements(asked: Asked) -> list[Measurement]:
     every = "all" in wanted
     many, found = asked.workers, [Measurement("ceilings", "ceilings", "fp32")]
     if every or wanted & {"compute", "train", "score"}:
-        found.append(Measurement("yardstick", "yardstick", "fp32", 1, torch.get_num_threads()))
+        found.append(Measurement("yardstick", "yardstick", "fp32"))
     if every or "read" in wanted:
         found += [Measurement("decode", "decode", "fp32"), Measurement("read", "read", "fp32")]
         found.append(Measurement("Ray Data iter_torch_batches", "ray_data", "fp32"))
@@ -164,7 +163,7 @@ def launch(each: Measurement, run: Path, asked: Asked) -> dict[str, Any]:
         "device": asked.device,
         "steps": asked.steps,
         "warmup": asked.warmup,
-        "threads": os.cpu_count() if each.stage == "yardstick" else each.threads,
+        "threads": os.cpu_count() if each.stage == "yardstick" else 1,
         "files": 4,
         "work": str(asked.work),
         "batch_size": 4096,
@@ -186,13 +185,11 @@ def launch(each: Measurement, run: Path, asked: Asked) -> dict[str, Any]:
                     "MASTER_PORT": str(port),
                 }
             command = [sys.executable, "-m", module, json.dumps(spec), f"{folder}/found"]
-            processes.append(
-                subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            )
-        said = [process.communicate()[0] for process in processes]
-        for process, text in zip(processes, said, strict=True):
-            if process.returncode:
-                raise RuntimeError(f"The stage {each.name} failed:\n{text}")
+            with Path(folder, f"said{rank}").open("w") as said:  # a file: a pipe that nobody reads stops who writes to it
+                processes.append(subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT))
+        for rank, process in enumerate(processes):
+            if process.wait():
+                raise RuntimeError(f"The stage {each.name} failed:\n{Path(folder, f'said{rank}').read_text()}")
         found = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("found*"))]
     first: dict[str, Any] = found[0]
     if each.stage == "score":
