@@ -140,6 +140,21 @@ def best(found: list[Checkpoint]) -> Checkpoint | None:
     return max(with_metric, key=lambda each: (each.metric, each.step)) if with_metric else (found[0] if found else None)
 
 
+def staged(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy in the CPU's memory, each rank its own shards.
+
+    torch's `BlockingAsyncStager` copies, for every shard that is a view of the fused kernel's one buffer, the whole buffer:
+    54 times 195 MB at the reference size, 3 s. The shards alone are .1 s.
+    """
+    with torch.no_grad():
+        return {key: value.to("cpu", copy=True) for key, value in tensors.items()}
+
+
+class _Stager(BlockingAsyncStager):
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return staged(state_dict)
+
+
 class Saver:
     """Writes checkpoints of one run, in the background if asked; every rank makes one and calls it alike.
 
@@ -195,7 +210,7 @@ class Saver:
                     self._commit(folder, dict(state))
                     return folder
                 written = async_save(
-                    dict(tensors), checkpoint_id=folder, process_group=self._group, async_stager=BlockingAsyncStager()
+                    dict(tensors), checkpoint_id=folder, process_group=self._group, async_stager=_Stager()
                 )
                 assert isinstance(written, Future)
                 self._pending.append((self._committer.submit(self._commit_written, written, folder, dict(state)), folder))

@@ -1,6 +1,7 @@
 """The whole model against plain torch with the same weights: logits, the dense gradient, and the gradient of every table row."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch.testing import assert_close
 
 from mtrec import parallel
 from mtrec.batch import Batch
+from mtrec.checkpoint import staged
 from mtrec.embeddings import table_name
 from mtrec.feed import feed
 from mtrec.labels import labels_of
@@ -125,3 +127,25 @@ def test_a_rank_without_rows_can_step(tmp_path: Path) -> None:
             sizes.add(empty.num_rows)
             assert train_step(state, empty).finite
         assert 0 in sizes
+
+
+def test_what_is_saved_in_the_background_is_a_copy_of_the_shards_and_of_no_more(tmp_path: Path) -> None:
+    run = small_run(tmp_path, *OPTIONS)
+    with parallel.process_group(CPU):
+        state, batch = state_and_batch(run)
+        live = {key: local(value) for key, value in state.tensors().items()}
+        before = {key: [part.clone() for part in parts] for key, parts in live.items()}
+        copies = {key: local(value) for key, value in staged(state.tensors()).items()}
+        train_step(state, batch)
+    assert any(key.startswith("tables.") and len(parts) == 2 for key, parts in live.items()), "a table is cut by columns"
+    for key, parts in copies.items():
+        for part, was in zip(parts, before[key], strict=True):
+            assert torch.equal(part, was), key
+            assert part.untyped_storage().nbytes() == part.nbytes, f"{key}: the whole buffer was copied with it"
+    moved = [key for key, parts in live.items() if any(not torch.equal(a, b) for a, b in zip(parts, copies[key], strict=True))]
+    assert {f"tables.{name}" for name in ("user_id", "item_id", "tags")} <= set(moved)
+
+
+def local(value: Any) -> list[Tensor]:
+    """The tensors of this rank: of a table its shards."""
+    return [shard.tensor for shard in value.local_shards()] if hasattr(value, "local_shards") else [value]
