@@ -228,6 +228,9 @@ class Training(Section):
     threads_per_worker: PositiveInt = Field(1, description="CPU threads a worker; one a worker is fastest")
     max_failures: NonNegativeInt = Field(3, description="how often Ray restarts workers that died")
     collective_timeout_seconds: PositiveInt = 600
+    exchange: Literal["auto", "gloo"] = Field(
+        "auto", description="auto: workers of one host exchange tensors on the CPU through shared memory; gloo: through TCP"
+    )
     max_nonfinite_steps: PositiveInt = Field(
         20, description="so many steps without a finite gradient in a row end the run"
     )

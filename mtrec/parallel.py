@@ -24,11 +24,15 @@ from torchrec.distributed.types import ShardingEnv, ShardingType
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import KeyedOptimizer
 
+from mtrec import shared_memory
 from mtrec.embeddings import Embeddings, initial_rows, module_name, table_name
 from mtrec.features import Table
 
 for _name in ("torchrec.distributed.planner", "torch.fx"):
     logging.getLogger(_name).setLevel(logging.ERROR)  # advice on topologies that users of mtrec cannot follow
+
+
+_within_host: shared_memory.SharedMemoryGroup | None = None  # what is exchanged at every step goes through it, where it is
 
 
 def start(device: torch.device, timeout_seconds: int = 600) -> bool:
@@ -56,12 +60,23 @@ def stop() -> None:
 
 
 @contextmanager
-def process_group(device: torch.device, timeout_seconds: int = 600) -> Iterator[None]:
-    """`start`, and `stop` at the end if this call started the group."""
+def process_group(device: torch.device, timeout_seconds: int = 600, share_memory: bool = True) -> Iterator[None]:
+    """`start`, and `stop` at the end if this call started the group.
+
+    Args:
+        share_memory: within the block, CPU ranks of one host exchange tensors through shared memory, not gloo.
+    """
+    global _within_host
     started = start(device, timeout_seconds)
     try:
+        if share_memory and device.type == "cpu" and world_size() > 1:
+            _within_host = shared_memory.connect(timeout_seconds)
         yield
     finally:
+        if _within_host is not None:
+            _within_host.close()
+            dist.destroy_process_group(_within_host)
+            _within_host = None
         if started:
             stop()
 
@@ -77,7 +92,7 @@ def world_size() -> int:
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sums a tensor over all ranks, in place."""
     if world_size() > 1:
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=_within_host)
     return tensor
 
 
@@ -94,7 +109,7 @@ class Pending:
 
 def start_all_reduce_sum(tensor: Tensor) -> Pending:
     """Starts to sum a tensor over all ranks, in place, beside what is computed until `wait`."""
-    return Pending(dist.all_reduce(tensor, async_op=True)) if world_size() > 1 else Pending()
+    return Pending(dist.all_reduce(tensor, group=_within_host, async_op=True)) if world_size() > 1 else Pending()
 
 
 def broadcast(tensors: Sequence[Tensor], source: int = 0) -> None:
@@ -244,7 +259,7 @@ def shard(
         tables = [embeddings.specs[table_name(config.name)] for config in collection.embedding_bag_configs()]
         sharder = EmbeddingBagCollectionSharder()
         plan = _plan(collection, tables, sharder, device, batch_size)
-        environment = ShardingEnv.from_process_group(dist.group.WORLD)
+        environment = ShardingEnv.from_process_group(_within_host or dist.group.WORLD)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             setattr(embeddings, name, sharder.shard(collection, plan, environment, device=device))

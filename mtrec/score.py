@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from mtrec import parallel
+from mtrec.allocator import keep_freed_memory
 from mtrec.batch import Batch, Label, label_values, make_batch
 from mtrec.checkpoint import Checkpoint, CheckpointError
 from mtrec.config import Experiment
@@ -112,6 +113,7 @@ class Scorer:
 def open_scorer(run: Run, found: Checkpoint, formula: Formula, device: torch.device) -> Iterator[Scorer]:
     """A scorer in this process, for as long as the context lasts; one thread a process, as in training."""
     torch.set_num_threads(run.experiment.training.threads_per_worker)
+    keep_freed_memory()
     with parallel.process_group(device):
         model = load_model(run, found, device)
         yield Scorer(model, run.encoder, run.experiment, formula, device)

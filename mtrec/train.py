@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from mtrec import checkpoint, parallel
+from mtrec.allocator import keep_freed_memory
 from mtrec.batch import Batch
 from mtrec.checkpoint import Checkpoint, Saver
 from mtrec.config import EarlyStopping
@@ -142,10 +143,11 @@ def train(
     config = experiment.training
     assert isinstance(experiment.data.batch_size, int)
     torch.set_num_threads(config.threads_per_worker)
+    keep_freed_memory()
     if config.deterministic and device.type == "cpu":
         torch.use_deterministic_algorithms(True)
     seconds = config.collective_timeout_seconds
-    with parallel.hangs_named(seconds), parallel.process_group(device, seconds):
+    with parallel.hangs_named(seconds), parallel.process_group(device, seconds, share_memory=config.exchange == "auto"):
         _check_world(experiment.data.num_streams)
         data = open_source(experiment, experiment.data.train, "data.train")
         if data.fingerprint != run.info["train"]["fingerprint"]:

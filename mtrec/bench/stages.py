@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import torch
 
 from mtrec import parallel
+from mtrec.allocator import keep_freed_memory
 from mtrec.batch import Batch
 from mtrec.bench import floor
 from mtrec.dataset import Dataset
@@ -131,7 +132,8 @@ def compute(run: Run, spec: Found) -> Found:
     """`train_step` on batches that lie in memory, and what share of a step each phase takes."""
     device = torch.device(spec["device"])
     torch.set_num_threads(run.experiment.training.threads_per_worker)
-    with parallel.process_group(device):
+    keep_freed_memory()
+    with parallel.process_group(device, share_memory=run.experiment.training.exchange == "auto"):
         batches = _in_memory(run, device)
         state = _fresh_state(run, spec["warmup"] + 2 * spec["steps"], device)
         endless = itertools.pairwise(itertools.cycle(batches))

@@ -1,0 +1,376 @@
+"""Collectives between ranks of one host, through memory that they share; everything else goes through gloo.
+
+gloo sends all that ranks exchange through the kernel's TCP stack and hands it to threads that compete with the training for
+the same cores. Here a rank copies what it sends into a buffer that the others have mapped, and tells them with a message of a
+few bytes; who waits copies it out. No thread, no byte through a socket: with two workers on two cores a step of the reference
+workload takes a quarter less time (pipelines/benchmark/README.md).
+
+    post   copy into an own buffer -> message (operation, buffer, offset, bytes) to each peer
+    wait   message of each peer -> copy out of its buffer -> message (operation: read); the buffer is free when all have read it
+
+Buffers are memory files without a name, handed over with their first message, and the sockets are abstract: nothing is left
+on the host when processes die, however they do, and a rank whose peer has died is told at once.
+"""
+
+import contextlib
+import math
+import mmap
+import os
+import secrets
+import select
+import socket
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+MESSAGE = struct.Struct("<6q")  # what, operation, buffer, capacity, offset, bytes
+POSTED, READ = 0, 1
+ALIGNMENT = 64
+MAX_PENDING = 64  # operations that a rank has begun and not all have read; the oldest are then ended first
+DIRECT_RANKS, DIRECT_BYTES = 8, 1 << 16  # every rank reads every other's whole tensor to sum it: more go to gloo
+
+
+class _Buffer:
+    """A memory file, mapped; its owner makes it larger, the others map it anew when they hear of it."""
+
+    def __init__(self, handle: int) -> None:
+        self.handle, self.bytes = handle, torch.empty(0, dtype=torch.uint8)
+
+    def map(self, capacity: int) -> None:
+        if capacity > len(self.bytes):
+            self.bytes = torch.frombuffer(mmap.mmap(self.handle, capacity), dtype=torch.uint8)
+
+    def grow(self, capacity: int) -> None:
+        os.ftruncate(self.handle, capacity)
+        self.map(capacity)
+
+    def view(self, offset: int, like: Tensor) -> Tensor:
+        """The elements from a byte on, as `like`: its type and shape."""
+        return self.bytes[offset : offset + like.nbytes].view(like.dtype).view(like.shape)
+
+    def close(self) -> None:
+        os.close(self.handle)
+
+
+class _Peer:
+    """The socket to another rank, its buffers, and what it has posted that is not read yet."""
+
+    def __init__(self, rank: int, connection: socket.socket) -> None:
+        self.rank, self.connection = rank, connection
+        self.buffers: dict[int, _Buffer] = {}
+        self.posted: dict[int, tuple[int, int, int]] = {}  # operation: buffer, offset, bytes
+        self.knows: set[int] = set()  # own buffers that it has
+
+    def post(self, message: bytes, handle: int | None) -> None:
+        try:
+            socket.send_fds(self.connection, [message], [] if handle is None else [handle])
+        except TimeoutError as error:
+            raise self._timeout() from error
+        except OSError as error:
+            raise self._gone() from error
+
+    def tell_read(self, operation: int) -> None:
+        """A peer that has ended by now does not need it."""
+        with contextlib.suppress(ConnectionError):
+            self.connection.send(MESSAGE.pack(READ, operation, 0, 0, 0, 0))
+
+    def receive(self) -> tuple[int, int]:
+        """(what, operation) of the next message; waits for it."""
+        try:
+            with contextlib.suppress(ConnectionResetError):  # it ended before it had read all; what it sent is still there
+                return self._take_in(*socket.recv_fds(self.connection, MESSAGE.size, 1)[:2])
+            return self._take_in(*socket.recv_fds(self.connection, MESSAGE.size, 1)[:2])
+        except TimeoutError as error:
+            raise self._timeout() from error
+        except OSError as error:
+            raise self._gone() from error
+
+    def _take_in(self, message: bytes, handles: Sequence[int]) -> tuple[int, int]:
+        if len(message) != MESSAGE.size:
+            raise self._gone()
+        what, operation, number, capacity, offset, size = MESSAGE.unpack(message)
+        if what == POSTED and number >= 0:
+            if handles:
+                self.buffers[number] = _Buffer(handles[0])
+            self.buffers[number].map(capacity)
+        if what == POSTED:
+            self.posted[operation] = (number, offset, size)
+        return what, operation
+
+    def _timeout(self) -> RuntimeError:  # in gloo's words: they are known to who looks for the cause
+        seconds = self.connection.gettimeout() or 0.0
+        return RuntimeError(f"[shared memory] Timed out waiting {1000 * seconds:.0f}ms for rank {self.rank}")
+
+    def _gone(self) -> RuntimeError:
+        return RuntimeError(f"[shared memory] Connection closed by peer: rank {self.rank}")
+
+
+class _Work(dist.Work):
+    """A collective under way; `wait` ends it."""
+
+    def __init__(self, end: Callable[[], None]) -> None:
+        super().__init__()
+        self._end: Callable[[], None] | None = end
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        """Copies out what the peers have sent; a second call does nothing."""
+        if self._end is not None:
+            end, self._end = self._end, None
+            end()
+        return True
+
+    def is_completed(self) -> bool:
+        """Whether `wait` has returned."""
+        return self._end is None
+
+
+class SharedMemoryGroup(dist.ProcessGroup):
+    """A process group whose sums and all-to-all exchanges of CPU tensors go through shared memory, the rest through gloo.
+
+    All ranks call the same operations in the same order, from one thread. Sums are taken in the order of ranks: they are the
+    same to the bit on every rank, and at every run.
+
+    Args:
+        store, rank, size, timeout: of the group, as torch hands them to a backend.
+        connections: {rank: connected socket} of all other ranks.
+    """
+
+    def __init__(
+        self, store: Any, rank: int, size: int, timeout: timedelta, connections: dict[int, socket.socket]
+    ) -> None:
+        super().__init__(rank, size)  # type: ignore[call-arg]  # of subclasses in Python
+        gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, timeout=timeout)  # type: ignore[attr-defined]
+        kind = dist.ProcessGroup.BackendType.GLOO
+        self._register_backend(torch.device("cpu"), kind, gloo)
+        self._set_default_backend(kind)
+        for connection in connections.values():
+            connection.settimeout(timeout.total_seconds())
+        self._peers = [_Peer(peer, connections[peer]) for peer in sorted(connections)]
+        self._buffers: list[_Buffer] = []
+        self._free: set[int] = set()
+        self._unread: dict[int, tuple[int, set[int]]] = {}  # operation: own buffer, ranks that have not read it
+        self._pending: dict[int, _Work] = {}
+        self._operation = 0
+
+    def close(self) -> None:
+        """Ends the connections; peers that still wait for this rank are told."""
+        for peer in self._peers:
+            peer.connection.close()
+            for buffer in peer.buffers.values():
+                buffer.close()
+        for buffer in self._buffers:
+            buffer.close()
+        self._peers, self._buffers = [], []
+
+    def allreduce(self, tensors: Sequence[Tensor], opts: Any = None) -> dist.Work:  # type: ignore[override]
+        """Sums a tensor over ranks, in place."""
+        tensor, size = tensors[0], self.size()
+        is_sum = opts is None or opts.reduceOp == dist.ReduceOp.SUM
+        if not (is_sum and _fits(tensor)) or (size > DIRECT_RANKS and tensor.nbytes > DIRECT_BYTES):
+            work: dist.Work = super().allreduce(list(tensors), opts or dist.AllreduceOptions())
+            return work
+        number, places = self._place([tensor.nbytes])
+        self._buffers[number].view(0, tensor).copy_(tensor.detach())
+        operation = self._post(number, {peer.rank: (places[0], tensor.nbytes) for peer in self._peers})
+
+        def end() -> None:
+            parts = {self.rank(): self._buffers[number].view(0, tensor)}
+            parts |= {peer.rank: part for peer, part in self._arrived(operation, [tensor] * len(self._peers))}
+            total = tensor.detach()
+            torch.add(parts[0], parts[1], out=total)
+            for rank in range(2, size):
+                total.add_(parts[rank])
+            self._tell_read(operation)
+
+        return self._begun(operation, end)
+
+    def all_to_all_single(
+        self,
+        output: Tensor,
+        source: Tensor,
+        output_split_sizes: Sequence[int] | None = None,
+        input_split_sizes: Sequence[int] | None = None,
+        opts: Any = None,
+    ) -> dist.Work:
+        """Part r of the input goes to rank r and becomes part of its output; parts are cut along the first dimension."""
+        if not (_fits(output) and _fits(source)):
+            work: dist.Work = super().alltoall_base(
+                output, source, list(output_split_sizes or []), list(input_split_sizes or []), opts or dist.AllToAllOptions()
+            )
+            return work
+        me, output = self.rank(), output.detach()
+        sent = source.detach().split(_sizes(source, input_split_sizes, self.size()))
+        received = output.split(_sizes(output, output_split_sizes, self.size()))
+        number, places = self._place([sent[peer.rank].nbytes for peer in self._peers])
+        posts = {}
+        for peer, place in zip(self._peers, places, strict=True):
+            part = sent[peer.rank]
+            posts[peer.rank] = (place, part.nbytes)
+            if part.nbytes:
+                self._buffers[number].view(place, part).copy_(part)
+        operation = self._post(number, posts)
+
+        def end() -> None:
+            received[me].copy_(sent[me])
+            for peer, part in self._arrived(operation, [received[peer.rank] for peer in self._peers]):
+                received[peer.rank].copy_(part)
+            self._tell_read(operation)
+
+        return self._begun(operation, end)
+
+    alltoall_base = all_to_all_single  # type: ignore[assignment]  # its name up to torch 2.12
+
+    def _place(self, sizes: Sequence[int]) -> tuple[int, list[int]]:
+        """A free buffer that holds parts of these sizes in bytes, and where each begins in it."""
+        if len(self._unread) >= MAX_PENDING:
+            self._end_oldest()
+        self._hear()
+        places, total = [], 0
+        for size in sizes:
+            places.append(total)
+            total += -(-size // ALIGNMENT) * ALIGNMENT
+        fitting = [number for number in self._free if len(self._buffers[number].bytes) >= total]
+        if fitting:
+            number = min(fitting, key=lambda each: len(self._buffers[each].bytes))
+        elif self._free:
+            number = max(self._free, key=lambda each: len(self._buffers[each].bytes))
+        else:
+            number = len(self._buffers)
+            self._buffers.append(_Buffer(os.memfd_create("mtrec-exchange")))
+        self._free.discard(number)
+        if total > len(self._buffers[number].bytes):  # pages that are not written to take no memory
+            self._buffers[number].grow(max(mmap.PAGESIZE, 1 << math.ceil(math.log2(total))))
+        return number, places
+
+    def _post(self, number: int, posts: dict[int, tuple[int, int]]) -> int:
+        operation, self._operation = self._operation, self._operation + 1
+        buffer = self._buffers[number]
+        capacity = len(buffer.bytes)
+        self._unread[operation] = (number, {self.rank(), *posts})  # this rank reads its own part of a sum there, too
+        for peer in self._peers:
+            offset, size = posts[peer.rank]
+            mapped = number if capacity else -1  # nothing was ever written to it: there is nothing to map
+            first = capacity > 0 and number not in peer.knows
+            peer.post(MESSAGE.pack(POSTED, operation, mapped, capacity, offset, size), buffer.handle if first else None)
+            if first:
+                peer.knows.add(number)
+        return operation
+
+    def _begun(self, operation: int, end: Callable[[], None]) -> dist.Work:
+        self._pending[operation] = work = _Work(end)
+        return work
+
+    def _arrived(self, operation: int, likes: Sequence[Tensor]) -> Iterator[tuple[_Peer, Tensor]]:
+        """What each peer posted for an operation, in its buffer, as soon as it is there."""
+        for peer, like in zip(self._peers, likes, strict=True):
+            while operation not in peer.posted:
+                self._note(peer)
+            number, offset, size = peer.posted.pop(operation)
+            if size != like.nbytes:
+                raise RuntimeError(
+                    f"Rank {peer.rank} sent {size} bytes in operation {operation}; rank {self.rank()} expected {like.nbytes}: "
+                    "the ranks do not make the same calls in the same order."
+                )
+            yield peer, peer.buffers[number].view(offset, like) if size else like
+
+    def _tell_read(self, operation: int) -> None:
+        del self._pending[operation]
+        for peer in self._peers:
+            peer.tell_read(operation)
+        self._read(operation, self.rank())
+
+    def _note(self, peer: _Peer) -> None:
+        """Takes in a peer's next message."""
+        what, operation = peer.receive()
+        if what == READ:
+            self._read(operation, peer.rank)
+
+    def _read(self, operation: int, rank: int) -> None:
+        """A rank has read what was posted; after the last one the buffer is free."""
+        number, unread = self._unread[operation]
+        unread.discard(rank)
+        if not unread:
+            del self._unread[operation]
+            self._free.add(number)
+
+    def _hear(self) -> None:
+        """Takes in the messages that are there, and waits for none."""
+        while readable := select.select([peer.connection for peer in self._peers], [], [], 0)[0]:
+            for peer in self._peers:
+                if peer.connection in readable:
+                    self._note(peer)
+
+    def _end_oldest(self) -> None:
+        """Ends the oldest operation, here (who began it may never wait for it) and with the peers, who do the same."""
+        oldest = min(self._unread)
+        if oldest in self._pending:
+            self._pending[oldest].wait()
+        while oldest in self._unread:
+            unread = self._unread[oldest][1]
+            self._note(next(peer for peer in self._peers if peer.rank in unread))
+
+
+def _fits(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+def _sizes(tensor: Tensor, split_sizes: Sequence[int] | None, size: int) -> list[int]:
+    return list(split_sizes) if split_sizes else [len(tensor) // size] * size
+
+
+def connect(timeout_seconds: float) -> SharedMemoryGroup | None:
+    """A group of all ranks where all of them can share memory; None, on every rank, where one cannot. A collective.
+
+    They can on Linux, within one network namespace of one host, as one user.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    possible = hasattr(os, "memfd_create") and hasattr(socket, "SO_PEERCRED")
+    token: list[Any] = [secrets.token_hex(16) if rank == 0 else None]
+    dist.broadcast_object_list(token, 0)
+    if not _all(possible):
+        return None
+    connections: dict[int, socket.socket] = {}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.settimeout(timeout_seconds)
+        listener.bind(f"\0mtrec-{token[0]}-{rank}")
+        listener.listen(size)
+        dist.barrier()
+        for peer in range(rank):
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            try:
+                connection.connect(f"\0mtrec-{token[0]}-{peer}")
+                connection.send(struct.pack("<q", rank))
+            except OSError:  # it is on another host, or in another container
+                connection.close()
+                break
+            connections[peer] = connection
+        if not _all(len(connections) == rank):
+            for connection in connections.values():
+                connection.close()
+            return None
+        while len(connections) < size - 1:
+            connection, _ = listener.accept()
+            user = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))[1]
+            if user != os.getuid():
+                connection.close()
+                continue
+            connections[struct.unpack("<q", connection.recv(8))[0]] = connection
+
+    def make(store: Any, rank: int, size: int, timeout: timedelta) -> SharedMemoryGroup:
+        return SharedMemoryGroup(store, rank, size, timeout, connections)
+
+    dist.Backend.register_backend(f"mtrec_{token[0]}", make, devices=["cpu"])
+    group = dist.new_group(backend=f"mtrec_{token[0]}", timeout=timedelta(seconds=timeout_seconds))
+    assert isinstance(group, SharedMemoryGroup)
+    return group
+
+
+def _all(value: bool) -> bool:
+    flag = torch.tensor([int(value)])
+    dist.all_reduce(flag, dist.ReduceOp.MIN)
+    return bool(flag)
