@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from mtrec import parallel
+from mtrec.atomic import write_atomically
 from mtrec.mirror import Mirror
 
 log = logging.getLogger(__name__)
@@ -374,13 +375,3 @@ def _write_error(folder: Path) -> OSError | None:
     finally:
         path.unlink(missing_ok=True)
     return None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The file has its old content or the new one, never a part."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)

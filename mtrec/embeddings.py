@@ -163,20 +163,22 @@ def table_name(module: str) -> str:
     return unquote(module.removeprefix("table_"))
 
 
-def initial_rows(table: Table, rows: slice, columns: slice, seed: int, generation: int = 0) -> Tensor:
-    """The initial values N(0, init_std) of a part of a table, the same for every sharding.
+def write_initial_rows(
+    part: Tensor, table: Table, seed: int, *, row: int = 0, column: int = 0, generation: int = 0
+) -> None:
+    """Writes the initial values N(0, init_std) of a part of a table, from `row` and `column` on: the same for every sharding.
 
     Drawn from a generator keyed by (seed, table's name, generation, block of rows); `generation` counts re-initialisations.
-    Shape (rows, columns), float32, on the CPU.
+    `part` (rows, columns) is float32, on any device; it is written a block at a time.
     """
-    blocks = []
-    for block in range(rows.start // INIT_BLOCK_ROWS, -(-rows.stop // INIT_BLOCK_ROWS)):
+    rows, columns = part.shape
+    for block in range(row // INIT_BLOCK_ROWS, -(-(row + rows) // INIT_BLOCK_ROWS)):
         first = block * INIT_BLOCK_ROWS
         count = min(INIT_BLOCK_ROWS, table.num_embeddings - first)
         generator = torch.Generator().manual_seed(_key(f"{seed}/{table.name}/{generation}/{block}"))
-        drawn = torch.randn((count, table.dim), generator=generator)
-        blocks.append(drawn[max(rows.start - first, 0) : rows.stop - first, columns])
-    return torch.cat(blocks).mul_(table.init_std)
+        drawn = torch.randn((count, table.dim), generator=generator).mul_(table.init_std)
+        start, stop = max(row - first, 0), min(row + rows - first, count)
+        part[first + start - row : first + stop - row].copy_(drawn[start:stop, column : column + columns])
 
 
 def _key(text: str) -> int:

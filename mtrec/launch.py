@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 
 from mtrec import checkpoint, parallel
+from mtrec.atomic import write_atomically
 from mtrec.config import Experiment, Source
 from mtrec.display import TrainDisplay
 from mtrec.display_scoring import ScoreDisplay
@@ -113,7 +114,7 @@ def _open_or_prepare(
                 + ". Leave --warm-start out to continue it, or --resume (with another --output) to begin a new run."
             )
         display.say(f"--warm-start {warm_start} has been done: the run began from it, and continues from its own checkpoints")
-    checkpoint.write_atomically(folder / "experiment.yaml", _resumed_yaml(run, experiment))
+    write_atomically(folder / "experiment.yaml", _resumed_yaml(run, experiment))
     return open_run(folder)
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from mtrec.atomic import write_atomically
 from mtrec.bench import Asked, bench
 from mtrec.bench.launches import STAGE_NAMES
 from mtrec.bench.page import page
 from mtrec.bench.table import show
-from mtrec.checkpoint import write_atomically
 from mtrec.kinds import nearest
 
 REFERENCE = Path(__file__).parents[1] / "pipelines" / "benchmark" / "reference.yaml"

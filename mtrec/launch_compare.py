@@ -5,7 +5,7 @@ import functools
 import json
 from pathlib import Path
 
-from mtrec.checkpoint import write_atomically
+from mtrec.atomic import write_atomically
 from mtrec.compare.plan import Plan, load_plan
 from mtrec.compare.report import comparison_report, run_report
 from mtrec.compare.results import compute, write

@@ -25,7 +25,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from torchrec.optim.keyed import KeyedOptimizer
 
 from mtrec import shared_memory
-from mtrec.embeddings import Embeddings, initial_rows, module_name, table_name
+from mtrec.embeddings import Embeddings, module_name, table_name, write_initial_rows
 from mtrec.features import Table
 
 for _name in ("torchrec.distributed.planner", "torch.fx"):
@@ -147,42 +147,6 @@ def new_group(timeout_seconds: int = 600) -> Any:
     return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_seconds))
 
 
-class HangError(RuntimeError):
-    """A collective that did not end in time: another rank hangs, is stopped, or cannot be reached."""
-
-
-@contextmanager
-def hangs_named(timeout_seconds: int) -> Iterator[None]:
-    """Within the block a collective that times out raises HangError, which names the key that says how long one waits.
-
-    >>> with hangs_named(5):  # doctest: +ELLIPSIS
-    ...     raise RuntimeError("[gloo] Timed out waiting 5000ms for recv operation to complete")
-    Traceback (most recent call last):
-    ...
-    mtrec.parallel.HangError: another worker did not answer within 5 s (training.collective_timeout_seconds): it hangs, ...
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not timed_out(error):
-            raise
-        raise hang(timeout_seconds) from error
-
-
-def timed_out(error: BaseException) -> bool:
-    """Whether gloo, torch's store or NCCL say that they waited in vain."""
-    first = next(iter(str(error).strip().splitlines()), "").lower()
-    words = "timed out" in first or "timeout" in first
-    return words and isinstance(error, RuntimeError) and not isinstance(error, HangError)
-
-
-def hang(timeout_seconds: int) -> HangError:
-    return HangError(
-        f"another worker did not answer within {timeout_seconds} s (training.collective_timeout_seconds): it hangs, is "
-        "stopped or overloaded, or the network between them fails"
-    )
-
-
 class ShardedTables:
     """The fused tables of a model after sharding: their optimizers, and their shards as (table, rows, columns, tensor)."""
 
@@ -225,15 +189,9 @@ class ShardedTables:
         """Writes the initial rows of every shard, the same for any number of ranks, and clears the optimizer's state."""
         for name, sharded in self.weights().items():
             for shard in sharded.local_shards():
-                (row, column), (rows, columns) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
-                drawn = initial_rows(
-                    self._embeddings.specs[name],
-                    slice(row, row + rows),
-                    slice(column, column + columns),
-                    seed,
-                    generation,
-                )
-                shard.tensor.detach().copy_(drawn)
+                row, column = shard.metadata.shard_offsets
+                table = self._embeddings.specs[name]
+                write_initial_rows(shard.tensor.detach(), table, seed, row=row, column=column, generation=generation)
         for state in self.optimizer_states().values():
             for shard in state.local_shards():
                 shard.tensor.zero_()

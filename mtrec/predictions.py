@@ -77,7 +77,7 @@ class TrainingSample:
         path = run.folder / SAMPLE_FILE
         if not path.is_file():
             raise ValueError(f"{run.folder} holds no {SAMPLE_FILE}: it was prepared by an earlier mtrec. Train it again.")
-        table = pq.read_table(path).combine_chunks()
+        table = pq.ParquetFile(path).read().combine_chunks()  # read_table would import pandas: half a second
         batches = table.to_batches()
         self.rows = batches[0] if batches else pa.RecordBatch.from_pylist([], table.schema)
         self._encoder, self._experiment = run.encoder, run.experiment
@@ -115,7 +115,7 @@ def training_predictions(found: Checkpoint) -> dict[str, Floats]:
     path = found.folder / PREDICTIONS_FILE
     if not path.is_file():
         raise ValueError(f"{found.folder} holds no {PREDICTIONS_FILE}: it was written by an earlier mtrec. Train again.")
-    table = pq.read_table(path)
+    table = pq.ParquetFile(path).read()
     return {name: table[name].to_numpy() for name in table.column_names}
 
 

@@ -24,8 +24,9 @@ import yaml
 
 from mtrec import checkpoint, dataset
 from mtrec import labels as label_fit
+from mtrec.atomic import write_atomically
 from mtrec.batch import Label, label_values
-from mtrec.checkpoint import Checkpoint, write_atomically
+from mtrec.checkpoint import Checkpoint
 from mtrec.config import Experiment, Source, Task, parse_experiment, to_yaml
 from mtrec.dataset import Dataset
 from mtrec.features import FEATURES, BadRowsError, Encoder, Feature, check_schema

@@ -18,7 +18,7 @@ from mtrec.balancing.static import Static
 from mtrec.batch import Batch
 from mtrec.config import Balancing, Experiment
 from mtrec.dropout import stream_dropout
-from mtrec.embeddings import initial_rows, table_name
+from mtrec.embeddings import table_name, write_initial_rows
 from mtrec.gradients import (
     TaskGradients,
     gramian_of_parameters,
@@ -190,7 +190,7 @@ def reset_replicated(model: MultiTaskModel, seed: int, generation: int) -> None:
         return
     for name, bag in model.embeddings.replicated_tables.embedding_bags.items():
         spec = model.embeddings.specs[table_name(name)]
-        bag.weight.data.copy_(initial_rows(spec, slice(0, spec.num_embeddings), slice(0, spec.dim), seed, generation))
+        write_initial_rows(bag.weight.data, spec, seed, generation=generation)
 
 
 def reset_tables(state: TrainState, generation: int) -> None:

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from mtrec import checkpoint, parallel
+from mtrec import checkpoint, hang, parallel
 from mtrec.allocator import keep_freed_memory
+from mtrec.atomic import write_atomically
 from mtrec.batch import Batch
 from mtrec.checkpoint import Checkpoint, Saver
 from mtrec.config import EarlyStopping
@@ -147,7 +148,7 @@ def train(
     if config.deterministic and device.type == "cpu":
         torch.use_deterministic_algorithms(True)
     seconds = config.collective_timeout_seconds
-    with parallel.hangs_named(seconds), parallel.process_group(device, seconds, share_memory=config.exchange == "auto"):
+    with hang.hangs_named(seconds), parallel.process_group(device, seconds, share_memory=config.exchange == "auto"):
         _check_world(experiment.data.num_streams)
         data = open_source(experiment, experiment.data.train, "data.train")
         if data.fingerprint != run.info["train"]["fingerprint"]:
@@ -174,7 +175,7 @@ def train(
         try:
             yield from _loop(run, data, state, saver, progress, total_steps, stop_requested)
         except Exception as error:
-            if not parallel.timed_out(error):
+            if not hang.timed_out(error):
                 saver.finish()  # what is being saved counts, although a validation, say, cannot be done
             raise
 
@@ -445,7 +446,7 @@ class Recorder:
             self._log.write(json.dumps(line) + "\n")
             self._log.flush()
             if isinstance(event, Validation):
-                checkpoint.write_atomically(self._folder / "metrics.json", json.dumps(event.metrics, indent=1))
+                write_atomically(self._folder / "metrics.json", json.dumps(event.metrics, indent=1))
         except OSError as error:
             raise ValueError(
                 f"The log of {self._folder} cannot be written any more: {error}. --resume goes on from the newest checkpoint."

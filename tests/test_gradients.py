@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from mtrec import parallel
+from mtrec.atomic import write_atomically
 from mtrec.balancing import BALANCERS
 from mtrec.batch import Batch
-from mtrec.checkpoint import find, write_atomically
+from mtrec.checkpoint import find
 from mtrec.config import Experiment, apply_overrides, parse_experiment, to_yaml
 from mtrec.dropout import stream_dropout
 from mtrec.feed import feed

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "mtrec"
 
 # From the bottom to the top; the modules of one line do not import each other. A new module is written in here.
 LAYERS = [
-    ["versions", "kinds", "yaml_tree", "stopping", "locking", "mirror"],
+    ["versions", "kinds", "yaml_tree", "stopping", "locking", "mirror", "atomic", "hang", "allocator", "shared_memory"],
     ["synthetic"],
     ["features"],
     ["batch"],
@@ -79,7 +79,7 @@ LEAVES = {
 # Module prefix -> the only members of the package that may name it.
 HOMES = {
     "ray": {"jobs"},
-    "torch.distributed": {"parallel", "checkpoint"},
+    "torch.distributed": {"parallel", "shared_memory", "checkpoint"},
     "torchrec.distributed": {"parallel"},
 }
 

@@ -36,7 +36,7 @@ ARCHITECTURES = {
     "shared_bottom": {"kind": "shared_bottom", "bottom_layers": [1024, 256]},
 }
 STAGE_NAMES = ("read", "encode", "compute", "train", "score", "startup", "all")
-RAY_STAGES = ("ray_data", "empty_trainer")
+RAY_STAGES = {"ray_data": "mtrec.jobs.bench", "empty_trainer": "mtrec.jobs.empty_trainer"}
 STARTUP_ROWS = 20_000
 
 
@@ -167,8 +167,9 @@ def launch(each: Measurement, run: Path, asked: Asked) -> dict[str, Any]:
         "files": 4,
         "work": str(asked.work),
         "batch_size": 4096,
+        "launched": time.time(),
     }
-    module = "mtrec.jobs.bench" if each.stage in RAY_STAGES else "mtrec.bench.stages"
+    module = RAY_STAGES.get(each.stage, "mtrec.bench.stages")
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from mtrec.checkpoint import write_atomically
+from mtrec.atomic import write_atomically
 from mtrec.compare.balance import balancing_series
 from mtrec.compare.interval import metric_interval
 from mtrec.compare.plan import Plan

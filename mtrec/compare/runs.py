@@ -29,7 +29,8 @@ import pyarrow.parquet as pq
 import torch
 
 from mtrec import checkpoint, parallel
-from mtrec.checkpoint import Checkpoint, write_atomically
+from mtrec.atomic import write_atomically
+from mtrec.checkpoint import Checkpoint
 from mtrec.compare.plan import Budget, Plan, dense_size, matched, search_draws, varied
 from mtrec.compare.space import active
 from mtrec.config import Experiment, Source, parse_experiment, to_yaml

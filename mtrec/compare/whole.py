@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mtrec.checkpoint import write_atomically
+from mtrec.atomic import write_atomically
 from mtrec.compare import results
 from mtrec.compare.plan import Comparison, Plan
 from mtrec.compare.report import comparison_report

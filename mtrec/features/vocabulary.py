@@ -198,7 +198,7 @@ class Vocabulary:
     @classmethod
     def load(cls, path: Path, key: Key) -> "Vocabulary":
         """Reads what `save` wrote."""
-        table = pq.read_table(path).combine_chunks()
+        table = pq.ParquetFile(path).read().combine_chunks()
         ids = table["id"].combine_chunks()
         words = ids.cast(pa.large_binary()) if key == "string" else ids.to_numpy().view(np.int64)
         return cls(key, words, table["count"].to_numpy())

@@ -1,4 +1,4 @@
-"""The parts of `mtrec bench` that need Ray: an empty trainer (time and memory of an idle worker), and Ray Data beside our reader.
+"""The part of `mtrec bench` that puts Ray Data beside our reader.
 
 `python -m mtrec.jobs.bench SPEC OUT`, launched as `mtrec.bench.stages` is.
 """
@@ -7,35 +7,10 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-from mtrec.bench.stages import Found, peak_bytes
+from mtrec.bench.stages import Found
 from mtrec.jobs.train import connect
 from mtrec.run import label_columns, open_run
-
-
-def empty_trainer(spec: Found) -> Found:
-    """Seconds from here until a Ray Train worker has imported torchrec, and the memory that it holds then."""
-    connect()
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    started = time.time()
-    note = Path(spec["work"]) / "idle.json"
-
-    def idle(config: dict[str, Any]) -> None:
-        import torchrec  # noqa: F401
-
-        Path(config["note"]).write_text(json.dumps({"at": time.time(), "bytes": peak_bytes()}))
-
-    TorchTrainer(
-        idle,
-        train_loop_config={"note": str(note)},
-        scaling_config=ScalingConfig(num_workers=1),
-        run_config=RunConfig(name="idle", storage_path=str(Path(spec["work"]) / "ray")),
-    ).fit()
-    found = json.loads(note.read_text())
-    return {"seconds": found["at"] - started, "idle_bytes": found["bytes"]}
 
 
 def ray_data(spec: Found) -> Found:
@@ -60,13 +35,9 @@ def ray_data(spec: Found) -> Found:
     return {"rows_per_second": rows / (time.perf_counter() - started)}
 
 
-STAGES = {"empty_trainer": empty_trainer, "ray_data": ray_data}
-
-
 def main() -> None:
-    """Runs the stage that the first argument describes."""
-    spec = json.loads(sys.argv[1])
-    Path(sys.argv[2] + "0").write_text(json.dumps(STAGES[spec["stage"]](spec)))
+    """Measures, and writes what was found."""
+    Path(sys.argv[2] + "0").write_text(json.dumps(ray_data(json.loads(sys.argv[1]))))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
+from mtrec.atomic import write_atomically
 from mtrec.check import check_experiment
-from mtrec.checkpoint import write_atomically
 from mtrec.config import Experiment, parse_experiment, to_yaml
 from mtrec.jobs.cluster import check_workers
 from mtrec.jobs.packing import SOURCES, pin, user_modules

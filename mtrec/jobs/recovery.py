@@ -3,6 +3,8 @@
 One file of each kind lies in the run's folder while a job goes on, for it is what driver, controller and workers all see:
 `stop-requested` (the driver was asked to stop), `failure.json` (the last failure, written by Ray's controller), `mistake.json`
 (an error that a restart would only meet again), `workers.json` (how many there are).
+
+Ray's controller imports this module before it starts a worker: it brings in neither torchrec nor the training (3 s).
 """
 
 import json
@@ -11,17 +13,19 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray.train
 from ray.exceptions import RayActorError
 from ray.train import UserCallback
 from ray.train.torch import TorchConfig
 
-from mtrec import parallel
-from mtrec.checkpoint import write_atomically
+from mtrec import hang
+from mtrec.atomic import write_atomically
 from mtrec.stopping import listen
-from mtrec.train import Restarted
+
+if TYPE_CHECKING:
+    from mtrec.train import Restarted
 
 STOP, FAILURE, MISTAKE, WORKERS = "stop-requested", "failure.json", "mistake.json", "workers.json"
 LOOK_EVERY_SECONDS = 0.5  # between two looks at the stop file: on network storage each costs a round trip
@@ -101,7 +105,7 @@ def hangs_named(timeout_seconds: int) -> Iterator[None]:
         yield
     except Exception as error:
         if any(each.__name__ == "CollectiveTimeoutError" for each in type(error).__mro__):  # not public in Ray
-            raise parallel.hang(timeout_seconds) from error
+            raise hang.hang(timeout_seconds) from error
         raise
 
 
@@ -115,7 +119,7 @@ def culprit(failures: Mapping[int, BaseException]) -> tuple[int, BaseException] 
 
     >>> culprit({0: RuntimeError("Connection closed by peer"), 1: ValueError("no such column")})
     (1, ValueError('no such column'))
-    >>> culprit({0: parallel.hang(5), 2: RuntimeError("out of memory")})
+    >>> culprit({0: hang.hang(5), 2: RuntimeError("out of memory")})
     (2, RuntimeError('out of memory'))
     """
     causes = {rank: root(failure) for rank, failure in failures.items()}
@@ -125,7 +129,7 @@ def culprit(failures: Mapping[int, BaseException]) -> tuple[int, BaseException] 
 def _innocence(cause: BaseException) -> int:
     if isinstance(cause, RayActorError) or _is_unresponsive(cause):
         return 0
-    return 3 if is_lost_peer(cause) else 2 if isinstance(cause, parallel.HangError) else 1
+    return 3 if is_lost_peer(cause) else 2 if isinstance(cause, hang.HangError) else 1
 
 
 def _is_unresponsive(cause: BaseException) -> bool:
@@ -139,7 +143,7 @@ def describe(failures: Mapping[int, BaseException]) -> str:
     'worker 1 died'
     >>> describe({0: RuntimeError("Connection closed by peer"), 1: ValueError("no such column")})
     'worker 1 failed (ValueError: no such column)'
-    >>> describe({0: parallel.hang(5)})  # doctest: +ELLIPSIS
+    >>> describe({0: hang.hang(5)})  # doctest: +ELLIPSIS
     'worker 0 waited in vain: another worker did not answer within 5 s (training.collective_timeout_seconds): ...'
     >>> from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
     >>> describe({0: WorkerHealthCheckFailedError("A worker health check failed.", RayActorError())})
@@ -159,7 +163,7 @@ def describe(failures: Mapping[int, BaseException]) -> str:
     first = next(iter(str(cause).strip().splitlines()), "")
     if is_lost_peer(cause):  # Ray asks its workers in turn: it may not know yet which one died
         return f"a worker died (worker {rank} lost the connection to it)"
-    if isinstance(cause, parallel.HangError):
+    if isinstance(cause, hang.HangError):
         return f"worker {rank} waited in vain: {first}"
     if _is_unresponsive(cause):
         return f"worker {rank} did not answer any more ({first})"
@@ -168,7 +172,7 @@ def describe(failures: Mapping[int, BaseException]) -> str:
 
 def root(error: BaseException) -> BaseException:
     """The error at the bottom of a chain of causes; Ray keeps what a health check met beside its own error."""
-    while not isinstance(error, ValueError | parallel.HangError):  # these say already what there is to say
+    while not isinstance(error, ValueError | hang.HangError):  # these say already what there is to say
         cause = error.__cause__ or getattr(error, "health_check_failure", None)
         if cause is None:
             break
@@ -176,8 +180,10 @@ def root(error: BaseException) -> BaseException:
     return error
 
 
-def restarted(run_folder: Path, step: int, world_size: int) -> Restarted | None:
+def restarted(run_folder: Path, step: int, world_size: int) -> "Restarted | None":
     """The event of a restart from the checkpoint of `step` (0: from the start), None for the first workers of a job."""
+    from mtrec.train import Restarted
+
     workers, failure, before, cause = run_folder / WORKERS, run_folder / FAILURE, world_size, None
     if workers.is_file():
         before = int(json.loads(workers.read_text())["world_size"])

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from mtrec import parallel
+from mtrec import hang, parallel
 from mtrec.checkpoint import newest
 from mtrec.locking import LockedError, locked
 from mtrec.run import Run, open_run
@@ -167,7 +167,7 @@ def _worker(config: dict[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     timeout = run.experiment.training.collective_timeout_seconds
     try:
-        with ExitStack() as held, recovery.hangs_named(timeout), parallel.hangs_named(timeout):
+        with ExitStack() as held, recovery.hangs_named(timeout), hang.hangs_named(timeout):
             if rank == 0:
                 held.enter_context(locked(run.folder / WRITER, f"The run {run.folder}", WRITER_WAIT_SECONDS))
             _train(run, rank)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mtrec.checkpoint import write_atomically
+from mtrec.atomic import write_atomically
 from mtrec.compare.plan import varied
 from mtrec.compare.space import Parameter
 from mtrec.compare.verdict import pareto_front

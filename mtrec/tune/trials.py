@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from mtrec.checkpoint import write_atomically
+from mtrec.atomic import write_atomically
 from mtrec.compare.plan import varied
 from mtrec.compare.runs import copy_prepared, events_of, has_ended, prepared, train_here, with_budget
 from mtrec.compare.space import active

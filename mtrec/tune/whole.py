@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mtrec.checkpoint import write_atomically
+from mtrec.atomic import write_atomically
 from mtrec.compare.runs import prepared
 from mtrec.config import parse_experiment, to_yaml
 from mtrec.run import versions

@@ -30,8 +30,8 @@ import numpy as np
 import torch
 from study_report import markdown
 
+from mtrec.atomic import write_atomically
 from mtrec.balancing import BALANCERS
-from mtrec.checkpoint import write_atomically
 from mtrec.config import Experiment, apply_overrides, parse_experiment, to_yaml
 from mtrec.run import Run, prepare, versions
 from mtrec.synthetic import write_log

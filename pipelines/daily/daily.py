@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import yaml
 
-from mtrec.checkpoint import write_atomically
+from mtrec.atomic import write_atomically
 from mtrec.compare.gate import NonInferiority, non_inferiority
 from mtrec.compare.interval import metric_interval
 from mtrec.compare.plan import primary_metrics

@@ -20,7 +20,7 @@ import yaml
 from correlation_figure import error_svg
 from scipy import stats
 
-from mtrec.checkpoint import write_atomically
+from mtrec.atomic import write_atomically
 from mtrec.compare.statistics import holm
 
 RATE = "optimizer.dense.learning_rate"

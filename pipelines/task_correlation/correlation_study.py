@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 from correlation_report import RATE, write_report
 
-from mtrec.checkpoint import write_atomically
+from mtrec.atomic import write_atomically
 
 FOLDER = Path(__file__).parent
 COMPARISON = FOLDER / "compare.yaml"

@@ -14,7 +14,7 @@ from ranks import run_ranks
 from runs import small_run, trained
 from torch import Tensor
 
-from mtrec import parallel, shared_memory
+from mtrec import hang, parallel, shared_memory
 from mtrec.run import Run
 from mtrec.train import train
 
@@ -173,7 +173,7 @@ def beside_one_that_sleeps() -> str:
         with pytest.raises(RuntimeError, match="rank 1") as met:
             dist.all_reduce(torch.ones(3), group=group)
         dist.barrier()
-        assert parallel.timed_out(met.value)
+        assert hang.timed_out(met.value)
         return str(met.value)
 
 

@@ -12,10 +12,10 @@ import torch
 from runs import small_run
 
 from mtrec.checkpoint import newest
+from mtrec.hang import HangError
 from mtrec.jobs import recovery
 from mtrec.jobs.train import _worker
 from mtrec.locking import LockedError, locked
-from mtrec.parallel import HangError
 from mtrec.run import Run
 
 
