@@ -171,7 +171,8 @@ class SharedMemoryGroup(dist.ProcessGroup):
         """Sums a tensor over ranks, in place."""
         tensor, size = tensors[0], self.size()
         is_sum = opts is None or opts.reduceOp == dist.ReduceOp.SUM
-        if not (is_sum and _fits(tensor)) or (size > DIRECT_RANKS and tensor.nbytes > DIRECT_BYTES):
+        small = size <= DIRECT_RANKS or tensor.nbytes <= DIRECT_BYTES
+        if not (is_sum and small and tensor.device.type == "cpu"):
             work: dist.Work = super().allreduce(list(tensors), opts or dist.AllreduceOptions())
             return work
         number, places = self._place([tensor.nbytes])
@@ -198,7 +199,7 @@ class SharedMemoryGroup(dist.ProcessGroup):
         opts: Any = None,
     ) -> dist.Work:
         """Part r of the input goes to rank r and becomes part of its output; parts are cut along the first dimension."""
-        if not (_fits(output) and _fits(source)):
+        if source.device.type != "cpu":
             work: dist.Work = super().alltoall_base(
                 output, source, list(output_split_sizes or []), list(input_split_sizes or []), opts or dist.AllToAllOptions()
             )
@@ -313,10 +314,6 @@ class SharedMemoryGroup(dist.ProcessGroup):
         while oldest in self._unread:
             unread = self._unread[oldest][1]
             self._note(next(peer for peer in self._peers if peer.rank in unread))
-
-
-def _fits(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def _sizes(tensor: Tensor, split_sizes: Sequence[int] | None, size: int) -> list[int]:

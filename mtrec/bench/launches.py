@@ -153,6 +153,17 @@ def prepare_variants(asked: Asked, wanted: Sequence[Measurement]) -> dict[str, P
     return runs
 
 
+def beside(asked: Asked, name: str, *overrides: str) -> Asked:
+    """The same measurements with other overrides, over the same log; their runs are prepared in a folder of their own."""
+    work, log = asked.work / name, f"log-{asked.rows}"
+    work.mkdir(parents=True, exist_ok=True)
+    if not (asked.work / log / "train").exists():
+        write_reference(asked.work / log, rows=asked.rows, seed=7)
+    if not (work / log).exists():
+        (work / log).symlink_to(asked.work / log)
+    return dataclasses.replace(asked, work=work, overrides=(*asked.overrides, *overrides))
+
+
 def launch(each: Measurement, run: Path, asked: Asked) -> dict[str, Any]:
     """Starts the processes of one measurement and returns what rank 0 found; scoring's speeds are added up."""
     if each.stage in COMMANDS:

@@ -9,12 +9,11 @@ beside it and take its cores. Writes pipelines/benchmark/results/checkpoint-cpu.
 """
 
 import argparse
-import dataclasses
 import json
 import statistics
 from pathlib import Path
 
-from mtrec.bench.launches import Asked, Measurement, about, launch, prepare_variants
+from mtrec.bench.launches import Asked, Measurement, about, beside, launch, prepare_variants
 
 HERE = Path(__file__).parent
 
@@ -39,11 +38,7 @@ def main() -> None:
     made = 0
     for number in range(arguments.rounds):
         for way in list(ways) if number % 2 == 0 else list(ways)[::-1]:
-            changed = dataclasses.replace(asked, work=asked.work / f"checkpoint-{way}", overrides=ways[way])
-            changed.work.mkdir(parents=True, exist_ok=True)
-            log = changed.work / f"log-{asked.rows}"
-            if not log.exists() and (asked.work / log.name).exists():
-                log.symlink_to(asked.work / log.name)
+            changed = beside(asked, f"checkpoint-{way}", *ways[way])
             found = launch(one, prepare_variants(changed, [one])[one.variant], changed)
             seconds[way].append(asked.steps * 4096 / found["rows_per_second"])
             if way == "with":
