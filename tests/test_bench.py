@@ -10,11 +10,13 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from mtrec.bench.launches import Asked, Measurement, measurements, summary
+from mtrec.architectures import ARCHITECTURES as KINDS
+from mtrec.bench.launches import ARCHITECTURES, Asked, Measurement, measurements, summary
 from mtrec.bench.page import page
 from mtrec.bench.stages import Phases
 from mtrec.bench.table import show
 from mtrec.cli import app
+from mtrec.kinds import check_options
 from mtrec.launch_bench import REFERENCE, launch_bench
 
 CEILINGS = {"fp32_flops": 1e11, "bf16_flops": 2e11, "gather_bytes": 2e9}
@@ -43,6 +45,13 @@ def result() -> dict[str, Any]:
     ]
     rounds = [launched(200.0, 100.0), launched(60.0, 20.0), launched(190.0, 100.0)]
     return summary(asked, wanted, {each.variant: Path("run") for each in wanted}, rounds)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_architectures_beside_the_reference_are_ones_that_there_are(name: str) -> None:
+    options = dict(ARCHITECTURES[name])
+    kind = options.pop("kind")
+    assert options.keys() <= check_options(KINDS[str(kind)], options, "model.architecture").keys()
 
 
 def test_ratios_are_taken_within_rounds() -> None:

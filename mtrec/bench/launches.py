@@ -32,8 +32,8 @@ from mtrec.yaml_tree import read_yaml
 TABLE_BYTES_PER_ROW = 8_192  # read, gradient, optimizer state, written: what the floor counts for the reference workload
 ARCHITECTURES = {
     "mmoe": {"kind": "mmoe", "num_experts": 4, "expert_layers": [256, 128]},
-    "ple": {"kind": "ple", "num_levels": 2, "num_shared_experts": 1, "num_task_experts": 1, "expert_layers": [256, 128]},
-    "shared_bottom": {"kind": "shared_bottom", "bottom_layers": [1024, 256]},
+    "ple": {"kind": "ple", "levels": 2, "num_shared_experts": 1, "num_task_experts": 1, "expert_layers": [256, 128]},
+    "shared_bottom": {"kind": "shared_bottom", "expert_layers": [1024, 256]},
 }
 STAGE_NAMES = ("read", "encode", "compute", "train", "score", "startup", "all")
 RAY_STAGES = {"ray_data": "mtrec.jobs.bench", "empty_trainer": "mtrec.jobs.empty_trainer"}
