@@ -62,7 +62,7 @@ def launch_bench(
     )
     to = Console()
     with to.status("prepares data and runs") as status:
-        found = bench(asked, status.update)
+        found = bench(asked, status.update if to.is_terminal else to.print)
     show(found, to)
     if json_file is not None:
         write_atomically(json_file, json.dumps(found, indent=1) + "\n")

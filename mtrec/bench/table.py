@@ -14,7 +14,7 @@ def show(found: Mapping[str, Any], to: Console) -> None:
     to.print(f"[bold]{where}[/]: medians of {about['rounds']} interleaved rounds (lowest to highest)", soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name, justify in (("stage", "left"), ("rows/s", "right"), ("lowest to highest", "right"), ("of its floor", "right")):
-        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        table.add_column(name, justify=justify, no_wrap=name != "stage")  # type: ignore[arg-type]
     for name, each in found["stages"].items():
         speed = each["rows_per_second"]
         share = f"{each['of_floor']:.0%}" if "of_floor" in each else ""
@@ -23,7 +23,8 @@ def show(found: Mapping[str, Any], to: Console) -> None:
     if found["ratios"]:
         ratios = Table(box=None, pad_edge=False, header_style="bold")
         for name in ("ratio, within a round", "median", "lowest to highest"):
-            ratios.add_column(name, justify="left" if name.startswith("ratio") else "right", no_wrap=True)
+            first = name.startswith("ratio")  # what does not fit is folded there, not cut
+            ratios.add_column(name, justify="left" if first else "right", no_wrap=not first)
         for name, each in found["ratios"].items():
             ratios.add_row(name, f"{each['median']:.2f}", f"{each['low']:.2f} to {each['high']:.2f}")
         to.print(ratios)
