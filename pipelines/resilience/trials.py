@@ -4,7 +4,7 @@
 
 Two sorts of trials, each held against a run to which nothing happened:
 
-ranks: processes of this machine train two epochs on gloo; a random one gets SIGKILL at a random moment of a random step; ranks
+ranks: processes of this machine train two epochs; a random one gets SIGKILL at a random moment of a random step; ranks
     of a second number (every pair of 1, 2 and 4) go on from the newest valid checkpoint. See tests/trials.py; the tests run six.
     About ten seconds each on 2 cores.
 ray: `mtrec train` on Ray workers; a worker, a node or the command itself dies, hangs, is announced to go, or a node joins. See
