@@ -67,15 +67,15 @@ def process_group(device: torch.device, timeout_seconds: int = 600, share_memory
         share_memory: within the block, CPU ranks of one host exchange tensors through shared memory, not gloo.
     """
     global _within_host
-    started = start(device, timeout_seconds)
+    started, made = start(device, timeout_seconds), None
     try:
-        if share_memory and device.type == "cpu" and world_size() > 1:
-            _within_host = shared_memory.connect(timeout_seconds)
+        if share_memory and device.type == "cpu" and world_size() > 1 and _within_host is None:
+            _within_host = made = shared_memory.connect(timeout_seconds)
         yield
     finally:
-        if _within_host is not None:
-            _within_host.close()
-            dist.destroy_process_group(_within_host)
+        if made is not None:
+            made.close()
+            dist.destroy_process_group(made)
             _within_host = None
         if started:
             stop()

@@ -77,7 +77,7 @@ class TrainingSample:
         path = run.folder / SAMPLE_FILE
         if not path.is_file():
             raise ValueError(f"{run.folder} holds no {SAMPLE_FILE}: it was prepared by an earlier mtrec. Train it again.")
-        table = pq.ParquetFile(path).read().combine_chunks()  # read_table would import pandas: half a second
+        table = pq.ParquetFile(path).read().combine_chunks()  # read_table would import pyarrow.dataset
         batches = table.to_batches()
         self.rows = batches[0] if batches else pa.RecordBatch.from_pylist([], table.schema)
         self._encoder, self._experiment = run.encoder, run.experiment

@@ -3,7 +3,7 @@
 gloo sends all that ranks exchange through the kernel's TCP stack and hands it to threads that compete with the training for
 the same cores. Here a rank copies what it sends into a buffer that the others have mapped, and tells them with a message of a
 few bytes; who waits copies it out. No thread, no byte through a socket: with two workers on two cores a step of the reference
-workload takes a quarter less time (pipelines/benchmark/README.md).
+workload takes a seventh less time (pipelines/benchmark/README.md).
 
     post   copy into an own buffer -> message (operation, buffer, offset, bytes) to each peer
     wait   message of each peer -> copy out of its buffer -> message (operation: read); the buffer is free when all have read it
@@ -151,6 +151,9 @@ class SharedMemoryGroup(dist.ProcessGroup):
         for connection in connections.values():
             connection.settimeout(timeout.total_seconds())
         self._peers = [_Peer(peer, connections[peer]) for peer in sorted(connections)]
+        self._readable = select.poll()  # select.select takes no file number above 1,023, and a Ray worker has many files
+        for connection in connections.values():
+            self._readable.register(connection, select.POLLIN)
         self._buffers: list[_Buffer] = []
         self._free: set[int] = set()
         self._unread: dict[int, tuple[int, set[int]]] = {}  # operation: own buffer, ranks that have not read it
@@ -301,10 +304,10 @@ class SharedMemoryGroup(dist.ProcessGroup):
 
     def _hear(self) -> None:
         """Takes in the messages that are there, and waits for none."""
-        while readable := select.select([peer.connection for peer in self._peers], [], [], 0)[0]:
-            for peer in self._peers:
-                if peer.connection in readable:
-                    self._note(peer)
+        by_file = {peer.connection.fileno(): peer for peer in self._peers}
+        while ready := self._readable.poll(0):
+            for file, _ in ready:
+                self._note(by_file[file])
 
     def _end_oldest(self) -> None:
         """Ends the oldest operation, here (who began it may never wait for it) and with the peers, who do the same."""

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import scipy.optimize
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -82,8 +83,6 @@ def nonnegative_quadratic(matrix_KK: Array, linear_K: Array) -> Array:
     if size > MOST_ENUMERATED:
         upper = np.linalg.cholesky(matrix_KK).T
         target = np.linalg.solve(upper.T, -linear_K)
-        import scipy.optimize  # a fifth of a second, which only some methods need
-
         return np.asarray(scipy.optimize.nnls(upper, target, maxiter=100 * size)[0])
     sets_SK = _sets(size)
     x_SK = -_solve_sets(matrix_KK, linear_K[:, None])[..., 0]
@@ -174,8 +173,6 @@ def _search_ball(cosine_KK: Array, norm_K: Array, pull_K: Array, radius2: float)
     while excess(high) < 0.0:
         high += width
         width *= 2.0
-    import scipy.optimize
-
     return at(float(scipy.optimize.brentq(excess, low, high, xtol=1e-15 * max(abs(low), abs(high)), rtol=1e-14)))
 
 

@@ -1,6 +1,7 @@
 """Collectives through shared memory against gloo's: the same results, whatever the sizes, the order of waits and who dies."""
 
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -140,6 +141,23 @@ def last_one_before_the_end() -> Tensor:
 def test_a_rank_may_end_before_the_others_have_read_its_last_part(tmp_path: Path) -> None:
     for total in run_ranks(2, last_one_before_the_end, folder=tmp_path):
         assert total.tolist() == [2.0, 2.0, 2.0]
+
+
+def among_many_files() -> list[float]:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2048, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    with parallel.process_group(CPU):
+        assert parallel._within_host is not None
+        total = torch.ones(2)
+        for _ in range(3):
+            parallel.all_reduce_sum(total)
+    for each in held:
+        os.close(each)
+    return total.tolist()
+
+
+def test_a_worker_may_have_many_files_open(tmp_path: Path) -> None:
+    assert run_ranks(2, among_many_files, folder=tmp_path) == [[8.0, 8.0]] * 2  # numbers above those that select() takes
 
 
 def beside_one_that_dies() -> str:
