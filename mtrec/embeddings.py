@@ -98,9 +98,10 @@ class Embeddings(nn.Module):
             pooled.append(self.replicated_tables(batch.sparse if batch.num_rows else self._one_row(batch)))
         columns: dict[str, Tensor] = {}
         for keyed in pooled:
+            values = keyed.values() if batch.num_rows else keyed.values()[:0]
             # one split, whose backward is one copy; slices would each make a gradient of the whole width
-            columns.update(zip(keyed.keys(), keyed.values().split(keyed.length_per_key(), dim=1), strict=True))
-        parts = [batch.dense_BF, *(columns[name][: batch.num_rows] for name in self.feature_names)]
+            columns.update(zip(keyed.keys(), values.split(keyed.length_per_key(), dim=1), strict=True))
+        parts = [batch.dense_BF, *(columns[name] for name in self.feature_names)]
         x_BD = torch.cat(parts, dim=1)
         if self.clip_value is not None and x_BD.requires_grad:
             limit = self.clip_value

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mtrec.architectures.products import linear, linears
 from mtrec.dropout import Dropout, keep_mask
 
 
@@ -68,15 +69,11 @@ class BatchedLinear(nn.Module):
             x = x.squeeze(0)
         if x.dim() == 2:  # one product with all maps side by side; the result is a view, its rows N * out apart
             bias = None if self.bias is None else self.bias.flatten()
-            flat = functional.linear(x, self.weight.flatten(0, 1), bias)
-            flat = flat.relu_() if relu else flat
+            flat = linear(x, self.weight.flatten(0, 1), bias, relu)
             return packed(flat.view(-1, num_maps, output_dim).transpose(0, 1))
         groups = x.shape[0]
-        weight = self.weight.view(groups, num_maps // groups * output_dim, -1).transpose(1, 2)
-        grouped = (
-            torch.bmm(x, weight) if self.bias is None else torch.baddbmm(self.bias.view(groups, 1, -1), x, weight)
-        )
-        grouped = grouped.relu_() if relu else grouped
+        weight = self.weight.view(groups, num_maps // groups * output_dim, -1)
+        grouped = linears(x, weight, None if self.bias is None else self.bias.view(groups, -1), relu)
         if groups == num_maps:
             return grouped
         by_map = grouped.view(groups, -1, num_maps // groups, output_dim).transpose(1, 2)
@@ -130,8 +127,8 @@ class BatchedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in), or (G, B, in) where N / G consecutive perceptrons read x[g], -> (N, B, out)."""
-        for i, linear in enumerate(self.linears):
-            x = functional.relu(self.norms[i](linear(x))) if self.norms else linear(x, relu=True)
+        for i, layer in enumerate(self.linears):
+            x = functional.relu(self.norms[i](layer(x))) if self.norms else layer(x, relu=True)
             x = self.dropout(x, row_dim=1)
         return x
 
