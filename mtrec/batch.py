@@ -3,7 +3,7 @@
 Legend: B rows on this rank, F dense columns, K sparse keys.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from pyarrow import types
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from mtrec.features import BadRowsError, Encoder, FeatureCounts
+from mtrec.features import BadRowsError, EncodedRows, Encoder, FeatureCounts, join
 from mtrec.features.arrays import floats, is_number, nulls, plain
 from mtrec.kinds import nearest
 
@@ -118,6 +118,86 @@ def label_values(batch: pa.RecordBatch, label: Label) -> npt.NDArray[np.float32]
     return narrow_B
 
 
+@dataclass(frozen=True)
+class Examples:
+    """Encoded rows with their labels ({task: (B,) float32}) and weights ((B,) float32 or None): what batches are cut from."""
+
+    rows: EncodedRows
+    labels: dict[str, npt.NDArray[np.float32]]
+    sample_weight_B: npt.NDArray[np.float32] | None
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return self.rows.num_rows
+
+
+def make_examples(
+    record_batch: pa.RecordBatch,
+    encoder: Encoder,
+    labels: Mapping[str, Label],
+    sample_weight: str | None,
+    order: npt.NDArray[np.int64] | None = None,
+    counts: FeatureCounts | None = None,
+) -> Examples:
+    """The rows of a record batch, encoded; `order` (None: as they are) says which and in which order.
+
+    Args:
+        labels: {task: Label}; empty for scoring.
+        sample_weight: column with a finite weight a row, not negative; null counts as 1.
+        counts: nulls and unseen values are added to it.
+
+    Raises ValueError and BadRowsError as `Encoder.encode` and `label_values` do.
+    """
+    rows = encoder.encode_rows(record_batch, order, counts)
+    weight_B = None if sample_weight is None else _sample_weight(record_batch, sample_weight)
+    values = {task: label_values(record_batch, label) for task, label in labels.items()}
+    if order is not None:
+        values = {task: each.take(order) for task, each in values.items()}
+        weight_B = None if weight_B is None else weight_B.take(order)
+    return Examples(rows, values, weight_B)
+
+
+def join_examples(
+    parts: Sequence[tuple[Examples, int, int]], encoder: Encoder, stream_rows: tuple[int, ...] | None = None
+) -> Batch:
+    """The batch, on the CPU, of rows [start, stop) of each part, one after the other (at least one part).
+
+    `stream_rows` must sum to these rows; None: all are of one stream.
+    """
+    num_rows = sum(stop - start for _, start, stop in parts)
+    of_streams = (num_rows,) if stream_rows is None else tuple(stream_rows)
+    if sum(of_streams) != num_rows:
+        raise ValueError(f"`stream_rows` should sum to the {num_rows} rows of the batch. Found {of_streams}.")
+    encoded = join([(each.rows, start, stop) for each, start, stop in parts])
+    weighted = None
+    if encoder.weighted_keys:
+        weighted = KeyedJaggedTensor(
+            keys=list(encoder.weighted_keys),
+            values=torch.from_numpy(encoded.weighted_values),
+            weights=torch.from_numpy(encoded.weights),
+            lengths=torch.from_numpy(encoded.weighted_lengths_KB).reshape(-1),
+            stride=num_rows,
+        )
+    weights = [each.sample_weight_B[start:stop] for each, start, stop in parts if each.sample_weight_B is not None]
+    return Batch(
+        dense_BF=torch.from_numpy(encoded.dense_BF),
+        sparse=KeyedJaggedTensor(
+            keys=list(encoder.sparse_keys),
+            values=torch.from_numpy(encoded.values),
+            lengths=torch.from_numpy(encoded.lengths_KB).reshape(-1),
+            stride=num_rows,
+        ),
+        weighted=weighted,
+        labels={
+            task: torch.from_numpy(np.concatenate([each.labels[task][start:stop] for each, start, stop in parts]))
+            for task in parts[0][0].labels
+        },
+        sample_weight_B=torch.from_numpy(np.concatenate(weights)) if weights else None,
+        stream_rows=of_streams,
+    )
+
+
 def make_batch(
     record_batch: pa.RecordBatch,
     encoder: Encoder,
@@ -126,43 +206,9 @@ def make_batch(
     stream_rows: tuple[int, ...] | None = None,
     counts: FeatureCounts | None = None,
 ) -> Batch:
-    """A batch on the CPU; no copy beyond the encoder's.
-
-    Args:
-        labels: {task: Label}; empty for scoring.
-        sample_weight: column with a finite weight a row, not negative; null counts as 1.
-        stream_rows: default: all rows are of one stream.
-        counts: nulls and unseen values are added to it.
-
-    Raises ValueError and BadRowsError as `Encoder.encode` and `label_values` do.
-    """
-    rows = (record_batch.num_rows,) if stream_rows is None else tuple(stream_rows)
-    if sum(rows) != record_batch.num_rows:
-        raise ValueError(f"`stream_rows` should sum to the {record_batch.num_rows} rows of the batch. Found {rows}.")
-    encoded = encoder.encode(record_batch, counts)
-    weighted = None
-    if encoder.weighted_keys:
-        weighted = KeyedJaggedTensor(
-            keys=list(encoder.weighted_keys),
-            values=torch.from_numpy(encoded.weighted_values),
-            weights=torch.from_numpy(encoded.weights),
-            lengths=torch.from_numpy(encoded.weighted_lengths_KB).reshape(-1),
-            stride=record_batch.num_rows,
-        )
-    weight_B = None if sample_weight is None else torch.from_numpy(_sample_weight(record_batch, sample_weight))
-    return Batch(
-        dense_BF=torch.from_numpy(encoded.dense_BF),
-        sparse=KeyedJaggedTensor(
-            keys=list(encoder.sparse_keys),
-            values=torch.from_numpy(encoded.values),
-            lengths=torch.from_numpy(encoded.lengths_KB).reshape(-1),
-            stride=record_batch.num_rows,
-        ),
-        weighted=weighted,
-        labels={task: torch.from_numpy(label_values(record_batch, label)) for task, label in labels.items()},
-        sample_weight_B=weight_B,
-        stream_rows=rows,
-    )
+    """The batch, on the CPU, of all rows of a record batch: `make_examples`, then `join_examples`."""
+    examples = make_examples(record_batch, encoder, labels, sample_weight, counts=counts)
+    return join_examples([(examples, 0, examples.num_rows)], encoder, stream_rows)
 
 
 def _sample_weight(batch: pa.RecordBatch, column: str) -> npt.NDArray[np.float32]:

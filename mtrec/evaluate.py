@@ -178,7 +178,7 @@ def evaluate(
     bf16 = experiment.training.precision == "bf16"
     with torch.no_grad():
         bad = bad_rows(experiment.data, dataset.num_rows, parallel.world_size())
-        for piece, cpu_batch in feed(reader, encoder, labels, experiment.data.sample_weight, bad=bad):
+        for piece, cpu_batch in feed(reader, encoder, labels, experiment.data.sample_weight, keep_rows=True, bad=bad):
             batch = cpu_batch.to(device)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
                 logits = model(batch)

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from mtrec.batch import Batch, Label, label_values, make_batch
+from mtrec.batch import Batch, Examples, Label, join_examples, label_values, make_examples
 from mtrec.config import Data
 from mtrec.dataset import Dataset
-from mtrec.features import BadRowsError, Encoder, Feature, FeatureCounts
+from mtrec.features import BadRowsError, Encoder, Feature
 from mtrec.reader import Piece, Reader
 
 LOOK_ROWS = 65_536
@@ -124,18 +124,21 @@ def _kept(num_rows: int, error: BadRowsError) -> NDArray[np.bool_]:
     return kept
 
 
-def _without(piece: Piece, kept: NDArray[np.bool_]) -> Piece:
+def _without(piece: Piece, rows: NDArray[np.int64]) -> Piece:
     """The piece without some rows: their places in the streams stay empty, as those of rows that `where` drops."""
-    stream_rows, parts, start = [], [], 0
-    for rows in piece.stream_rows:
-        stream_rows.append(int(kept[start : start + rows].sum()))
-        start += rows
+    kept = np.ones(sum(piece.stream_rows), np.bool_)
+    kept[rows] = False
+    stream_rows, parts, cuts, start = [], [], [], 0
+    for count in piece.stream_rows:
+        stream_rows.append(int(kept[start : start + count].sum()))
+        start += count
     start = 0
-    for part in piece.parts:
-        parts.append(part._replace(rows=part.rows[kept[start : start + len(part.rows)]]))
+    for part, cut in zip(piece.parts, piece.cuts, strict=True):
+        kept_here = kept[start : start + len(part.rows)]
         start += len(part.rows)
-    batch = piece.record_batch.filter(pa.array(kept))
-    return dataclasses.replace(piece, record_batch=batch, stream_rows=tuple(stream_rows), parts=tuple(parts))
+        parts.append(part._replace(rows=part.rows[kept_here]))
+        cuts.append(cut if cut.rows is None or kept_here.all() else cut._replace(rows=cut.rows.filter(pa.array(kept_here))))
+    return dataclasses.replace(piece, cuts=tuple(cuts), stream_rows=tuple(stream_rows), parts=tuple(parts))
 
 
 def feed(
@@ -144,36 +147,56 @@ def feed(
     labels: Mapping[str, Label],
     sample_weight: str | None = None,
     *,
-    counts: FeatureCounts | None = None,
+    keep_rows: bool = False,
     pin: bool = False,
     bad: BadRows | None = None,
 ) -> Generator[Fed]:
-    """The batches of a reader, in its order.
+    """The batches of a reader, in its order. Windows are encoded whole; those with bad rows, cut by cut as they are needed.
 
     Args:
         labels: {task: Label}; empty where labels may be absent.
-        counts: nulls and unseen values are added to it (with one reading thread).
+        keep_rows: `record_batch` of the pieces will be read.
         bad: rows that cannot be used are left out and counted there (with one reading thread); None: they are errors.
         pin: put batches into page-locked memory, for copies to a GPU that overlap with computation.
 
     Raises ValueError naming file, row group, row and column for a row that cannot be used.
     """
 
-    def place(piece: Piece, error: BadRowsError) -> str:
-        path, row_group, row = reader.locate(piece, int(error.rows[0]))
-        return f"'{path}', row group {row_group}, row {row}"
+    def prepare(rows: pa.RecordBatch, order: NDArray[np.int64] | None) -> Examples | None:
+        try:
+            return make_examples(rows, encoder, labels, sample_weight, order)
+        except BadRowsError:
+            return None  # raised again, or skipped, with the cut that the row belongs to
 
-    def encode(piece: Piece) -> Fed:
+    def batch_of(piece: Piece) -> Fed:
+        examples, before = [], 0
+        for number in range(len(piece.cuts)):
+            cut = piece.cuts[number]
+            if cut.prepared is not None:
+                examples.append((cut.prepared, cut.start, cut.stop))
+            else:
+                piece, made = _encoded(piece, number, before)
+                examples.append((made, 0, made.num_rows))
+            before += len(piece.parts[number].rows)
+        if not examples:
+            examples = [(make_examples(piece.record_batch, encoder, labels, sample_weight), 0, 0)]
+        batch = join_examples(examples, encoder, piece.stream_rows)
+        return Fed(piece, batch.pin_memory() if pin else batch)
+
+    def _encoded(piece: Piece, number: int, before: int) -> tuple[Piece, Examples]:
+        """Cut `number`, which begins `before` rows into the piece, and the piece without its bad rows."""
         while True:
+            rows = piece.cuts[number].rows
+            assert rows is not None
             try:
-                batch = make_batch(piece.record_batch, encoder, labels, sample_weight, piece.stream_rows, counts)
+                return piece, make_examples(rows, encoder, labels, sample_weight)
             except BadRowsError as error:
+                path, row_group, row = reader.locate(piece, before + int(error.rows[0]))
+                place = f"'{path}', row group {row_group}, row {row}"
                 if bad is None:
                     more = f" {len(error.rows)} such rows in this batch." if len(error.rows) > 1 else ""
-                    raise ValueError(f"{place(piece, error)}: {error.what}{more}") from error
-                bad.skip(error, place(piece, error))
-                piece = _without(piece, _kept(piece.record_batch.num_rows, error))
-            else:
-                return Fed(piece, batch.pin_memory() if pin else batch)
+                    raise ValueError(f"{place}: {error.what}{more}") from error
+                bad.skip(error, place)
+                piece = _without(piece, before + error.rows)
 
-    return reader.map(encode)
+    return reader.map(batch_of, prepare, keep_rows=keep_rows)

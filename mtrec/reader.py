@@ -20,7 +20,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +30,7 @@ import pyarrow.compute as pc
 from mtrec.dataset import Dataset
 
 T = TypeVar("T")
+Prepare = Callable[[pa.RecordBatch, np.ndarray | None], Any]
 
 _ORDER, _ROWS = 1, 2  # what a key of `permutation` is for: first number of the key
 
@@ -143,6 +145,18 @@ class Part(NamedTuple):
     rows: np.ndarray
 
 
+class Cut(NamedTuple):
+    """Rows of one window: [start, stop) of what `prepare` made of it, and the same rows as they are in the files.
+
+    `prepared` is None where `prepare` was not given or declined; `rows` is None where it did not, and rows are not kept.
+    """
+
+    prepared: Any
+    start: int
+    stop: int
+    rows: pa.RecordBatch | None
+
+
 @dataclass(frozen=True)
 class Piece:
     """This rank's part of a global batch: the rows of its streams, one stream after the other.
@@ -150,16 +164,27 @@ class Piece:
     Attributes:
         epoch: the epoch, from 0.
         index: the number of the global batch in the epoch, from 0.
-        record_batch: the rows that `where` left; may have none.
-        stream_rows: rows of each stream that this rank owns, in order; adds up to the rows of `record_batch`.
-        parts: where the rows come from, in their order; see `Reader.locate`.
+        cuts: the rows that `where` left, window by window; may have none.
+        stream_rows: rows of each stream that this rank owns, in order; adds up to the rows of `cuts`.
+        parts: where the rows of each cut come from, in their order; see `Reader.locate`.
     """
 
     epoch: int
     index: int
-    record_batch: pa.RecordBatch
+    cuts: tuple[Cut, ...] = field(repr=False)
     stream_rows: tuple[int, ...]
     parts: tuple[Part, ...] = field(repr=False)
+    schema: pa.Schema = field(repr=False)
+
+    @cached_property
+    def record_batch(self) -> pa.RecordBatch:
+        """The rows as they are in the files. Raises ValueError where the reader was not told to keep them."""
+        batches = [cut.rows for cut in self.cuts if cut.rows is not None]
+        if len(batches) < len(self.cuts):
+            raise ValueError("`keep_rows` should be set where the rows of a piece are read beside what is prepared of them.")
+        if not batches:  # the owned streams are one row shorter than others, and at their end
+            return pa.RecordBatch.from_pylist([], self.schema)
+        return batches[0] if len(batches) == 1 else pa.concat_batches(batches)
 
 
 class Row(NamedTuple):
@@ -250,16 +275,24 @@ class Reader:
         return -(-max(self._stream_rows) // self.piece_rows)
 
     def __iter__(self) -> Iterator[Piece]:
-        return self.map(lambda piece: piece)
+        return self.map(_with_rows)
 
-    def map(self, transform: Callable[[Piece], T]) -> Generator[T]:
+    def map(
+        self, transform: Callable[[Piece], T], prepare: Prepare | None = None, *, keep_rows: bool = False
+    ) -> Generator[T]:
         """The pieces, each transformed in a background thread, in order. Ends its threads when it is closed or dropped.
 
-        `transform` may run in several threads at once where `num_threads` is above 1.
+        Args:
+            transform: of pieces; may run in several threads at once where `num_threads` is above 1.
+            prepare: called once for each window, in a background thread, with its rows in the order of the files and the order
+                in which they are to be read (None: as they are). What it makes of a whole window at once costs less than what
+                `transform` makes of the small cuts that a piece consists of. It returns anything with these rows in that
+                order, or None: then the cuts hold the rows.
+            keep_rows: the cuts hold the rows beside what `prepare` returned.
         """
         schema = pa.schema([self.dataset.schema.field(name) for name in self.columns])
         pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="mtrec-reader")
-        streams = [self._stream(stream, pool) for stream in self.owned]
+        streams = [self._stream(stream, pool, prepare, keep_rows) for stream in self.owned]
         ready: deque[Future[T]] = deque()
         try:
             for index in range(self.start_batch, self.num_batches):
@@ -274,10 +307,10 @@ class Reader:
             for stream in streams:
                 stream.decoder.close()
 
-    def _stream(self, stream: int, pool: ThreadPoolExecutor) -> "_Stream":
+    def _stream(self, stream: int, pool: ThreadPoolExecutor, prepare: Prepare | None, keep_rows: bool) -> "_Stream":
         windows = plan_windows(self._spans[stream], self._row_group_rows, self.shuffle_window)
         key = (_ROWS, self.seed, self.epoch, stream) if self.shuffle else None
-        decoder = _Decoder(self.dataset, self.columns, self.shuffle_window, key)
+        decoder = _Decoder(self.dataset, self.columns, self.shuffle_window, key, prepare, keep_rows)
         return _Stream(windows, self.start_batch * self.piece_rows, decoder, pool)
 
     def locate(self, piece: Piece, row: int) -> Row:
@@ -303,10 +336,11 @@ class Reader:
 
 
 class _Loaded(NamedTuple):
-    """A window in its final order, without the rows that `where` drops."""
+    """A window in its final order, without the rows that `where` drops: what `prepare` made of it, its rows, or both."""
 
     window: Window
-    batch: pa.RecordBatch
+    prepared: Any
+    batch: pa.RecordBatch | None
     rows: np.ndarray  # number of each row among the window's rows before `where`
     kept_before: np.ndarray | None  # rows kept of the first n places, for n = 0 ... window rows; None if all are
 
@@ -327,9 +361,16 @@ class _Decoder:
     """Loads the windows of a stream, in order; keeps the row group open in which the last one ended."""
 
     def __init__(
-        self, dataset: Dataset, columns: Sequence[str], shuffle_window: int, key: tuple[int, ...] | None
+        self,
+        dataset: Dataset,
+        columns: Sequence[str],
+        shuffle_window: int,
+        key: tuple[int, ...] | None,
+        prepare: Prepare | None,
+        keep_rows: bool,
     ) -> None:
         self.dataset, self.columns, self.shuffle_window, self.key = dataset, columns, shuffle_window, key
+        self.prepare, self.keep_rows = prepare, keep_rows
         self.row_group = -1
         self.chunks: Generator[tuple[pa.RecordBatch, pa.BooleanArray | None], None, None] | None = None
         self.chunk: tuple[pa.RecordBatch, pa.BooleanArray | None] | None = None
@@ -341,20 +382,23 @@ class _Decoder:
         self.chunks = self.chunk = None
 
     def load(self, number: int, window: Window) -> _Loaded:
-        """Window `number` of the stream: decoded, `where` applied, permuted."""
+        """Window `number` of the stream: decoded, `where` applied, permuted, prepared."""
         parts = [part for span in window for part in self._decode(span)]
         batch = parts[0][0] if len(parts) == 1 else pa.concat_batches([part[0] for part in parts])
-        num_rows = batch.num_rows
-        rows = np.arange(num_rows) if self.key is None else permutation(num_rows, *self.key, number)
+        rows = np.arange(batch.num_rows) if self.key is None else permutation(batch.num_rows, *self.key, number)
+        order = None if self.key is None else rows
         kept_before = None
         if any(mask is not None for _, mask in parts):
-            kept = np.concatenate([_as_numpy(mask, part.num_rows) for part, mask in parts])[rows]
-            kept_before = np.concatenate([[0], np.cumsum(kept)])
-            rows = rows[kept]
-        rows = rows.astype(np.int32)
-        if self.key is not None or len(rows) < num_rows:
-            batch = pc.take(batch, pa.array(rows), boundscheck=False)
-        return _Loaded(window, batch, rows, kept_before)
+            kept = np.concatenate([_as_numpy(mask, part.num_rows) for part, mask in parts])
+            batch = batch.filter(pa.array(kept))
+            kept_before = np.concatenate([[0], np.cumsum(kept[rows])])
+            rows = rows[kept[rows]]
+            order = None if self.key is None else (np.cumsum(kept) - 1)[rows]
+        prepared = None if self.prepare is None else self.prepare(batch, order)
+        held: pa.RecordBatch | None = None
+        if prepared is None or self.keep_rows:
+            held = batch if order is None else pc.take(batch, pa.array(order.astype(np.int32)), boundscheck=False)
+        return _Loaded(window, prepared, held, rows.astype(np.int32), kept_before)
 
     def _decode(self, span: Span) -> Iterator[tuple[pa.RecordBatch, pa.BooleanArray | None]]:
         if self.chunks is None or span.row_group != self.row_group or span.start < self.at:
@@ -382,11 +426,16 @@ def _as_numpy(mask: pa.BooleanArray | None, num_rows: int) -> np.ndarray:
     return np.ones(num_rows, dtype=bool) if mask is None else mask.to_numpy(zero_copy_only=False)
 
 
+def _with_rows(piece: Piece) -> Piece:
+    _ = piece.record_batch  # put together here, in the background
+    return piece
+
+
 def _assemble(
     epoch: int, index: int, streams: Sequence[Sequence[_Slice]], schema: pa.Schema, transform: Callable[[Piece], T]
 ) -> T:
     """Waits for the windows that a piece is cut from, and puts its rows together."""
-    batches, parts, stream_rows = [], [], []
+    cuts, parts, stream_rows = [], [], []
     for slices in streams:
         rows = 0
         for piece_slice in slices:
@@ -395,13 +444,11 @@ def _assemble(
             if loaded.kept_before is not None:
                 start, stop = int(loaded.kept_before[start]), int(loaded.kept_before[stop])
             rows += stop - start
-            batches.append(loaded.batch.slice(start, stop - start))
+            held = None if loaded.batch is None else loaded.batch.slice(start, stop - start)
+            cuts.append(Cut(loaded.prepared, start, stop, held))
             parts.append(Part(loaded.window, loaded.rows[start:stop]))
         stream_rows.append(rows)
-    if not batches:  # the owned streams are one row shorter than others, and at their end
-        batches = [pa.RecordBatch.from_pylist([], schema)]
-    batch = batches[0] if len(batches) == 1 else pa.concat_batches(batches)
-    return transform(Piece(epoch, index, batch, tuple(stream_rows), tuple(parts)))
+    return transform(Piece(epoch, index, tuple(cuts), tuple(stream_rows), tuple(parts), schema))
 
 
 class _Stream:

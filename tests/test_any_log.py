@@ -139,7 +139,7 @@ def trained_rows(run: Run, monkeypatch: pytest.MonkeyPatch) -> tuple[list[list[i
     real = mtrec.train.feed
 
     def recording(*arguments: Any, **options: Any) -> Iterator[Any]:
-        fed = real(*arguments, **options)
+        fed = real(*arguments, **options, keep_rows=True)
         try:
             for item in fed:
                 steps.append(item.piece.record_batch["row_id"].to_pylist())

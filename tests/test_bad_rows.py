@@ -64,7 +64,7 @@ def fed_rows(run: Run, data: Dataset, rank: int, world_size: int) -> tuple[list[
     assert bad is not None
     rows, batches = [], 0
     labels = labels_of(run.experiment, task_specs(run.experiment))
-    for piece, batch in feed(reader, run.encoder, labels, config.sample_weight, bad=bad):
+    for piece, batch in feed(reader, run.encoder, labels, config.sample_weight, keep_rows=True, bad=bad):
         assert batch.num_rows == piece.record_batch.num_rows == sum(piece.stream_rows)
         for row, number in enumerate(piece.record_batch["row_id"].to_pylist()):
             path, group, place = reader.locate(piece, row)

@@ -34,7 +34,7 @@ def watch(folder: Path, attempt: str, restored: dict[str, torch.Tensor], seconds
 
     def recording_feed(*arguments: Any, **options: Any) -> Iterator[Any]:
         with (
-            contextlib.closing(feed(*arguments, **options)) as fed,
+            contextlib.closing(feed(*arguments, **options, keep_rows=True)) as fed,
             (folder / f"rows-{attempt}-{rank}.jsonl").open("a") as out,
         ):
             for item in fed:

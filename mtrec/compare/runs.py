@@ -378,7 +378,7 @@ def predict_test(
         columns = list(dict.fromkeys([*run.encoder.columns, *label_columns(experiment), *extra]))
         reader = whole_reader(data, columns, experiment.evaluation.batch_size)
         labels = labels_of(experiment, model.specs)
-        for piece, batch in feed(reader, run.encoder, labels, experiment.data.sample_weight):
+        for piece, batch in feed(reader, run.encoder, labels, experiment.data.sample_weight, keep_rows=True):
             if not batch.num_rows:
                 continue
             began = time.perf_counter()

@@ -4,7 +4,8 @@ from mtrec.features.arrays import BadRowsError
 from mtrec.features.bucketized import Bucketized
 from mtrec.features.categorical import Categorical
 from mtrec.features.dense import Dense
-from mtrec.features.encoder import Encoded, Encoder
+from mtrec.features.encoded import Encoded, EncodedRows, join
+from mtrec.features.encoder import Encoder
 from mtrec.features.kinds import FEATURES
 from mtrec.features.profile import FeatureCounts, FeatureProfile, psi
 from mtrec.features.tables import Feature, Table, check_schema
@@ -20,11 +21,13 @@ __all__ = [
     "Categorical",
     "Dense",
     "Encoded",
+    "EncodedRows",
     "Encoder",
     "Feature",
     "FeatureCounts",
     "FeatureProfile",
     "Table",
     "check_schema",
+    "join",
     "psi",
 ]

@@ -25,6 +25,7 @@ from mtrec.features.arrays import (
     with_nulls,
 )
 from mtrec.features.counting import KeyCounter
+from mtrec.features.encoded import Ids
 from mtrec.features.hashing import mix64
 from mtrec.features.tables import Family, Pooling, Sharding
 from mtrec.features.vocabulary import FIRST_ROW, NULL_ROW, UNSEEN_ROW, Key, Rows, hash_array
@@ -203,18 +204,10 @@ class IdentityRows:
 
     def rows(self, keys_n: npt.NDArray[np.int64]) -> Rows:
         """(n,) rows of int64 keys."""
-        inside_n = keys_n.view(np.uint64) < np.uint64(self.num_embeddings - FIRST_ROW)
-        return np.where(inside_n, keys_n + FIRST_ROW, UNSEEN_ROW)
-
-
-@dataclass(frozen=True)
-class Ids:
-    """A feature's part of a batch: `values`, row after row; `lengths_B` (None: one each); `weights` (None: none)."""
-
-    values: Rows
-    lengths_B: npt.NDArray[np.int64] | None
-    weights: npt.NDArray[np.float32] | None
-    null_rows: int
+        bits_n, ids = keys_n.view(np.uint64), np.uint64(self.num_embeddings - FIRST_ROW)
+        if not len(bits_n) or bits_n.max() < ids:
+            return keys_n + FIRST_ROW
+        return np.where(bits_n < ids, keys_n + FIRST_ROW, UNSEEN_ROW)
 
 
 class CategoricalEncoding:

@@ -1,6 +1,6 @@
 """The encoder: record batches -> the arrays of a batch, with what a fit has decided.
 
-Shapes: B rows, F dense columns, K sparse keys.
+Shapes: B rows, F dense columns.
 """
 
 import dataclasses
@@ -8,7 +8,6 @@ import hashlib
 import json
 import urllib.parse
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mtrec.features.arrays import plain
-from mtrec.features.categorical import Categorical, CategoricalEncoding, Ids
+from mtrec.features.categorical import Categorical, CategoricalEncoding
+from mtrec.features.encoded import Encoded, EncodedRows, Ids, encoded_ids, join, ordered
 from mtrec.features.fit import Fitted, fit, rows_of_table
 from mtrec.features.kinds import FEATURES
 from mtrec.features.profile import FeatureCounts, FeatureProfile
@@ -27,27 +27,6 @@ from mtrec.kinds import check_options, nearest, option_types, resolve
 
 _VERSION = 1
 _FILE = "encoder.json"
-
-
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """A batch as arrays. Values lie key after key (in the order of the encoder's keys), and row after row within a key.
-
-    `dense_BF` float32; `values` int64 rows and `lengths_KB` int32 of the unweighted keys; `weighted_values`,
-    `weighted_lengths_KB` and `weights` (float32, one a value) of the weighted ones.
-    """
-
-    dense_BF: npt.NDArray[np.float32]
-    values: npt.NDArray[np.int64]
-    lengths_KB: npt.NDArray[np.int32]
-    weighted_values: npt.NDArray[np.int64]
-    weighted_lengths_KB: npt.NDArray[np.int32]
-    weights: npt.NDArray[np.float32]
-
-    @property
-    def num_rows(self) -> int:
-        """B."""
-        return len(self.dense_BF)
 
 
 class Encoder:
@@ -86,6 +65,8 @@ class Encoder:
         self.columns = tuple(dict.fromkeys(column for feature in fitted.features for column in feature.columns))
         self.sparse_keys = tuple(name for table in self.tables if not table.weighted for name in table.features)
         self.weighted_keys = tuple(name for table in self.tables if table.weighted for name in table.features)
+        largest = max((table.num_embeddings for table in self.tables), default=0)
+        self._rows_dtype = np.int32 if largest <= np.iinfo(np.int32).max else np.int64
         self._ids: dict[str, CategoricalEncoding] = {}
         self._others: dict[str, Any] = {}  # dense and bucketized
         for table in self.tables:
@@ -164,22 +145,28 @@ class Encoder:
         Raises ValueError naming the feature where a column is missing or of another type than in the fit, BadRowsError
         where single rows are broken (weights that do not match the values, a vector of another width).
         """
+        rows = self.encode_rows(batch, counts=counts)
+        return join([(rows, 0, rows.num_rows)])
+
+    def encode_rows(
+        self, batch: pa.RecordBatch, order: npt.NDArray[np.int64] | None = None, counts: FeatureCounts | None = None
+    ) -> EncodedRows:
+        """The rows of a batch such that batches can be cut from them (`join`); `order` says which, and in which order.
+
+        Raises as `encode` does; `counts` counts all rows.
+        """
         num_rows = batch.num_rows
-        dense_BF = np.empty((num_rows, self.num_dense), np.float32)
+        dense_FB = np.empty((self.num_dense, num_rows), np.float32)
         for feature, encoding, columns in self._dense:
-            missing = encoding.encode(self._column(batch, feature, 0), dense_BF[:, columns])
+            missing = encoding.encode(self._column(batch, feature, 0), dense_FB[columns].T)
             if counts is not None:
                 counts.add(self._index[feature.name], rows=num_rows, nulls=missing, values=num_rows, unseen=0)
-        parts = [self._encode_ids(name, batch, counts) for name in self.sparse_keys]
+        ids = [self._encode_ids(name, batch, counts) for name in self.sparse_keys]
         weighted = [self._encode_ids(name, batch, counts) for name in self.weighted_keys]
-        weights = [part.weights for part in weighted if part.weights is not None]
-        return Encoded(
-            dense_BF=dense_BF,
-            values=_joined([part.values for part in parts], np.int64),
-            lengths_KB=_lengths(parts, num_rows),
-            weighted_values=_joined([part.values for part in weighted], np.int64),
-            weighted_lengths_KB=_lengths(weighted, num_rows),
-            weights=_joined(weights, np.float32),
+        return EncodedRows(
+            dense_FB if order is None else ordered(list(dense_FB), len(order), order, np.float32),
+            encoded_ids(ids, num_rows, order, weighted=False, dtype=self._rows_dtype),
+            encoded_ids(weighted, num_rows, order, weighted=True, dtype=self._rows_dtype),
         )
 
     def profile(self, batches: Iterable[pa.RecordBatch]) -> dict[str, FeatureProfile]:
@@ -305,18 +292,6 @@ class Encoder:
             counts_P[2:-1] = np.bincount(order[place[hit]], minlength=len(top))
         counts_P[-1] = len(known) - counts_P[2:-1].sum()
         return counts_P
-
-
-def _joined(parts: Sequence[npt.NDArray[Any]], dtype: Any) -> npt.NDArray[Any]:
-    return np.concatenate(parts, dtype=dtype) if parts else np.zeros(0, dtype)
-
-
-def _lengths(parts: list[Ids], num_rows: int) -> npt.NDArray[np.int32]:
-    lengths_KB = np.ones((len(parts), num_rows), np.int32)
-    for place, part in enumerate(parts):
-        if part.lengths_B is not None:
-            lengths_KB[place] = part.lengths_B
-    return lengths_KB
 
 
 def _file(table: str) -> str:

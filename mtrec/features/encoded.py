@@ -1,0 +1,246 @@
+"""Encoded rows: as many as were encoded at once (a window of the reader), and a batch cut from several of them.
+
+Shapes: B rows, F dense columns, K sparse keys, S those of them with one value a row.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Int64s = npt.NDArray[np.int64]
+Integers = npt.NDArray[Any]  # int32 where all rows of all tables fit: half of what a window takes
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Ids:
+    """A feature's part of some rows: `values`, row after row; `lengths_B` (None: one each); `weights` (None: none)."""
+
+    values: Int64s
+    lengths_B: Int64s | None
+    weights: npt.NDArray[np.float32] | None
+    null_rows: int
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A batch as arrays. Values lie key after key (in the order of the encoder's keys), and row after row within a key.
+
+    `dense_BF` float32; `values` int64 rows and `lengths_KB` int32 of the unweighted keys; `weighted_values`,
+    `weighted_lengths_KB` and `weights` (float32, one a value) of the weighted ones.
+    """
+
+    dense_BF: Floats
+    values: Int64s
+    lengths_KB: npt.NDArray[np.int32]
+    weighted_values: Int64s
+    weighted_lengths_KB: npt.NDArray[np.int32]
+    weights: Floats
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return len(self.dense_BF)
+
+
+@dataclass(frozen=True, eq=False)
+class _Bags:
+    """A key with any number of values a row: those of row b are `values[offsets[b] : offsets[b + 1]]`."""
+
+    values: Integers
+    weights: Floats | None
+    offsets: Int64s
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedIds:
+    """The ids of some rows, key by key, so that any range of rows can be cut out.
+
+    Attributes:
+        single: of each key, whether it has one value a row; these lie in `rows_SB` (and `weights_SB`) in order, the others
+            in `bags`.
+    """
+
+    single: tuple[bool, ...]
+    rows_SB: Integers
+    weights_SB: Floats | None
+    bags: tuple[_Bags, ...]
+
+    def all_as_bags(self) -> "EncodedIds":
+        """The same with every key in `bags`."""
+        num_rows, bags, of_single, given = self.rows_SB.shape[1], [], 0, iter(self.bags)
+        for single in self.single:
+            if single:
+                weights = None if self.weights_SB is None else self.weights_SB[of_single]
+                bags.append(_Bags(self.rows_SB[of_single], weights, np.arange(num_rows + 1)))
+                of_single += 1
+            else:
+                bags.append(next(given))
+        weights_SB = None if self.weights_SB is None else self.weights_SB[:0]
+        return EncodedIds((False,) * len(self.single), self.rows_SB[:0], weights_SB, tuple(bags))
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedRows:
+    """Some rows, encoded. `dense_FB` float32; `ids` of the unweighted keys, `weighted` of the others."""
+
+    dense_FB: Floats
+    ids: EncodedIds
+    weighted: EncodedIds
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return int(self.dense_FB.shape[1])
+
+
+Part = tuple[EncodedRows, int, int]
+"""Rows [start, stop) of encoded ones."""
+
+
+def encoded_ids(
+    keys: Sequence[Ids], num_rows: int, order: Int64s | None, *, weighted: bool, dtype: npt.DTypeLike = np.int64
+) -> EncodedIds:
+    """The keys of one group together, rows as `dtype`; `order` (None: all, as they are) says which, and in which order."""
+    singles = [ids for ids in keys if ids.lengths_B is None]
+    count = num_rows if order is None else len(order)
+    rows_SB = ordered([ids.values for ids in singles], count, order, dtype)
+    weights_SB = ordered([_weights(ids) for ids in singles], count, order, np.float32) if weighted else None
+    bags = tuple(_bags(ids, order, dtype) for ids in keys if ids.lengths_B is not None)
+    return EncodedIds(tuple(ids.lengths_B is None for ids in keys), rows_SB, weights_SB, bags)
+
+
+def ordered(
+    rows: Sequence[npt.NDArray[Any]], count: int, order: Int64s | None, dtype: npt.DTypeLike
+) -> npt.NDArray[Any]:
+    """(rows, count): each row's numbers at the places `order` (None: all of them), in one pass."""
+    out = np.empty((len(rows), count), dtype)
+    for place, values in enumerate(rows):
+        if order is None:
+            out[place] = values
+        else:
+            # the default mode would go through a buffer
+            np.take(values.astype(dtype, copy=False), order, out=out[place], mode="clip")
+    return out
+
+
+def _weights(ids: Ids) -> Floats:
+    assert ids.weights is not None
+    return ids.weights
+
+
+def _bags(ids: Ids, order: Int64s | None, dtype: npt.DTypeLike) -> _Bags:
+    assert ids.lengths_B is not None
+    values, offsets = ids.values.astype(dtype, copy=False), _offsets(ids.lengths_B)
+    if order is None:
+        return _Bags(values, ids.weights, offsets)
+    lengths_B = ids.lengths_B[order]
+    ordered = _offsets(lengths_B)
+    # the k-th value kept is the (first of its row + k - first of its row among those kept)-th
+    places = np.repeat(offsets[order] - ordered[:-1], lengths_B)
+    places += np.arange(len(places))
+    return _Bags(values[places], None if ids.weights is None else ids.weights[places], ordered)
+
+
+def _offsets(lengths_B: Int64s) -> Int64s:
+    offsets = np.zeros(len(lengths_B) + 1, np.int64)
+    np.cumsum(lengths_B, out=offsets[1:])
+    return offsets
+
+
+def join(parts: Sequence[Part]) -> Encoded:
+    """The batch of these rows, one part after the other (at least one part).
+
+    >>> rows = EncodedIds((True,), np.array([[5, 6, 7]]), None, ())
+    >>> none = EncodedIds((), np.zeros((0, 3), np.int64), None, ())
+    >>> encoded = EncodedRows(np.zeros((0, 3), np.float32), rows, none)
+    >>> join([(encoded, 1, 3), (encoded, 0, 1)]).values.tolist()
+    [6, 7, 5]
+    """
+    values, lengths_KB, _ = _joined([(rows.ids, start, stop) for rows, start, stop in parts])
+    weighted_values, weighted_lengths_KB, weights = _joined([(rows.weighted, start, stop) for rows, start, stop in parts])
+    dense_BF = np.empty((sum(stop - start for _, start, stop in parts), len(parts[0][0].dense_FB)), np.float32)
+    _fill(dense_BF.T, [rows.dense_FB[:, start:stop] for rows, start, stop in parts])
+    return Encoded(
+        dense_BF=dense_BF,
+        values=values,
+        lengths_KB=lengths_KB,
+        weighted_values=weighted_values,
+        weighted_lengths_KB=weighted_lengths_KB,
+        weights=weights,
+    )
+
+
+def _joined(parts: Sequence[tuple[EncodedIds, int, int]]) -> tuple[Int64s, npt.NDArray[np.int32], Floats]:
+    """(values, lengths_KB, weights) of one group of keys."""
+    if len({ids.single for ids, _, _ in parts}) > 1:
+        parts = [(ids.all_as_bags(), start, stop) for ids, start, stop in parts]
+    single = parts[0][0].single
+    num_rows = sum(stop - start for _, start, stop in parts)
+    of_bags = [
+        sum(int(ids.bags[bag].offsets[stop] - ids.bags[bag].offsets[start]) for ids, start, stop in parts)
+        for bag in range(len(parts[0][0].bags))
+    ]
+    total = sum(single) * num_rows + sum(of_bags)
+    values, lengths_KB = np.empty(total, np.int64), np.ones((len(single), num_rows), np.int32)
+    weights = np.empty(total if parts[0][0].weights_SB is not None else 0, np.float32)
+    at = 0  # in `values`
+    for run in _runs(single):
+        if run.single:
+            many = slice(run.first, run.first + run.count)
+            size = run.count * num_rows
+            _fill(values[at : at + size].reshape(run.count, num_rows), [ids.rows_SB[many, i:j] for ids, i, j in parts])
+            if len(weights):
+                chosen = [ids.weights_SB[many, i:j] for ids, i, j in parts if ids.weights_SB is not None]
+                _fill(weights[at : at + size].reshape(run.count, num_rows), chosen)
+        else:
+            size, place = of_bags[run.first], 0
+            _fill(values[at : at + size], [_cut(ids.bags[run.first], i, j, lambda bags: bags.values) for ids, i, j in parts])
+            if len(weights):
+                chosen = [_cut(ids.bags[run.first], i, j, lambda bags: bags.weights) for ids, i, j in parts]
+                _fill(weights[at : at + size], chosen)
+            for ids, i, j in parts:
+                lengths_KB[run.key, place : place + j - i] = np.diff(ids.bags[run.first].offsets[i : j + 1])
+                place += j - i
+        at += size
+    return values, lengths_KB, weights
+
+
+def _cut(bags: _Bags, start: int, stop: int, of: Callable[[_Bags], Any]) -> npt.NDArray[Any]:
+    found: npt.NDArray[Any] = of(bags)[bags.offsets[start] : bags.offsets[stop]]
+    return found
+
+
+def _fill(out: npt.NDArray[Any], parts: Sequence[npt.NDArray[Any]]) -> None:
+    """Writes the parts side by side along the last dimension."""
+    at = 0
+    for part in parts:
+        out[..., at : at + part.shape[-1]] = part
+        at += part.shape[-1]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Keys that lie side by side in a batch and among the single ones (from `first` on), or one key of `bags`."""
+
+    single: bool
+    key: int
+    first: int
+    count: int
+
+
+@lru_cache(maxsize=64)
+def _runs(single: tuple[bool, ...]) -> tuple[_Run, ...]:
+    runs: list[_Run] = []
+    singles = bags = 0
+    for key, one in enumerate(single):
+        if one and runs and runs[-1].single:
+            runs[-1] = _Run(True, runs[-1].key, runs[-1].first, runs[-1].count + 1)
+        else:
+            runs.append(_Run(one, key, singles if one else bags, 1))
+        singles, bags = singles + one, bags + (not one)
+    return tuple(runs)

@@ -1,0 +1,166 @@
+"""The feed: batches cut from windows that were encoded whole are the batches that their rows make by themselves."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtrec.batch import Batch, Label, make_batch
+from mtrec.dataset import Source, open_dataset
+from mtrec.features import Bucketized, Categorical, Dense, Encoder, join
+from mtrec.feed import BadRows, feed
+from mtrec.reader import Reader
+
+LABELS = {"click": Label("click", low=0, high=1, integer=True), "dwell": Label("dwell", scale=0.001, low=0.0)}
+FEATURES = [
+    Categorical("user", encoding="identity", num_embeddings=40),
+    Categorical("tags", encoding="hash", num_embeddings=30),
+    Categorical("item", min_count=1),
+    Categorical("seen", weights="seen_weights", encoding="hash", num_embeddings=30),
+    Categorical("bought", weights="bought_weight", encoding="hash", num_embeddings=30),
+    Bucketized("price", boundaries=(1.0, 5.0)),
+    Dense("age"),
+    Dense("vector", width=2),
+]
+WHERE: dict[str | None, Callable[[int], bool]] = {
+    None: lambda row: True,
+    "bought < 45": lambda row: row < 45,
+    "item in ['i0', 'i4']": lambda row: row % 11 in (0, 4),
+}
+
+
+def table(num_rows: int, first: int = 0) -> pa.Table:
+    rows = range(first, first + num_rows)
+    tags = [None if row % 7 == 0 else [row] * (row % 4) for row in rows]
+    return pa.table(
+        {
+            "row_id": pa.array(rows, pa.int64()),
+            "user": pa.array([None if row % 9 == 0 else row % 50 for row in rows], pa.int32()),
+            "tags": pa.array(tags, pa.list_(pa.int64())),
+            "item": pa.array([f"i{row % 11}" for row in rows]),
+            "seen": pa.array([[row, row + 1][: row % 3] for row in rows], pa.list_(pa.int64())),
+            "seen_weights": pa.array([[1.0, 0.5][: row % 3] for row in rows], pa.list_(pa.float64())),
+            "bought": pa.array(rows, pa.int64()),
+            "bought_weight": pa.array([0.25 * (row % 5) for row in rows]),
+            "price": pa.array([None if row % 8 == 0 else row % 10 for row in rows], pa.float64()),
+            "age": pa.array([None if row % 6 == 0 else row for row in rows], pa.float32()),
+            "vector": pa.array([[row, -row] for row in rows], pa.list_(pa.float32())),
+            "weight": pa.array([0.5 + row % 3 for row in rows], pa.float64()),
+            "click": pa.array([row % 2 for row in rows], pa.int8()),
+            "dwell": pa.array([None if row % 2 == 0 else 100.0 * row for row in rows], pa.float64()),
+        }
+    )
+
+
+def assert_equal(one: Batch, other: Batch) -> None:
+    assert torch.equal(one.dense_BF, other.dense_BF)
+    for a, b in ((one.sparse, other.sparse), (one.weighted, other.weighted)):
+        assert a is not None
+        assert b is not None
+        assert a.keys() == b.keys()
+        assert torch.equal(a.values(), b.values())
+        assert torch.equal(a.lengths(), b.lengths())
+    assert torch.equal(one.weighted.weights(), other.weighted.weights())  # type: ignore[union-attr]
+    for name, label in one.labels.items():
+        assert torch.equal(label.nan_to_num(-1), other.labels[name].nan_to_num(-1))
+    assert one.sample_weight_B is not None
+    assert torch.equal(one.sample_weight_B, other.sample_weight_B)
+    assert one.stream_rows == other.stream_rows
+
+
+def files(folder: Path, sizes: list[int], row_group: int) -> Encoder:
+    whole = table(sum(sizes))
+    start = 0
+    for number, size in enumerate(sizes):
+        pq.write_table(whole.slice(start, size), folder / f"{number}.parquet", row_group_size=row_group)
+        start += size
+    batches = table(38).to_batches()  # ids from 38 on are not seen
+    return Encoder.fit(FEATURES, batches, schema=whole.schema, embedding_dim=4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=3),
+    row_group=st.integers(5, 40),
+    window=st.integers(3, 50),
+    shuffle=st.booleans(),
+    where=st.sampled_from(list(WHERE)),
+    world_size=st.sampled_from([1, 2]),
+    start=st.integers(0, 2),
+)
+def test_batches_cut_from_encoded_windows_are_those_of_their_rows(
+    sizes: list[int],
+    row_group: int,
+    window: int,
+    shuffle: bool,
+    where: str | None,
+    world_size: int,
+    start: int,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("log")
+    encoder = files(folder, sizes, row_group)
+    columns = [*encoder.columns, "weight", "click", "dwell", "row_id"]
+    data = open_dataset(Source(str(folder), where=where), columns, place="data.train")
+    seen: list[int] = []
+    for rank in range(world_size):
+        options = {"rank": rank, "world_size": world_size, "shuffle": shuffle, "shuffle_window": window}
+        probe = Reader(data, columns, batch_size=8, num_streams=4, **options)  # type: ignore[arg-type]
+        reader = Reader(data, columns, batch_size=8, num_streams=4, start_batch=min(start, probe.num_batches), **options)  # type: ignore[arg-type]
+        for piece, batch in feed(reader, encoder, LABELS, "weight", keep_rows=True):
+            assert_equal(batch, make_batch(piece.record_batch, encoder, LABELS, "weight", piece.stream_rows))
+            seen += piece.record_batch["row_id"].to_pylist()
+    assert len(seen) == len(set(seen))
+    if start == 0:
+        assert sorted(seen) == [row for row in range(sum(sizes)) if WHERE[where](row)]
+
+
+def test_rows_are_dropped_unless_they_are_kept(tmp_path: Path) -> None:
+    encoder = files(tmp_path, [20], 20)
+    columns = [*encoder.columns, "weight", "click", "dwell"]
+    data = open_dataset(Source(str(tmp_path)), columns, place="data.train")
+    piece, batch = next(iter(feed(Reader(data, columns, batch_size=8, num_streams=4), encoder, LABELS, "weight")))
+    assert batch.num_rows == 8
+    with pytest.raises(ValueError, match="`keep_rows` should be set"):
+        _ = piece.record_batch
+
+
+def test_a_window_with_bad_rows_gives_its_other_rows_and_names_the_bad_ones(tmp_path: Path) -> None:
+    encoder = files(tmp_path, [40], 20)
+    broken = table(40).to_pylist()
+    for row in (3, 25, 31):
+        broken[row]["click"] = 7
+    pq.write_table(pa.Table.from_pylist(broken, table(1).schema), tmp_path / "0.parquet", row_group_size=20)
+    columns = [*encoder.columns, "weight", "click", "dwell", "row_id"]
+    data = open_dataset(Source(str(tmp_path)), columns, place="data.train")
+    bad = BadRows(0.5, 40)
+    seen = []
+    reader = Reader(data, columns, batch_size=8, num_streams=4, shuffle_window=10)
+    for piece, batch in feed(reader, encoder, LABELS, "weight", keep_rows=True, bad=bad):
+        assert_equal(batch, make_batch(piece.record_batch, encoder, LABELS, "weight", piece.stream_rows))
+        seen += piece.record_batch["row_id"].to_pylist()
+    assert sorted(seen) == [row for row in range(40) if row not in (3, 25, 31)]
+    assert bad.skipped == {"click should be 0, 1 or null": 3}
+    with pytest.raises(ValueError, match=r"0.parquet', row group 0, row 3: .*'click' should be 0, 1 or null. Found 7"):
+        list(feed(Reader(data, columns, batch_size=8, num_streams=1, shuffle=False), encoder, LABELS, "weight"))
+
+
+def test_parts_whose_keys_hold_one_value_in_one_and_lists_in_another_are_joined() -> None:
+    encoder = Encoder.fit(
+        [Categorical("a", encoding="identity", num_embeddings=40), Categorical("b", encoding="identity", num_embeddings=40)],
+        [pa.record_batch({"a": [1], "b": [[1]]})],
+        schema=pa.schema([("a", pa.int64()), ("b", pa.list_(pa.int64()))]),
+        embedding_dim=4,
+    )
+    lists = encoder.encode_rows(pa.record_batch({"a": [1, 2], "b": [[3, 4], []]}))
+    nothing = encoder.encode_rows(pa.record_batch({"a": [5], "b": pa.nulls(1)}))
+    joined = join([(lists, 0, 2), (nothing, 0, 1), (lists, 1, 2)])
+    assert joined.values.tolist() == [3, 4, 7, 4, 5, 6, 0]
+    assert joined.lengths_KB.tolist() == [[1, 1, 1, 1], [2, 0, 1, 0]]
+    assert joined.values.dtype == np.int64
