@@ -19,6 +19,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
+from mtrec.ahead import arrive, beside
 from mtrec.batch import Batch
 from mtrec.features import Table
 
@@ -72,9 +73,11 @@ class Embeddings(nn.Module):
     def begin(self, batch: Batch) -> None:
         """Starts to send the ids of a batch to the ranks that hold their rows, ahead of its `forward`; all ranks do, or none.
 
-        What goes out is the number of ids, beside whatever is computed next. `proceed` then sends the ids themselves.
+        What goes out is the number of ids, beside whatever is computed next. `proceed` then sends the ids themselves. A batch on
+        a GPU was copied there by `copy_ahead`, or the host has waited for its copy: the exchange does not wait for computations.
         """
-        self._begun = (batch, [_Exchange(module, ids) for module, ids in self._sharded(batch)])
+        device = batch.dense_BF.device
+        self._begun = (batch, [_Exchange(module, ids, device) for module, ids in self._sharded(batch)])
 
     def proceed(self) -> None:
         """Sends the ids of the batch that was begun, if there is one."""
@@ -118,19 +121,27 @@ class Embeddings(nn.Module):
 class _Exchange:
     """The ids of one batch on their way between ranks, in the steps that a sharded collection takes them."""
 
-    def __init__(self, module: Any, ids: KeyedJaggedTensor | None) -> None:
-        self._module = module
+    def __init__(self, module: Any, ids: KeyedJaggedTensor | None, device: torch.device) -> None:
+        self._module, self._device = module, device
         self._context = module.create_context()
-        self._lengths_sent = module.input_dist(self._context, ids)
+        with beside(device):
+            self._lengths_sent = module.input_dist(self._context, ids)
         self._ids_sent: Any = None
 
     def proceed(self) -> None:
         if self._ids_sent is None:
-            self._ids_sent = self._lengths_sent.wait()
+            with beside(self._device):
+                self._ids_sent = self._lengths_sent.wait()
 
     def pooled(self) -> KeyedTensor:
         self.proceed()
-        found: KeyedTensor = self._module.compute_and_output_dist(self._context, self._ids_sent.wait())
+        with beside(self._device):
+            ids = self._ids_sent.wait()
+        computing = arrive(self._device)
+        if computing is not None:
+            ids.record_stream(computing)
+            self._context.record_stream(computing)
+        found: KeyedTensor = self._module.compute_and_output_dist(self._context, ids)
         return found
 
 

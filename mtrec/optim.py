@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 import torchrec
-from torch import nn
+from torch import Tensor, nn
 
 from mtrec.config import DenseOptimizer, Experiment, TableOptimizer
 
@@ -88,3 +88,12 @@ def dense_optimizer(
     return make(
         parameters, lr=learning_rate, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
     )
+
+
+def skip_where(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
+    """The next `step()` of a fused optimizer changes nothing if `skipped` (bool, one number, on its device) is true.
+
+    The device looks, the host does not: it is what a gradient scaler tells the optimizer when it found an infinity.
+    """
+    assert getattr(optimizer, "_step_supports_amp_scaling", False), type(optimizer)
+    optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]

@@ -10,7 +10,8 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import ShardingEnv, ShardingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import KeyedOptimizer
 
@@ -31,6 +33,8 @@ from mtrec.features import Table
 for _name in ("torchrec.distributed.planner", "torch.fx"):
     logging.getLogger(_name).setLevel(logging.ERROR)  # advice on topologies that users of mtrec cannot follow
 
+
+HOST_SHARE = 0.75  # of a host's memory for tables; of the GPU's torchrec's planner leaves some by itself
 
 _within_host: shared_memory.SharedMemoryGroup | None = None  # what is exchanged at every step goes through it, where it is
 
@@ -147,13 +151,40 @@ def new_group(timeout_seconds: int = 600) -> Any:
     return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_seconds))
 
 
+class Memory(NamedTuple):
+    """Bytes for a rank's tables, of its GPU (of which the planner reserves some) and of its host. None: torchrec's guess."""
+
+    device: int | None = None
+    host: int | None = None
+
+
+def memory_of(device: torch.device) -> Memory:
+    """The memory of a GPU, and the rank's share of the host's. Ranks are taken to be alike: the planner asks rank 0."""
+    if device.type != "cuda":
+        return Memory()
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")  # a container's, which may be less
+    if limit.is_file() and limit.read_text().strip().isdigit():
+        host = min(host, int(limit.read_text()))
+    return Memory(torch.cuda.get_device_properties(device).total_memory, int(HOST_SHARE * host) // _local_world_size())
+
+
+def _local_world_size() -> int:
+    """Ranks on this host, as Ray and torchrun say; else all of them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
 class ShardedTables:
-    """The fused tables of a model after sharding: their optimizers, and their shards as (table, rows, columns, tensor)."""
+    """The fused tables of a model after sharding: their optimizers, and their shards as (table, rows, columns, tensor).
+
+    On a GPU some may lie in the host's memory with a cache of their rows on the GPU (`cached`): `weights` writes the cache back
+    first, and whoever writes rows calls `forget_cached_rows` afterwards. No test here runs that: it takes a GPU.
+    """
 
     def __init__(self, embeddings: Embeddings) -> None:
         self._embeddings = embeddings
 
-    def _modules(self) -> list[tuple[str, nn.Module]]:
+    def _modules(self) -> list[tuple[str, Any]]:
         named = [("tables", self._embeddings.tables), ("weighted_tables", self._embeddings.weighted_tables)]
         return [(name, module) for name, module in named if module is not None]
 
@@ -167,8 +198,20 @@ class ShardedTables:
                 group["lr"] = learning_rate
             optimizer.step()
 
+    def cached(self) -> list[str]:
+        """The tables in the host's memory, whose rows a GPU caches."""
+        kernel = EmbeddingComputeKernel.FUSED_UVM_CACHING.value
+        plans = [module.module_sharding_plan for _, module in self._modules()]
+        return [table_name(name) for plan in plans for name, each in plan.items() if each.compute_kernel == kernel]
+
+    def forget_cached_rows(self) -> None:
+        """Empties the caches: rows were written into the tables themselves. Without caches it does nothing."""
+        for _, module in self._modules():
+            for lookup in module._lookups:
+                lookup.purge()
+
     def weights(self) -> dict[str, Any]:
-        """{table: ShardedTensor}, every table, on every rank."""
+        """{table: ShardedTensor}, every table, on every rank; cached rows are written back first."""
         found: dict[str, Any] = {}
         for _, module in self._modules():
             for key, value in module.state_dict().items():
@@ -195,6 +238,7 @@ class ShardedTables:
         for state in self.optimizer_states().values():
             for shard in state.local_shards():
                 shard.tensor.zero_()
+        self.forget_cached_rows()
 
 
 def shard(
@@ -203,60 +247,88 @@ def shard(
     optimizer_options: Mapping[str, Any],
     device: torch.device,
     batch_size: int,
+    memory: Memory | None = None,
 ) -> ShardedTables:
     """Replaces the collections of `embeddings` (built on `meta`) by sharded ones with a fused optimizer, in place.
 
     The planner places the tables; `Table.sharding` fixes how each is cut. Rows are not initialised yet.
+
+    Args:
+        memory: for the tables of this rank; None: what `memory_of` finds.
     """
-    for name in ("tables", "weighted_tables"):
-        collection = getattr(embeddings, name)
-        if collection is None:
-            continue
+    named = {name: getattr(embeddings, name) for name in ("tables", "weighted_tables")}
+    collections = {name: collection for name, collection in named.items() if collection is not None}
+    for collection in collections.values():
         with torch.enable_grad():  # it looks at the parameters' place in the graph
             apply_optimizer_in_backward(optimizer_class, collection.parameters(), dict(optimizer_options))
-        tables = [embeddings.specs[table_name(config.name)] for config in collection.embedding_bag_configs()]
-        sharder = EmbeddingBagCollectionSharder()
-        plan = _plan(collection, tables, sharder, device, batch_size)
-        environment = ShardingEnv.from_process_group(_within_host or dist.group.WORLD)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            setattr(embeddings, name, sharder.shard(collection, plan, environment, device=device))
+    sharder = EmbeddingBagCollectionSharder()
+    tables = list(embeddings.specs.values())
+    topology = topology_of(device.type, memory or memory_of(device))
+    environment = ShardingEnv.from_process_group(_within_host or dist.group.WORLD)
+    # on a GPU one plan for all, since they share its memory
+    for group in [collections] if device.type == "cuda" else [{name: each} for name, each in collections.items()]:
+        plans = plan_tables(group, tables, sharder, topology, batch_size)
+        for name, collection in group.items():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                setattr(embeddings, name, sharder.shard(collection, plans[name], environment, device=device))
     return ShardedTables(embeddings)
 
 
-def _plan(
-    collection: nn.Module,
+def topology_of(device_type: str, memory: Memory) -> Topology:
+    """The ranks as the planner sees them, each with that memory."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Topology(
+            world_size=world_size(),
+            compute_device=device_type,
+            hbm_cap=memory.device,
+            ddr_cap=memory.host,
+            local_world_size=min(_local_world_size(), world_size()) if device_type == "cuda" else None,
+        )
+
+
+def plan_tables(
+    collections: Mapping[str, EmbeddingBagCollection],
     tables: Sequence[Table],
     sharder: EmbeddingBagCollectionSharder,
-    device: torch.device,
+    topology: Topology,
     batch_size: int,
-) -> Any:
-    constraints = {module_name(table.name): _constraint(table, device) for table in tables}
+) -> dict[str, Any]:
+    """{collection: torchrec's plan}: which rank holds what, on a GPU in its own memory, or, where that is full, in the host's.
+
+    Raises ValueError for tables that do not fit.
+    """
+    held = {table_name(config.name) for each in collections.values() for config in each.embedding_bag_configs()}
+    tables = [table for table in tables if table.name in held]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         planner = EmbeddingShardingPlanner(
-            topology=Topology(world_size=world_size(), compute_device=device.type),
-            constraints=constraints,
-            batch_size=max(1, batch_size // world_size()),
+            topology=topology,
+            constraints={module_name(table.name): _constraint(table, topology.compute_device) for table in tables},
+            batch_size=max(1, batch_size // topology.world_size),
         )
         try:
-            plan = planner.collective_plan(collection, [sharder], dist.group.WORLD)
+            plan = planner.collective_plan(nn.ModuleDict(collections), [sharder], dist.group.WORLD)
         except PlannerError as error:
             sizes = ", ".join(f"{t.name} {t.num_embeddings:,} x {t.dim}" for t in tables)
             raise ValueError(
-                f"The tables do not fit on {world_size()} workers ({sizes}). torchrec's planner says: {error}"
+                f"The tables do not fit on {topology.world_size} workers ({sizes}). torchrec's planner says: {error}"
             ) from error
-    return plan.plan[""]
+    return {name: plan.plan[name] for name in collections}
 
 
-def _constraint(table: Table, device: torch.device) -> ParameterConstraints:
+def _constraint(table: Table, device_type: str) -> ParameterConstraints:
     sharding = ShardingType.TABLE_WISE.value
     if table.sharding == "column_wise":
         sharding = ShardingType.COLUMN_WISE.value
     elif table.sharding == "row_wise":
         sharding = ShardingType.ROW_WISE.value
+    kernels = [EmbeddingComputeKernel.FUSED.value]
+    if device_type == "cuda":  # where the GPU is full: in the host's memory, a fifth of the rows cached, by torchrec's default
+        kernels.append(EmbeddingComputeKernel.FUSED_UVM_CACHING.value)
     return ParameterConstraints(
         sharding_types=[sharding],
-        compute_kernels=[EmbeddingComputeKernel.FUSED.value],
+        compute_kernels=kernels,
         min_partition=table.dim // table.num_column_shards if table.sharding == "column_wise" else None,
     )

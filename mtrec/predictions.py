@@ -54,6 +54,7 @@ def load_model(run: Run, found: Checkpoint, device: torch.device) -> MultiTaskMo
     )
     wanted = {key: value for key, value in state.tensors().items() if key.startswith(("tables.", "dense."))}
     checkpoint.load(found.folder, wanted)
+    state.tables.forget_cached_rows()
     model.eval()
     return model
 

@@ -19,6 +19,7 @@ from mtrec.batch import Batch
 from mtrec.config import Balancing, Experiment
 from mtrec.dropout import stream_dropout
 from mtrec.embeddings import table_name, write_initial_rows
+from mtrec.flags import Flags
 from mtrec.gradients import (
     TaskGradients,
     gramian_of_parameters,
@@ -29,8 +30,8 @@ from mtrec.gradients import (
 )
 from mtrec.labels import LabelStatistics
 from mtrec.model import MultiTaskModel, loss_weights
-from mtrec.optim import Schedules, dense_optimizer, replicated_optimizer, table_optimizer
-from mtrec.parallel import ShardedTables
+from mtrec.optim import Schedules, dense_optimizer, replicated_optimizer, skip_where, table_optimizer
+from mtrec.parallel import Memory, ShardedTables
 
 
 class FlatGradients:
@@ -52,7 +53,17 @@ class FlatGradients:
 
 @dataclasses.dataclass
 class TrainState:
-    """All that a step changes. `tensors()` is what a checkpoint holds of it."""
+    """All that a step changes. `tensors()` is what a checkpoint holds of it.
+
+    What the host knows of the steps that were done, with `flags.late` (on a GPU) of all but the last until `read_flags` waits:
+
+    Attributes:
+        known_step: the newest step of which it knows.
+        finite: whether that one was.
+        nonfinite_in_a_row: steps up to that one; nonfinite_steps: in all, since this state was made.
+        stop: whether a rank has asked to stop.
+        constant_weights_K: of the balancer, on the device, where it needs nothing from there.
+    """
 
     model: MultiTaskModel
     tables: ShardedTables
@@ -70,9 +81,24 @@ class TrainState:
     streams: tuple[int, ...]
     bf16: bool
     clip_norm: float | None
+    flags: Flags
+    constant_weights_K: Tensor | None
     step: int = 0
+    known_step: int = 0
+    finite: bool = True
     nonfinite_in_a_row: int = 0
+    nonfinite_steps: int = 0
+    stop: bool = False
     mark: Callable[[str], None] = lambda phase: None  # told the name of each phase of a step as it ends; for `mtrec bench`
+
+    def read_flags(self, *, wait: bool = False) -> None:
+        """Takes note of the flags that can be read without waiting for the device; of all, if `wait`."""
+        for known in self.flags.read(wait=wait):
+            self.known_step, self.finite, self.stop = known.step, known.finite, self.stop or known.stop
+            self.nonfinite_in_a_row = 0 if known.finite else self.nonfinite_in_a_row + 1
+            self.nonfinite_steps += not known.finite
+            if self.flags.late and self.constant_weights_K is not None:  # the step did without the balancer, the log does not
+                self.balancer(torch.zeros(len(known.active_K)), None, known.step - 1, known.active_K)
 
     def tensors(self) -> dict[str, object]:
         """{key: tensor} of weights, optimizer states and buffers; tables as ShardedTensor."""
@@ -114,13 +140,15 @@ def build_state(
     batch_size: int,
     total_steps: int,
     device: torch.device,
+    memory: Memory | None = None,
 ) -> TrainState:
     """Shards the tables, initialises them, and makes the optimizers, the balancer and their state.
 
     The same weights on any number of ranks: rank 0's dense part is copied, rows are drawn by (seed, table, block).
+    `memory` for this rank's tables; None: what there is.
     """
     optimizer_class, options = table_optimizer(experiment.optimizer.tables)
-    tables = parallel.shard(model.embeddings, optimizer_class, options, device, batch_size)
+    tables = parallel.shard(model.embeddings, optimizer_class, options, device, batch_size, memory)
     tables.initialise(experiment.seed)
     replicated = _make_replicated(model, experiment.seed, device)
     schedules = Schedules(experiment, batch_size, total_steps)
@@ -128,19 +156,17 @@ def build_state(
     parallel.broadcast([parameter.data for parameter in dense])
     optimizer = dense_optimizer(experiment.optimizer.dense, dense, schedules.dense_learning_rate(0))
     names = list(model.specs)
+    auxiliary = [name for name in names if experiment.tasks[name].auxiliary]
+    balancing = experiment.balancing
+    balancer = make_balancer(balancing.kind, balancing.options, names, auxiliary, experiment.seed)
+    constant_K = balancer.constant()
     state = TrainState(
         model=model,
         tables=tables,
         dense_optimizer=optimizer,
         replicated_optimizer=replicated_optimizer(experiment.optimizer.tables, replicated),
-        balancer=make_balancer(
-            experiment.balancing.kind,
-            experiment.balancing.options,
-            names,
-            [name for name in names if experiment.tasks[name].auxiliary],
-            experiment.seed,
-        ),
-        balancing=experiment.balancing,
+        balancer=balancer,
+        balancing=balancing,
         schedules=schedules,
         dense_gradients=FlatGradients(dense),
         replicated_gradients=FlatGradients(replicated),
@@ -164,6 +190,8 @@ def build_state(
         ),
         bf16=experiment.training.precision == "bf16",
         clip_norm=experiment.optimizer.dense.clip_norm,
+        flags=Flags(late=device.type == "cuda"),
+        constant_weights_K=None if constant_K is None else constant_K.to(device, torch.float32),
     )
     _create_optimizer_state(state.dense_optimizer)
     if state.replicated_optimizer is not None:
@@ -228,8 +256,9 @@ class StepResult:
         losses_K: global mean loss of each task before weighting (0 where no row of the batch has a label).
         weights_K: what the loss of each task was multiplied with (task weight x balancer's weight).
         counts_K: global sum of sample weights of the rows that count for each task.
-        finite: whether all ranks' losses and gradients were finite; if not, nothing was changed.
-        stop: ranks that asked to stop.
+        finite: whether all ranks' losses and gradients were finite; if not, nothing was changed. With `TrainState.flags.late`
+            of the step before (true at the first).
+        stop: whether a rank has asked to stop, as far as that is known.
     """
 
     losses_K: Tensor
@@ -259,7 +288,8 @@ def train_step(
     model.embeddings.proceed()
     state.mark("forward")
 
-    weights_K, gradients = _balance(state, batch, share_K, leaf_BD, counts_K > 0)
+    active_K = counts_K > 0
+    weights_K, gradients = _balance(state, batch, share_K, leaf_BD, active_K)
     if gradients is None:
         state.dense_gradients.buffer.zero_()
         torch.dot(weights_K, share_K).backward()
@@ -271,32 +301,48 @@ def train_step(
     state.mark("backward")
 
     bad = ~(torch.isfinite(state.dense_gradients.buffer.sum()) & torch.isfinite(x_gradient_BD.sum()))
-    flags = torch.cat([share_K.detach(), torch.stack([bad, bad.new_tensor(stop)]).to(share_K.dtype)])
+    flags = torch.cat([share_K.detach(), bad[None].to(share_K.dtype), share_K.new_full((1,), float(stop))])
     parallel.all_reduce_sum(flags)
     dense_work = parallel.start_all_reduce_sum(state.dense_gradients.buffer)
-    finite = bool((flags[-2] == 0) & torch.isfinite(flags[:-2]).all())  # an infinite loss can have a gradient of 0
+    all_finite = (flags[-2] == 0) & torch.isfinite(flags[:-2]).all()  # an infinite loss can have a gradient of 0
+    state.flags.put(state.step + 1, all_finite, flags[-1] > 0, active_K)
+    state.read_flags()
+    finite = all_finite if state.flags.late else state.finite  # on the device, or known here
     state.mark("flags")
     state.replicated_gradients.buffer.zero_()
     if x_BD.requires_grad:  # there are tables
-        x_BD.backward(x_gradient_BD if finite else torch.zeros_like(leaf_BD))  # here the fused tables step
+        x_BD.backward(_zero_unless(finite, x_gradient_BD))  # here the fused tables step
     parallel.all_reduce_sum(state.replicated_gradients.buffer) if state.replicated_optimizer else None
     state.mark("tables")
     dense_work.wait()
-    if finite:
-        _optimizer_steps(state)
+    _optimizer_steps(state, finite)
     state.mark("optimizer")
-    state.nonfinite_in_a_row = 0 if finite else state.nonfinite_in_a_row + 1
     state.step += 1
     return StepResult(
         losses_K=flags[:-2] / state.task_weights_K,
         weights_K=weights_K * state.task_weights_K,
         counts_K=counts_K,
-        finite=finite,
-        stop=bool(flags[-1] > 0),
+        finite=state.finite,
+        stop=state.stop,
     )
 
 
-def _optimizer_steps(state: TrainState) -> None:
+def _zero_unless(finite: Tensor | bool, gradient_BD: Tensor) -> Tensor:
+    """The gradient (which may be overwritten), or zeros; a tensor `finite` is looked at by the device only."""
+    if isinstance(finite, Tensor):
+        return gradient_BD.masked_fill_(~finite, 0.0)
+    return gradient_BD if finite else torch.zeros_like(gradient_BD)
+
+
+def _optimizer_steps(state: TrainState, finite: Tensor | bool) -> None:
+    """Steps the dense and the replicated optimizer, unless not `finite`; where that is a tensor, the device decides.
+
+    Replicated tables then step with a gradient of 0, which changes nothing but the number of steps that Adagrad keeps.
+    """
+    if isinstance(finite, Tensor):
+        skip_where(state.dense_optimizer, ~finite)
+    elif not finite:
+        return
     if state.clip_norm is not None:
         buffer = state.dense_gradients.buffer
         buffer.mul_((state.clip_norm / (torch.linalg.vector_norm(buffer) + 1e-6)).clamp(max=1.0))
@@ -323,7 +369,7 @@ def _start_counting(state: TrainState, labels: Mapping[str, Tensor], sample_weig
     row_weight_BK = state.model.objectives.mask(labels).float()
     if sample_weight_B is not None:
         row_weight_BK = row_weight_BK * sample_weight_B[:, None]
-    rows = row_weight_BK.new_tensor([float(len(row_weight_BK))]) if sample_weight_B is None else sample_weight_B.sum()[None]
+    rows = row_weight_BK.new_full((1,), float(len(row_weight_BK))) if sample_weight_B is None else sample_weight_B.sum()[None]
     counts = torch.cat([row_weight_BK.sum(0), rows])
     return _Counting(row_weight_BK, counts, parallel.start_all_reduce_sum(counts))
 
@@ -355,6 +401,8 @@ def _balance(
     due = balancer.needs_gramian_at(state.step) or (state.balancing.log_gradients and state.step % balancer.every == 0)
     if isinstance(balancer.method, Static) and not balancer.needs_gramian and not due:
         # the weights do not depend on the losses: no reduction, no waiting
+        if state.flags.late and state.constant_weights_K is not None:
+            return state.constant_weights_K, None
         weights_K: Tensor = balancer(torch.zeros_like(share_K), None, state.step, active_K)
         return weights_K, None
     losses_K = parallel.all_reduce_sum(share_K.detach().clone())

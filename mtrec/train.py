@@ -8,7 +8,7 @@ What happens to an event (printed, logged, reported to Ray) is the caller's busi
 import dataclasses
 import json
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from mtrec import checkpoint, hang, parallel
+from mtrec.ahead import copy_ahead
 from mtrec.allocator import keep_freed_memory
 from mtrec.atomic import write_atomically
 from mtrec.batch import Batch
@@ -167,6 +168,7 @@ def train(
         progress = Progress()
         if resume_from is not None:
             checkpoint.load(resume_from.folder, state.tensors())
+            state.tables.forget_cached_rows()
             state.step = resume_from.step
             progress = Progress(**resume_from.state["progress"])
         elif run.info["warm_start"] is not None:
@@ -237,6 +239,7 @@ def _loop(
         reader = make_reader(run, data, progress)
         steps_per_epoch = reader.num_batches
         pin = state.device.type == "cuda"
+        pieces = deque[Piece](maxlen=2 if state.flags.late else 1)  # of the newest steps
         bad = bad_rows(experiment.data, data.num_rows, parallel.world_size())
         with closing(feed(reader, run.encoder, labels, experiment.data.sample_weight, pin=pin, bad=bad)) as fed:
             for piece, batch, upcoming in _with_upcoming(meter.waiting(fed), state.device):
@@ -246,25 +249,30 @@ def _loop(
                 if progress.next_batch == steps_per_epoch:
                     progress.epoch, progress.next_batch = progress.epoch + 1, 0
                 meter.add(result, batch.num_rows)
-                if state.step % config.log_every == 0 or state.step == total_steps:
-                    yield meter.event(state, progress, batch, total_steps)
-                if state.nonfinite_in_a_row >= config.max_nonfinite_steps:
-                    raise _not_finite(state, run, [path for path, _ in reader.sources(piece)])
+                pieces.append(piece)
                 epoch_ended = progress.next_batch == 0
                 ended = state.step >= total_steps
-                progress.to_validate = validation is not None and (
-                    _due(config.validate_every, state.step, epoch_ended) or ended
-                )
+                to_validate = validation is not None and (_due(config.validate_every, state.step, epoch_ended) or ended)
                 every = config.checkpoint_every or config.validate_every
+                to_save = _due(every, state.step, epoch_ended) or to_validate or ended
+                to_log = state.step % config.log_every == 0 or state.step == total_steps
+                if to_log or to_save or epoch_ended or state.stop:
+                    state.read_flags(wait=True)  # most of these wait for the device anyway
+                if to_log:
+                    yield meter.event(state, progress, batch, total_steps)
+                if state.nonfinite_in_a_row >= config.max_nonfinite_steps:
+                    bad_piece = pieces[state.known_step - state.step - 1]
+                    raise _not_finite(state, run, [path for path, _ in reader.sources(bad_piece)])
+                progress.to_validate = to_validate
                 # saved before it is validated: a validation that fails, or is killed, costs no training
-                if _due(every, state.step, epoch_ended) or progress.to_validate or ended or result.stop:
+                if to_save or state.stop:
                     folder = saver.save(state.tensors(), _state(run, state, progress), sample.files(state.model, state.device))
                     yield Saved(state.step, str(folder))
                     meter.restart()
-                if validation is not None and progress.to_validate and (ended or not result.stop):
+                if validation is not None and progress.to_validate and (ended or not state.stop):
                     yield _validate(run, state, validation, progress, saver)
                     meter.restart()
-                if result.stop:
+                if state.stop:
                     reason = "stopped"
                 elif _stops_early(progress, config.early_stopping):
                     reason = "early_stopping"
@@ -285,7 +293,7 @@ def _with_upcoming(fed: Iterator[Fed], device: torch.device) -> Iterator[tuple[P
     """The batches, on the device, each with the one that follows it (None after the last)."""
     here: tuple[Piece, Batch] | None = None
     for piece, batch in fed:
-        upcoming = batch.to(device)
+        upcoming = copy_ahead(batch, device)
         if here is not None:
             yield *here, upcoming
         here = piece, upcoming
@@ -341,9 +349,9 @@ def _not_finite(state: TrainState, run: Run, paths: Sequence[str]) -> NotFiniteE
     files = list(dict.fromkeys(paths))
     more = f" and {len(files) - 3} more" if len(files) > 3 else ""
     return NotFiniteError(
-        f"{state.nonfinite_in_a_row} steps in a row had a loss or gradient that is not finite (up to step {state.step}); they "
-        f"changed nothing. This worker's rows of the last one come from {', '.join(files[:3])}{more}: look at labels, weights "
-        f"and dense features there, or lower the learning rates. Checkpoints: {run.checkpoints}."
+        f"{state.nonfinite_in_a_row} steps in a row had a loss or gradient that is not finite (up to step {state.known_step}); "
+        f"they changed nothing. This worker's rows of the last one come from {', '.join(files[:3])}{more}: look at labels, "
+        f"weights and dense features there, or lower the learning rates. Checkpoints: {run.checkpoints}."
     )
 
 
@@ -352,7 +360,6 @@ class _Meter:
 
     def __init__(self, log_every: int) -> None:
         self._log_every = log_every
-        self._nonfinite = 0
         self.restart()
 
     def restart(self) -> None:
@@ -369,7 +376,6 @@ class _Meter:
 
     def add(self, result: StepResult, rows: int) -> None:
         self._rows += rows
-        self._nonfinite += not result.finite
         self._results = [*self._results[-self._log_every + 1 :], result] if self._log_every > 1 else [result]
 
     def event(self, state: TrainState, progress: Progress, batch: Batch, total_steps: int) -> Step:
@@ -392,7 +398,7 @@ class _Meter:
             learning_rate=state.schedules.dense_learning_rate(state.step - 1),
             rows_per_second=float(rows) / seconds,
             data_wait=self._waited / seconds,
-            nonfinite_steps=self._nonfinite,
+            nonfinite_steps=state.nonfinite_steps,
         )
         self.restart()
         return event

@@ -53,6 +53,7 @@ def warm_start(state: TrainState, run: Run, previous: Run) -> WarmStart:
     tensors = state.tensors()
     notes = [*run.encoder.changes]
     notes += _tables(tensors, run.encoder, previous.encoder, folder, shapes)
+    state.tables.forget_cached_rows()
     notes += _dense(tensors, run, previous, folder, shapes)
     return WarmStart(folder, tuple(notes))
 

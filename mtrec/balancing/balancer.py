@@ -159,6 +159,16 @@ class Balancer(nn.Module):
         """The weights of the last call (1 before the first), on the device and in the type of `like`; changes nothing."""
         return (self.weights_K * self.factors_K).to(like)
 
+    def constant(self) -> Tensor | None:
+        """(K,) float64: the weights of active tasks, where they depend on nothing that a step sees; else None.
+
+        >>> Balancer(Static(["click", "dwell"], weights={"dwell": 0.3}), ["click", "dwell"], max_weight=0.9).constant()
+        tensor([0.9000, 0.3000], dtype=torch.float64)
+        """
+        if not isinstance(self.method, Static) or self.needs_gramian or self.normalize:
+            return None
+        return self.method.weights_K.double().clamp(self.min_weight, self.max_weight)
+
     @torch.no_grad()
     def forward(self, losses_K: Tensor, gramian_KK: Tensor | None, step: int, active_K: Tensor) -> Tensor:
         """The weights (K,), on the device and in the type of `losses_K`.

@@ -3,7 +3,10 @@
 python pipelines/benchmark/gpu.py OUTPUT.json [--device cuda] [--work runs/gpu] [--rows 2000000] [--batch-sizes 4096,...]
 
 Correctness, fp32 without TF32, same seed on both devices: predictions of a batch (1e-4), weights after three steps (1e-4), if
-every table moved, and the metrics of one short run (1e-4). Then `mtrec bench` with stages compute and train for each batch size,
+every table moved, and the metrics of one short run (1e-4). On a GPU also: the same with half of the memory that the tables need,
+so that some lie in the host's memory behind a cache (UVM); and that a step makes the host wait nowhere: it returns while the
+device is still held up, and no line of mtrec synchronises (those of torchrec, on a stream of their own, are listed). Neither is
+done with `--device cpu`. Then `mtrec bench` with stages compute and train for each batch size,
 one worker, beside the yardstick on the same device. Prints a table, writes OUTPUT.json (hardware, versions, numbers); exit code
 1 where a check failed. `--device cpu` compares the CPU with itself: for a look at this script where there is no GPU.
 """
@@ -13,19 +16,25 @@ import dataclasses
 import itertools
 import json
 import sys
+import warnings
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import mtrec
 from mtrec import parallel
+from mtrec.ahead import copy_ahead
 from mtrec.batch import Batch
 from mtrec.bench.launches import Asked, about, bench
 from mtrec.config import apply_overrides, parse_experiment
 from mtrec.feed import feed
 from mtrec.labels import labels_of
 from mtrec.model import MultiTaskModel
+from mtrec.parallel import Memory
 from mtrec.run import Run, open_source, prepare
 from mtrec.step import TrainState, build_state, train_step
 from mtrec.synthetic import write_reference
@@ -34,6 +43,7 @@ from mtrec.yaml_tree import read_yaml
 
 REFERENCE = Path(__file__).parent / "reference.yaml"
 CHECKED_ROWS, CHECKED_BATCH, TOLERANCE = 65_536, 2_048, 1e-4
+HELD_CYCLES = 2_000_000_000  # of the device's clock: about a second
 
 
 def checked_run(work: Path, name: str, log: Path) -> Run:
@@ -57,23 +67,110 @@ def rows_of(state: TrainState) -> dict[str, Tensor]:
     }
 
 
-def stepped(run: Run, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
-    """(predictions of the first batch, dense weights after three steps, tables that did not move), on the CPU."""
+@dataclasses.dataclass(frozen=True)
+class Stepped:
+    """On the CPU: predictions of the first batch; dense weights and tables after three steps.
+
+    `still`: tables that did not move; `cached`: those in the host's memory; `again`: the largest difference between what is
+    looked up first, and once the initial rows were written again.
+    """
+
+    logits: dict[str, Tensor]
+    dense: dict[str, Tensor]
+    rows: dict[str, Tensor]
+    still: list[str]
+    cached: list[str]
+    again: float
+
+
+def fresh_state(run: Run, device: torch.device, memory: Memory | None = None) -> TrainState:
+    model = MultiTaskModel(run.experiment, run.encoder, run.labels, device)
+    options: dict[str, Any] = {"batch_size": CHECKED_BATCH, "total_steps": 100, "device": device, "memory": memory}
+    return build_state(run.experiment, model, run.labels, **options)
+
+
+def stepped(run: Run, device: torch.device, memory: Memory | None = None) -> Stepped:
+    """Three steps; `memory` for the tables, None: what there is."""
     with parallel.process_group(device):
-        model = MultiTaskModel(run.experiment, run.encoder, run.labels, device)
-        state = build_state(
-            run.experiment, model, run.labels, batch_size=CHECKED_BATCH, total_steps=100, device=device
-        )
-        batches = [batch.to(device) for batch in batches_of(run)]
+        state = fresh_state(run, device, memory)
+        model = state.model
+        batches = [batch.to(device, non_blocking=False) for batch in batches_of(run)]
         with torch.no_grad():
             logits = {name: each.cpu() for name, each in model(batches[0]).items()}
+            x_BD = model.embeddings(batches[0])
         before = rows_of(state)
         for batch in batches:
             train_step(state, batch)
+        state.read_flags(wait=True)
+        assert state.nonfinite_steps == 0, state.nonfinite_steps
         after = rows_of(state)
-        still = [name for name, table in after.items() if torch.equal(table, before[name])]
         dense = {name: each.detach().cpu().clone() for name, each in model.dense.named_parameters()}
-    return logits, dense, still
+        state.tables.initialise(run.experiment.seed)
+        with torch.no_grad():
+            again = float((model.embeddings(batches[0]) - x_BD).abs().max())
+        still = [name for name, table in after.items() if torch.equal(table, before[name])]
+        return Stepped(logits, dense, after, still, state.tables.cached(), again)
+
+
+def difference(here: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> float:
+    """The largest, of all tensors."""
+    return max(float((here[name] - there[name]).abs().max()) for name in here)
+
+
+def compared(here: Stepped, there: Stepped) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "predictions": difference(here.logits, there.logits),
+        "dense_weights_after_3_steps": difference(here.dense, there.dense),
+        "tables_after_3_steps": difference(here.rows, there.rows),
+        "lookups_after_initial_rows_again": there.again,
+    }
+    passed = all(number <= TOLERANCE for number in found.values())
+    still = sorted({*here.still, *there.still})
+    return found | {"tables_that_did_not_move": still, "passed": passed and not still}
+
+
+def host_memory_check(run: Run, here: Stepped, device: torch.device) -> dict[str, Any]:
+    """As many megabytes of the GPU as hold half of the tables: some have to lie in the host's memory."""
+    if device.type != "cuda":
+        return {"skipped": "needs a GPU"}
+    size = sum(rows.numel() * rows.element_size() for rows in here.rows.values())
+    there = stepped(run, device, Memory(size // 2, 4 * size))
+    found = compared(here, there) | {"tables_bytes": size, "tables_in_host_memory": there.cached}
+    return found | {"passed": found["passed"] and bool(there.cached)}
+
+
+def waiting_check(run: Run, device: torch.device) -> dict[str, Any]:
+    """Where the host waits in a step: {file:line: times in four steps}; and whether it does for what the device computes."""
+    if device.type != "cuda":
+        return {"skipped": "needs a GPU"}
+    with parallel.process_group(device):
+        state = fresh_state(run, device)
+        pinned = [batch.pin_memory() for batch in batches_of(run)]
+        ahead = itertools.pairwise(copy_ahead(batch, device) for batch in itertools.cycle(pinned))
+
+        def steps(count: int) -> None:
+            for batch, upcoming in itertools.islice(ahead, count):
+                train_step(state, batch, upcoming=upcoming)
+
+        steps(5)
+        torch.cuda.synchronize(device)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            steps(4)
+            torch.cuda.set_sync_debug_mode("default")
+        said = [each for each in caught if "synchronizing CUDA operation" in str(each.message)]
+        places = Counter(f"{each.filename}:{each.lineno}" for each in said)
+        torch.cuda.synchronize(device)
+        released = torch.cuda.Event()
+        torch.cuda._sleep(HELD_CYCLES)
+        released.record()
+        steps(1)
+        returned = not released.query()  # the step was handed over while the device had not begun it
+        torch.cuda.synchronize(device)
+    ours = [place for place in places if place.startswith(str(Path(mtrec.__file__).parent))]
+    found = {"places": dict(places), "places_in_mtrec": ours, "step_returns_while_the_device_is_held_up": returned}
+    return found | {"passed": returned and not ours}
 
 
 def metrics_of(run: Run, device: torch.device) -> dict[str, float]:
@@ -96,16 +193,14 @@ def check(work: Path, device: torch.device) -> dict[str, Any]:
     torch.backends.cuda.matmul.allow_tf32 = False
     here, there = torch.device("cpu"), device
     run = checked_run(work, "run-checked-cpu", log)
-    (logits, dense, still), (logits_there, dense_there, still_there) = stepped(run, here), stepped(run, there)
-    found: dict[str, Any] = {
-        "predictions": max(float((logits[name] - logits_there[name]).abs().max()) for name in logits),
-        "dense_weights_after_3_steps": max(float((dense[name] - dense_there[name]).abs().max()) for name in dense),
-        "tables_that_did_not_move": sorted({*still, *still_there}),
-    }
+    on_cpu = stepped(run, here)
+    found = compared(on_cpu, stepped(run, there))
     metrics, metrics_there = metrics_of(run, here), metrics_of(checked_run(work, "run-checked-device", log), there)
     found["metrics"] = max(abs(metrics[name] - metrics_there[name]) / max(1.0, abs(metrics[name])) for name in metrics)
-    numbers = [found[name] for name in ("predictions", "dense_weights_after_3_steps", "metrics")]
-    found["passed"] = all(number <= TOLERANCE for number in numbers) and not found["tables_that_did_not_move"]
+    found["host_memory"] = host_memory_check(run, on_cpu, there)
+    found["waiting"] = waiting_check(run, there)
+    parts = [found["host_memory"], found["waiting"]]
+    found["passed"] &= found["metrics"] <= TOLERANCE and all(part.get("passed", True) for part in parts)
     return found
 
 
