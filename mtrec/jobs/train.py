@@ -18,6 +18,7 @@ from mtrec.train import TrainingFailed
 
 WRITER = "writer.lock"  # held by rank 0: workers of a command that was killed live a moment longer than it
 WRITER_WAIT_SECONDS = 60.0
+ONE_ARENA = "1"  # of glibc, inherited by workers: they train in a thread, whose own arena gives freed memory back at every step
 LEAST_HEALTH_CHECK_SECONDS = 60  # a worker that computes may leave Ray's question for its health unanswered for a while
 
 
@@ -33,6 +34,7 @@ def connect() -> None:
     """Connects to the cluster of RAY_ADDRESS, or starts an embedded one."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("MALLOC_ARENA_MAX", ONE_ARENA)
     import ray
 
     if ray.is_initialized():
