@@ -249,6 +249,9 @@ def bench(
     rows: Annotated[int, typer.Option(help="of the reference log, written once into --work")] = 2_000_000,
     work: Annotated[Path, typer.Option(help="folder for data and prepared runs")] = Path("runs/bench"),
     architectures: Annotated[bool, typer.Option("--architectures", help="also train PLE and shared-bottom")] = False,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="also time torch-rechub and deepctr-torch, in an environment of their own in --work")
+    ] = False,
     set_: Overrides = None,
     json_: Annotated[Path | None, typer.Option("--json", help="write all numbers here")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="write the plot here")] = None,
@@ -269,6 +272,7 @@ def bench(
         overrides=set_ or (),
         json_file=json_,
         page_file=html,
+        peers=peers,
     )
 
 

@@ -9,10 +9,13 @@ from rich.console import Console
 
 from mtrec.atomic import write_atomically
 from mtrec.bench import Asked, bench
+from mtrec.bench.environment import check_experiment
 from mtrec.bench.launches import STAGE_NAMES
 from mtrec.bench.page import page
 from mtrec.bench.table import show
+from mtrec.config import apply_overrides, parse_experiment
 from mtrec.kinds import nearest
+from mtrec.yaml_tree import read_yaml
 
 REFERENCE = Path(__file__).parents[1] / "pipelines" / "benchmark" / "reference.yaml"
 
@@ -31,6 +34,7 @@ def launch_bench(
     overrides: Sequence[str],
     json_file: Path | None,
     page_file: Path | None,
+    peers: bool = False,
 ) -> None:
     """Raises ValueError naming the option for a stage, a device or a number that is not there or makes no sense."""
     for stage in stages:
@@ -41,11 +45,16 @@ def launch_bench(
             raise ValueError(f"--{option} should be at least 1. Found {value}.")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device should be cpu or cuda. Found '{device}'.")
+    if peers and device != "cpu":
+        raise ValueError(f"--peers times its libraries on the CPU. Found --device {device}; leave one of the two out.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a GPU and a CUDA build of torch. Found none; leave the option out to use the CPU.")
     experiment = experiment or REFERENCE
     if not experiment.is_file():
         raise ValueError(f"There is no experiment file '{experiment}'. Name one as the argument of `mtrec bench`.")
+    if peers:
+        tree = read_yaml(experiment.read_text(encoding="utf-8"), str(experiment))
+        check_experiment(parse_experiment(apply_overrides(tree, overrides), default_name=experiment.stem), experiment, rows)
     warmup = max(1, min(20, steps // 3))
     asked = Asked(
         experiment=experiment,
@@ -59,6 +68,7 @@ def launch_bench(
         rows=rows,
         architectures=architectures,
         overrides=tuple(overrides),
+        peers=peers,
     )
     to = Console()
     with to.status("prepares data and runs") as status:

@@ -1,9 +1,16 @@
 """`mtrec bench`: what follows from launches, wrong options, and one small real measurement."""
 
+import dataclasses
 import json
+import re
+import sys
+from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -11,8 +18,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from mtrec.architectures import ARCHITECTURES as KINDS
-from mtrec.bench.launches import ARCHITECTURES, Asked, Measurement, measurements, summary
+from mtrec.bench import launches
+from mtrec.bench.environment import PEERS, PINS, make_environment
+from mtrec.bench.launches import ARCHITECTURES, Asked, Measurement, bench, launch, measurements, prepare_variants, summary
 from mtrec.bench.page import page
+from mtrec.bench.peers.workload import Workload, read
 from mtrec.bench.stages import Phases
 from mtrec.bench.table import show
 from mtrec.cli import app
@@ -101,6 +111,9 @@ def test_phases_add_up_to_the_time_between_the_marks() -> None:
         (["--workers", "0"], "--workers should be at least 1. Found 0."),
         (["--device", "gpu"], "--device should be cpu or cuda. Found 'gpu'."),
         (["nowhere.yaml"], "There is no experiment file 'nowhere.yaml'"),
+        (["--peers", "--device", "cuda"], "--peers times its libraries on the CPU. Found --device cuda; leave one"),
+        (["--peers", "--rows", "9000"], "--peers needs 4 batches of 4,096: --rows of at least 16,384. Found 9,000."),
+        (["--peers", "--set", "model.architecture=ple"], "`model.architecture` of .* should be mmoe. Found ple. Leave"),
     ],
 )
 def test_wrong_options_are_named(options: list[str], message: str) -> None:
@@ -108,6 +121,145 @@ def test_wrong_options_are_named(options: list[str], message: str) -> None:
     assert isinstance(outcome.exception, ValueError)
     with pytest.raises(ValueError, match=message):
         raise outcome.exception
+
+
+def test_peers_need_the_columns_of_the_reference(tmp_path: Path) -> None:
+    tree = yaml.safe_load(REFERENCE.read_text())
+    tree["features"] = {name: tree["features"][name] for name in ("c0", "c1", "items", "d0")}
+    del tree["tasks"]["dwell"]
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(tree))
+    outcome = CliRunner().invoke(app, ["bench", str(tmp_path / "own.yaml"), "--peers", "--work", str(tmp_path / "work")])
+    assert isinstance(outcome.exception, ValueError)
+    with pytest.raises(ValueError, match=r"own.yaml' has no features or labels c2, c3, c4, c5 and 33 more. Leave --peers out"):
+        raise outcome.exception
+    assert not (tmp_path / "work").exists()
+
+
+def test_peers_are_measured_where_they_are_asked_for() -> None:
+    asked = Asked(Path("e.yaml"), Path("work"), stages=("train",))
+    names = [each.name for each in measurements(asked)]
+    with_peers = [each.name for each in measurements(dataclasses.replace(asked, peers=True))]
+    assert with_peers == [*names, "torch-rechub", "deepctr-torch", "torch-rechub predict", "deepctr-torch predict"]
+
+
+def test_peers_stand_beside_the_others_in_ratios_table_and_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    speeds = {"torch-rechub": (10.0, 30.0), "deepctr-torch": (8.0, 60.0)}
+    launched: list[str] = []
+
+    def fake(each: Measurement, run: Path, asked: Asked) -> dict[str, Any]:
+        launched.append(each.name)
+        if each.name == "ceilings":
+            return dict(CEILINGS)
+        if each.stage == "peer":
+            train, predict = speeds[each.name]
+            return {"rows_per_second": train, "score_rows_per_second": predict}
+        return {"rows_per_second": 120.0}
+
+    monkeypatch.setattr(launches, "launch", fake)
+    monkeypatch.setattr(launches, "make_environment", lambda folder: launched.append(folder.name))
+    monkeypatch.setattr(launches, "prepare_variants", lambda asked, wanted: {each.variant: Path("run") for each in wanted})
+    monkeypatch.setattr(launches, "_floor", lambda *arguments: 240.0)
+    asked = Asked(Path("e.yaml"), tmp_path, stages=("train", "score"), rounds=2, peers=True)
+    found = bench(asked, lambda line: None)
+    assert launched[0] == "peers-env"
+    assert [launched.count(name) for name in ("torch-rechub", "deepctr-torch", "torch-rechub predict")] == [2, 2, 0]
+    assert launched[-1] == "ceilings"  # the second round goes the other way
+    assert found["ratios"]["train bf16, 2 workers / torch-rechub"]["values"] == [12.0, 12.0]
+    assert found["ratios"]["train fp32, 2 workers / deepctr-torch"]["median"] == 15.0
+    assert found["ratios"]["score bf16, 2 workers / torch-rechub predict"]["median"] == 4.0
+    assert found["stages"]["deepctr-torch predict"]["rows_per_second"]["median"] == 60.0
+    assert "score_rows_per_second" not in found["stages"]["deepctr-torch"]
+    assert found["about"]["versions"]["torch-rechub"] == PINS["torch-rechub"]
+    to = Console(record=True, width=140, file=open("/dev/null", "w"))  # noqa: SIM115 - rich writes there
+    show(found, to)
+    for text in (to.export_text(), page(found)):
+        assert "score bf16, 2 workers / deepctr-torch predict" in text
+        assert f"deepctr-torch {PINS['deepctr-torch']}: as they come" in text
+
+
+@pytest.fixture
+def fake_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Makes `-m venv` give an interpreter whose pip notes its arguments and fails at a package; gives the notes' place."""
+
+    def make(fails_at: str) -> Path:
+        python, notes = tmp_path / "python", tmp_path / "notes"
+        python.write_text(
+            f"""#!/bin/sh
+if [ "$2" = venv ]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; exit; fi
+echo "$@" >>{notes}
+case "$*" in *"{fails_at}"*) echo "ERROR: No matching distribution found for {fails_at}"; exit 1 ;; esac
+"""
+        )
+        python.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(python))
+        return notes
+
+    return make
+
+
+def test_the_environment_of_the_peers_is_made_once(tmp_path: Path, fake_python: Callable[[str], Path]) -> None:
+    notes, folder = fake_python("nothing"), tmp_path / "peers-env"
+    make_environment(folder)
+    calls = notes.read_text().splitlines()
+    torch_pin = f"torch=={metadata.version('torch')}"  # the one that runs here, never a newer one
+    assert [call.split()[-1] for call in calls if " torch==" in call] == [torch_pin] * (len(calls) - 1)
+    assert f" --no-deps torch-rechub=={PINS['torch-rechub']} deepctr-torch=={PINS['deepctr-torch']} " in calls[-1]
+    make_environment(folder)
+    assert len(notes.read_text().splitlines()) == len(calls)
+    (folder / "installed.txt").write_text("torch-rechub==0.1\n")
+    make_environment(folder)
+    assert len(notes.read_text().splitlines()) == 2 * len(calls)
+
+
+@pytest.mark.parametrize("package", ["torch", "torch-rechub", "deepctr-torch"])
+def test_what_pip_cannot_install_is_named(tmp_path: Path, fake_python: Callable[[str], Path], package: str) -> None:
+    pin = f"{package}=={({'torch': metadata.version('torch')} | PINS)[package]}"
+    fake_python(pin)
+    message = rf"pip could not install what --peers needs: No matching .* {re.escape(pin)} .*\nRun it again where"
+    with pytest.raises(ValueError, match=message):
+        make_environment(tmp_path / "peers-env")
+    assert not (tmp_path / "peers-env" / "installed.txt").exists()  # the next call begins anew
+
+
+def test_a_peer_is_told_the_workload_and_run_by_its_own_interpreter(tmp_path: Path) -> None:
+    batch = "data.batch_size=64"
+    asked = Asked(REFERENCE, tmp_path, rows=1_000, steps=40, warmup=13, overrides=(batch,), peers=True)
+    each = next(one for one in measurements(asked) if one.name == "deepctr-torch")
+    run = prepare_variants(asked, [each])["fp32"]
+    python = asked.environment / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        f"""#!/bin/sh
+echo "$1 $2 $PYTHONPATH" >{tmp_path}/called
+echo "$3" >{tmp_path}/spec.json
+echo '{{"rows_per_second": 9000.0, "score_rows_per_second": 70000.0}}' >"$4"
+"""
+    )
+    python.chmod(0o755)
+    assert launch(each, run, asked) == {"rows_per_second": 9000.0, "score_rows_per_second": 70000.0}
+    peers = Path(launches.__file__).parent
+    assert (tmp_path / "called").read_text().split() == ["-m", f"peers.{PEERS['deepctr-torch']}", str(peers)]
+    assert (peers / "peers" / f"{PEERS['deepctr-torch']}.py").is_file()
+
+    work = Workload(**json.loads((tmp_path / "spec.json").read_text()))
+    assert (work.ids["c0"], work.ids["c25"], work.lists) == (102, 1_000_002, {"items": 50_002})
+    assert (work.embedding_dim, work.num_experts, work.expert_layers, work.tower_layers) == (16, 4, [256, 128], [64])
+    assert (work.batch_size, work.warmup, work.steps) == (64, 3, 12)  # 1,000 rows are 15 batches
+    rows = read(work)
+    assert rows.labels.shape == (15 * 64, 3)
+    assert rows.labels.dtype == np.float32
+    assert np.isfinite(rows.labels).all()
+    items = rows.features["list_items"]
+    assert items.shape == (15 * 64, rows.longest("list_items"))
+    logged = pq.read_table(work.files[0])
+    for row in range(5):
+        there = logged["items"][row].as_py()
+        assert items[row].tolist() == [1 + value % 50_001 for value in there] + [0] * (items.shape[1] - len(there))
+        assert rows.features["c25"][row] == logged["c25"][row].as_py()
+
+    python.write_text("#!/bin/sh\necho 'No module named torch_rechub'; exit 1\n")
+    with pytest.raises(RuntimeError, match=r"(?s)The stage deepctr-torch failed:.*No module named torch_rechub"):
+        launch(each, run, asked)
 
 
 @pytest.mark.slow

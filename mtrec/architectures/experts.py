@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mtrec.architectures.products import linear, linears
+from mtrec.architectures.products import linear, linears, reads_gaps
 from mtrec.dropout import Dropout, keep_mask
 
 
@@ -70,14 +70,15 @@ class BatchedLinear(nn.Module):
         if x.dim() == 2:  # one product with all maps side by side; the result is a view, its rows N * out apart
             bias = None if self.bias is None else self.bias.flatten()
             flat = linear(x, self.weight.flatten(0, 1), bias, relu)
-            return packed(flat.view(-1, num_maps, output_dim).transpose(0, 1))
+            by_map = flat.view(-1, num_maps, output_dim).transpose(0, 1)
+            return by_map if reads_gaps(x) else packed(by_map)
         groups = x.shape[0]
         weight = self.weight.view(groups, num_maps // groups * output_dim, -1)
         grouped = linears(x, weight, None if self.bias is None else self.bias.view(groups, -1), relu)
         if groups == num_maps:
             return grouped
-        by_map = grouped.view(groups, -1, num_maps // groups, output_dim).transpose(1, 2)
-        return by_map.reshape(num_maps, x.shape[1], output_dim)  # a copy: no single stride leads from map to map
+        several = grouped.view(groups, -1, num_maps // groups, output_dim).transpose(1, 2)
+        return several.reshape(num_maps, x.shape[1], output_dim)  # a copy: no single stride leads from map to map
 
     def flops_per_row(self) -> int:
         """2 x the number of weights."""

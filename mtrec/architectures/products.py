@@ -34,7 +34,10 @@ def linear(x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, relu: 
     >>> linear(torch.ones(2, 3), torch.ones(4, 3), torch.full((4,), -5.0), relu=True).tolist()
     [[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
     """
+    x_BI, weight_OI, bias_O = _cast(x_BI, weight_OI, bias_O)
     if _takes(x_BI, weight_OI):
+        if not torch.is_grad_enabled():
+            return _product(x_BI, weight_OI, bias_O, relu)
         found: Tensor = _Linear.apply(x_BI, weight_OI, bias_O, relu)
         return found
     y_BO = functional.linear(x_BI, weight_OI, bias_O)
@@ -47,7 +50,10 @@ def linears(x_NBI: Tensor, weight_NOI: Tensor, bias_NO: Tensor | None = None, re
     >>> linears(torch.ones(2, 1, 3), torch.ones(2, 1, 3) * torch.tensor([1.0, 2.0])[:, None, None]).flatten().tolist()
     [3.0, 6.0]
     """
+    x_NBI, weight_NOI, bias_NO = _cast(x_NBI, weight_NOI, bias_NO)
     if _takes(x_NBI, weight_NOI):
+        if not torch.is_grad_enabled():
+            return _products(x_NBI, weight_NOI, bias_NO, relu)
         found: Tensor = _Linears.apply(x_NBI, weight_NOI, bias_NO, relu)
         return found
     weight_NIO = weight_NOI.transpose(1, 2)
@@ -55,24 +61,46 @@ def linears(x_NBI: Tensor, weight_NOI: Tensor, bias_NO: Tensor | None = None, re
     return y_NBO.relu_() if relu else y_NBO
 
 
+def reads_gaps(x: Tensor) -> bool:
+    """Whether products of `x`, in bf16 too, go through oneDNN as they are: without a gradient gaps between rows cost nothing."""
+    return _LINEAR is not None and x.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What autocast would do, where oneDNN is called past it: without a gradient."""
+    if not (reads_gaps(x) and torch.is_autocast_enabled("cpu")):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype("cpu")
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
 def _takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN computes this product: fp32 on a CPU, not under autocast, and of a size at which it is the faster one."""
+    """Whether oneDNN computes this product: on a CPU, of a size at which it is the faster one, and in fp32; in bf16 (in which
+    torch calls it, too) without a gradient only: it adds the ReLU, and the backward pass gains nothing.
+    """
     outputs, inputs = weight.shape[-2:]
+    half = x.dtype == torch.bfloat16 and reads_gaps(x)
     return (
         _LINEAR is not None
         and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
+        and x.dtype == weight.dtype
+        and (half or (x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")))
         and min(x.shape[-2], inputs, outputs) >= _LEAST_SIZE
         and x.shape[-2] * inputs * outputs >= _LEAST_PRODUCTS
     )
 
 
 def _product(x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, relu: bool = False) -> Tensor:
-    """x W^T + b. Both are contiguous or the transpose of what is: for other strides oneDNN may have no fast kernel."""
+    """x W^T + b. Rows may have gaps; a transpose must be one of what has none: for it oneDNN may have no fast kernel."""
     assert _LINEAR is not None
     found: Tensor = _LINEAR(x_BI, weight_OI, bias_O, "relu" if relu else "none", [], "")
     return found
+
+
+def _products(x_NBI: Tensor, weight_NOI: Tensor, bias_NO: Tensor | None, relu: bool) -> Tensor:
+    """One after the other, which a core runs faster than MKL's batched product."""
+    biases = [None] * len(x_NBI) if bias_NO is None else list(bias_NO)
+    return torch.stack([_product(*each, relu) for each in zip(x_NBI, weight_NOI, biases, strict=True)])
 
 
 class _Linear(torch.autograd.Function):
@@ -100,13 +128,12 @@ class _Linear(torch.autograd.Function):
 
 
 class _Linears(torch.autograd.Function):
-    """`linears` in fp32 on a CPU: N products one after the other, which a core runs faster than MKL's batched one."""
+    """`linears` in fp32 on a CPU."""
 
     @staticmethod
     def forward(context: Any, x_NBI: Tensor, weight_NOI: Tensor, bias_NO: Tensor | None, relu: bool) -> Tensor:
         x_NBI, weight_NOI = x_NBI.contiguous(), weight_NOI.contiguous()
-        biases = [None] * len(x_NBI) if bias_NO is None else list(bias_NO)
-        y_NBO = torch.stack([_product(*each, relu) for each in zip(x_NBI, weight_NOI, biases, strict=True)])
+        y_NBO = _products(x_NBI, weight_NOI, bias_NO, relu)
         context.save_for_backward(x_NBI, weight_NOI, y_NBO if relu else None)
         return y_NBO
 

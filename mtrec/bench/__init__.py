@@ -3,6 +3,7 @@
     stages.py     what one launched process measures        yardstick.py   the bare loop that speeds are ratios to
     launches.py   interleaved launches, medians, ratios     floor.py       measured rates of products and gathers
     page.py       the plot                                  table.py       the table in the terminal
+    peers/        other libraries, in environment.py's venv
 """
 
 from mtrec.bench.launches import Asked, bench

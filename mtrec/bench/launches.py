@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import yaml
 
+from mtrec.bench.environment import PEERS, interpreter, make_environment, versions_of_peers, workload
 from mtrec.bench.floor import floor_rows_per_second
 from mtrec.config import apply_overrides, parse_experiment
 from mtrec.model import MultiTaskModel
@@ -54,6 +55,7 @@ class Asked:
         steps, warmup: timed and untimed steps of a launch.
         rows: of the reference log.
         overrides: of the experiment, as `mtrec train --set`.
+        peers: also time torch-rechub and deepctr-torch, in an environment of their own in `work`.
     """
 
     experiment: Path
@@ -67,6 +69,12 @@ class Asked:
     rows: int = 2_000_000
     architectures: bool = False
     overrides: tuple[str, ...] = ()
+    peers: bool = False
+
+    @property
+    def environment(self) -> Path:
+        """Of the peers."""
+        return self.work / "peers-env"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +90,11 @@ class Measurement:
 def counted(workers: int) -> str:
     """`1 worker`, `2 workers`."""
     return f"{workers} worker{'s' if workers > 1 else ''}"
+
+
+def predictions(peer: str) -> str:
+    """`torch-rechub predict`: what the same launch of a peer measures after its training."""
+    return f"{peer} predict"
 
 
 def measurements(asked: Asked) -> list[Measurement]:
@@ -104,6 +117,8 @@ def measurements(asked: Asked) -> list[Measurement]:
             if many > 1:
                 found.append(Measurement(f"{stage} bf16, 1 worker", stage, "bf16"))
     if every or "score" in wanted:
+        if not every and "train" not in wanted:  # whose checkpoint is scored with
+            found.append(Measurement(f"train bf16, {counted(many)}", "train", "bf16", many))
         found.append(Measurement(f"score bf16, {counted(many)}", "score", "bf16", many))
     if every or "startup" in wanted:
         found += [
@@ -118,6 +133,9 @@ def measurements(asked: Asked) -> list[Measurement]:
             for kind in ARCHITECTURES
             if kind != "mmoe"
         ]
+    if asked.peers:
+        found += [Measurement(name, "peer", "fp32") for name in PEERS]
+        found += [Measurement(predictions(name), "peer_predict", "fp32") for name in PEERS]
     return found
 
 
@@ -168,26 +186,32 @@ def launch(each: Measurement, run: Path, asked: Asked) -> dict[str, Any]:
     """Starts the processes of one measurement and returns what rank 0 found; scoring's speeds are added up."""
     if each.stage in COMMANDS:
         return {"seconds": COMMANDS[each.stage](asked)}
-    spec = {
+    threads = os.cpu_count() if each.stage in ("yardstick", "peer") else 1
+    spec: dict[str, Any] = {
         "stage": each.stage,
         "run": str(run),
         "device": asked.device,
         "steps": asked.steps,
         "warmup": asked.warmup,
-        "threads": os.cpu_count() if each.stage == "yardstick" else 1,
+        "threads": threads,
         "files": 4,
         "work": str(asked.work),
         "batch_size": 4096,
         "launched": time.time(),
     }
-    module = RAY_STAGES.get(each.stage, "mtrec.bench.stages")
+    command = [sys.executable, "-m", RAY_STAGES.get(each.stage, "mtrec.bench.stages")]
+    own: dict[str, str] = {}
+    if each.stage == "peer":
+        spec = workload(open_run(run), asked.warmup, asked.steps, asked.rows)
+        command = [str(interpreter(asked.environment)), "-m", f"peers.{PEERS[each.name]}"]
+        own = {"PYTHONPATH": str(Path(__file__).parent)}
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
         processes = []
         for rank in range(each.workers):
-            environment = {**os.environ, "OMP_NUM_THREADS": str(spec["threads"])}
+            environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **own}
             if each.workers > 1:
                 environment |= {
                     "RANK": str(rank),
@@ -196,9 +220,9 @@ def launch(each: Measurement, run: Path, asked: Asked) -> dict[str, Any]:
                     "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port),
                 }
-            command = [sys.executable, "-m", module, json.dumps(spec), f"{folder}/found"]
             with Path(folder, f"said{rank}").open("w") as said:  # a file: a pipe that nobody reads stops who writes to it
-                processes.append(subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT))
+                whole = [*command, json.dumps(spec), f"{folder}/found"]
+                processes.append(subprocess.Popen(whole, env=environment, stdout=said, stderr=subprocess.STDOUT))
         for rank, process in enumerate(processes):
             if process.wait():
                 raise RuntimeError(f"The stage {each.name} failed:\n{Path(folder, f'said{rank}').read_text()}")
@@ -249,13 +273,19 @@ COMMANDS: dict[str, Callable[[Asked], float]] = {
 def bench(asked: Asked, say: Callable[[str], None]) -> dict[str, Any]:
     """Runs all rounds; the result is what `--json` writes."""
     wanted = measurements(asked)
+    if asked.peers:
+        say(f"environment of {', '.join(f'{name} {version}' for name, version in versions_of_peers().items())}")
+        make_environment(asked.environment)
     runs = prepare_variants(asked, wanted)
     rounds: list[dict[str, dict[str, Any]]] = []
+    launched = [each for each in wanted if each.stage != "peer_predict"]
     for number in range(asked.rounds):
         found = {}
-        for each in wanted if number % 2 == 0 else wanted[::-1]:
+        for each in launched if number % 2 == 0 else launched[::-1]:
             say(f"round {number + 1} of {asked.rounds}: {each.name}")
             found[each.name] = launch(each, runs[each.variant], asked)
+            if each.stage == "peer":
+                found[predictions(each.name)] = {"rows_per_second": found[each.name].pop("score_rows_per_second")}
         rounds.append(found)
     return summary(asked, wanted, runs, rounds)
 
@@ -324,6 +354,8 @@ def _ratios(asked: Asked, rounds: Sequence[dict[str, dict[str, Any]]]) -> dict[s
         ("encode", "decode"),
         ("encode", "Ray Data iter_torch_batches"),
         (f"score bf16, {counted(many)}", "yardstick"),
+        *((f"train {kind}, {counted(many)}", peer) for peer in PEERS for kind in ("bf16", "fp32")),
+        *((f"score bf16, {counted(many)}", predictions(peer)) for peer in PEERS),
     ]
     return {
         f"{one} / {other}": [r[one]["rows_per_second"] / r[other]["rows_per_second"] for r in rounds]
@@ -351,7 +383,7 @@ def about(asked: Asked) -> dict[str, Any]:
         "processor": ", ".join(sorted(names)) or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "gpu": gpu,
-        "versions": versions(),
+        "versions": {**versions(), **(versions_of_peers() if asked.peers else {})},
         "rounds": asked.rounds,
         "steps": asked.steps,
         "rows": asked.rows,

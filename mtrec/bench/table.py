@@ -37,7 +37,7 @@ def show(found: Mapping[str, Any], to: Console) -> None:
 
 
 def notes(found: Mapping[str, Any]) -> list[str]:
-    """Ceilings, waiting, memory and startup, a line each."""
+    """Ceilings, waiting, memory, peers and startup, a line each."""
     ceilings = found["ceilings"]
     lines = [
         f"ceilings, one process: {ceilings['fp32_flops'] / 1e9:,.0f} GFLOP/s fp32, {ceilings['bf16_flops'] / 1e9:,.0f} bf16, "
@@ -49,6 +49,9 @@ def notes(found: Mapping[str, Any]) -> list[str]:
                 f"{name}: data wait {each['data_wait']['median']:.1%}, peak memory of a worker "
                 f"{each['peak_bytes']['median'] / 1e6:,.0f} MB"
             )
+    versions = found["about"]["versions"]
+    if peers := [f"{name} {versions[name]}" for name, each in found["stages"].items() if each["stage"] == "peer"]:
+        lines.append(f"{', '.join(peers)}: as they come, fp32, from memory, one process on all cores")
     for name, each in found.get("startup", {}).items():
         lines.append(f"{name}: {each['median']:.2f} s ({each['low']:.2f} to {each['high']:.2f})")
     if "idle_worker_bytes" in found:
