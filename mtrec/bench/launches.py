@@ -212,7 +212,7 @@ def launch(each: Measurement, run: Path, asked: Asked) -> dict[str, Any]:
         processes = []
         for rank in range(each.workers):
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **own}
-            if each.workers > 1:
+            if each.workers > 1 and each.stage != "score":  # a scoring process holds all tables, and knows no others
                 environment |= {
                     "RANK": str(rank),
                     "WORLD_SIZE": str(each.workers),
@@ -221,7 +221,8 @@ def launch(each: Measurement, run: Path, asked: Asked) -> dict[str, Any]:
                     "MASTER_PORT": str(port),
                 }
             with Path(folder, f"said{rank}").open("w") as said:  # a file: a pipe that nobody reads stops who writes to it
-                whole = [*command, json.dumps(spec), f"{folder}/found"]
+                part = {} if each.stage == "peer" else {"part": rank, "parts": each.workers}
+                whole = [*command, json.dumps(spec | part), f"{folder}/found"]
                 processes.append(subprocess.Popen(whole, env=environment, stdout=said, stderr=subprocess.STDOUT))
         for rank, process in enumerate(processes):
             if process.wait():
