@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "mtrec"
 
 # From the bottom to the top; the modules of one line do not import each other. A new module is written in here.
 LAYERS = [
-    ["versions", "kinds", "yaml_tree", "stopping", "locking", "mirror", "atomic", "hang", "allocator", "shared_memory"],
+    ["versions", "kinds", "yaml_tree", "stopping", "locking", "mirror", "atomic", "hang", "allocator", "shared_memory", "flags"],
     ["synthetic"],
     ["features"],
     ["batch"],
@@ -32,7 +32,7 @@ LAYERS = [
     ["balancing"],
     ["metrics"],
     ["config"],
-    ["feed"],
+    ["feed", "ahead"],
     ["labels"],
     ["embeddings"],
     ["model"],
