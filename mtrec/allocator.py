@@ -5,6 +5,7 @@ import os
 import platform
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
+ONE_ARENA = "1"  # MALLOC_ARENA_MAX of Ray's workers: they train in a thread, whose own arena gives freed memory back each step
 LARGEST_KEPT = 64 << 20
 KEPT_AT_THE_END = 256 << 20
 
@@ -13,8 +14,9 @@ def keep_freed_memory() -> bool:
     """Lets glibc keep blocks of up to 64 MiB, and 256 MiB at the end of its heap, when they are freed; whether it does now.
 
     By itself it gives large activations back to the kernel at the end of a backward pass, and the next step gets them page
-    by page, each cleared: up to a sixth of a step. Threads that begin later share the main heap: those of their own give back
-    whatever lies in 64 MiB that are free. (A Ray worker trains in a thread that is there before: `ONE_ARENA` of jobs/train.py.)
+    by page, each cleared: up to a sixth of a step. Threads that begin later share the main heap while few have one of their
+    own, which would give back whatever lies in 64 MiB that are free. (A Ray worker trains in a thread that is there before:
+    `ONE_ARENA`.)
     Nothing is changed on other C libraries, nor where the environment already tunes glibc (a variable MALLOC_..._,
     GLIBC_TUNABLES): MALLOC_TRIM_THRESHOLD_=131072 switches this off.
     """

@@ -133,7 +133,7 @@ def _without(piece: Piece, rows: NDArray[np.int64]) -> Piece:
         stream_rows.append(int(kept[start : start + count].sum()))
         start += count
     start = 0
-    for part, cut in zip(piece.parts, piece.cuts, strict=True):
+    for part, cut in zip(piece.parts, piece.cuts or (), strict=True):
         kept_here = kept[start : start + len(part.rows)]
         start += len(part.rows)
         parts.append(part._replace(rows=part.rows[kept_here]))
@@ -170,7 +170,8 @@ def feed(
 
     def batch_of(piece: Piece) -> Fed:
         examples, before = [], 0
-        for number in range(len(piece.cuts)):
+        for number in range(len(piece.parts)):
+            assert piece.cuts is not None
             cut = piece.cuts[number]
             if cut.prepared is not None:
                 examples.append((cut.prepared, cut.start, cut.stop))
@@ -181,11 +182,14 @@ def feed(
         if not examples:
             examples = [(make_examples(piece.record_batch, encoder, labels, sample_weight), 0, 0)]
         batch = join_examples(examples, encoder, piece.stream_rows)
+        if not keep_rows:
+            piece = dataclasses.replace(piece, cuts=None)
         return Fed(piece, batch.pin_memory() if pin else batch)
 
     def _encoded(piece: Piece, number: int, before: int) -> tuple[Piece, Examples]:
         """Cut `number`, which begins `before` rows into the piece, and the piece without its bad rows."""
         while True:
+            assert piece.cuts is not None
             rows = piece.cuts[number].rows
             assert rows is not None
             try:

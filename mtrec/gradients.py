@@ -11,6 +11,7 @@ What each place sees:
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mtrec import parallel
+from mtrec.architectures.products import towards_inputs
 from mtrec.balancing import make_balancer
 from mtrec.config import Experiment
 from mtrec.model import DensePart, task_specs
@@ -43,7 +45,8 @@ class TaskGradients:
         missing = [*(self.parameters if self.dense_KP is None else ()), *([self.leaf_BD] if self.x_KBD is None else ())]
         taken: list[Tensor] = []
         if missing:
-            taken += torch.autograd.grad(torch.dot(weights_K, self.share_K), missing, materialize_grads=True)
+            with towards_inputs() if self.dense_KP is not None else nullcontext():
+                taken += torch.autograd.grad(torch.dot(weights_K, self.share_K), missing, materialize_grads=True)
         if self.x_KBD is None:
             x_BD = taken.pop()
         else:
@@ -78,7 +81,8 @@ def task_gradients(
 
 def representation_gradients(share_K: Tensor, leaf_BD: Tensor, parameters: Sequence[nn.Parameter]) -> TaskGradients:
     """Takes one pass a task down to x_BD, none of them to the parameters; keeps the graph."""
-    x_KBD = [torch.autograd.grad(share, leaf_BD, retain_graph=True)[0] for share in share_K]
+    with towards_inputs():
+        x_KBD = [torch.autograd.grad(share, leaf_BD, retain_graph=True)[0] for share in share_K]
     return TaskGradients(share_K, leaf_BD, parameters, None, x_KBD)
 
 

@@ -164,14 +164,14 @@ class Piece:
     Attributes:
         epoch: the epoch, from 0.
         index: the number of the global batch in the epoch, from 0.
-        cuts: the rows that `where` left, window by window; may have none.
+        cuts: the rows that `where` left, window by window, may have none; None where they were let go (they hold whole windows).
         stream_rows: rows of each stream that this rank owns, in order; adds up to the rows of `cuts`.
         parts: where the rows of each cut come from, in their order; see `Reader.locate`.
     """
 
     epoch: int
     index: int
-    cuts: tuple[Cut, ...] = field(repr=False)
+    cuts: tuple[Cut, ...] | None = field(repr=False)
     stream_rows: tuple[int, ...]
     parts: tuple[Part, ...] = field(repr=False)
     schema: pa.Schema = field(repr=False)
@@ -179,8 +179,8 @@ class Piece:
     @cached_property
     def record_batch(self) -> pa.RecordBatch:
         """The rows as they are in the files. Raises ValueError where the reader was not told to keep them."""
-        batches = [cut.rows for cut in self.cuts if cut.rows is not None]
-        if len(batches) < len(self.cuts):
+        batches = [cut.rows for cut in self.cuts or () if cut.rows is not None]
+        if self.cuts is None or len(batches) < len(self.cuts):
             raise ValueError("`keep_rows` should be set where the rows of a piece are read beside what is prepared of them.")
         if not batches:  # the owned streams are one row shorter than others, and at their end
             return pa.RecordBatch.from_pylist([], self.schema)

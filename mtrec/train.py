@@ -147,7 +147,7 @@ def train(
     torch.set_num_threads(config.threads_per_worker)
     keep_freed_memory()
     if config.deterministic and device.type == "cpu":
-        torch.use_deterministic_algorithms(True)
+        be_deterministic()
     seconds = config.collective_timeout_seconds
     with hang.hangs_named(seconds), parallel.process_group(device, seconds, share_memory=config.exchange == "auto"):
         _check_world(experiment.data.num_streams)
@@ -180,6 +180,12 @@ def train(
             if not hang.timed_out(error):
                 saver.finish()  # what is being saved counts, although a validation, say, cannot be done
             raise
+
+
+def be_deterministic() -> None:
+    """Algorithms that give the same bits at every run. Memory that is about to be written is not filled with NaN before."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _check_world(num_streams: int) -> None:

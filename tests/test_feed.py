@@ -127,6 +127,7 @@ def test_rows_are_dropped_unless_they_are_kept(tmp_path: Path) -> None:
     data = open_dataset(Source(str(tmp_path)), columns, place="data.train")
     piece, batch = next(iter(feed(Reader(data, columns, batch_size=8, num_streams=4), encoder, LABELS, "weight")))
     assert batch.num_rows == 8
+    assert piece.cuts is None
     with pytest.raises(ValueError, match="`keep_rows` should be set"):
         _ = piece.record_batch
 

@@ -63,6 +63,38 @@ def test_fp32_on_a_cpu_goes_through_onednn_also_for_inputs_with_gaps() -> None:
         assert linear(wide[:, :45], weight).dtype == torch.bfloat16
 
 
+@needs_onednn
+@pytest.mark.parametrize("graded", [False, True])
+def test_a_nan_stays_one_through_a_relu(graded: bool) -> None:
+    weight = drawn(64, 45)
+    weight[3, 4] = torch.nan
+    with torch.set_grad_enabled(graded):
+        found = linear(drawn(300, 45), weight, relu=True)
+    assert bool(found[:, 3].isnan().all())
+    assert not bool(found[:, :3].isnan().any())
+
+
+@needs_onednn
+def test_a_pass_towards_inputs_computes_no_gradient_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = drawn(300, 45).requires_grad_(), drawn(64, 45).requires_grad_()
+    y = linear(x, weight).sum()
+    (exact,) = torch.autograd.grad(y, x, retain_graph=True)
+    shapes: list[tuple[int, ...]] = []
+    real = products._product
+
+    def counted(*arguments: Tensor) -> Tensor:
+        shapes.append(tuple(arguments[0].shape))
+        return real(*arguments)
+
+    monkeypatch.setattr(products, "_product", counted)
+    with products.towards_inputs():
+        (found,) = torch.autograd.grad(y, x, retain_graph=True)
+    assert torch.equal(found, exact)
+    assert shapes == [(300, 64)]
+    torch.autograd.grad(y, weight)
+    assert (64, 300) in shapes
+
+
 def test_it_can_be_switched_off() -> None:
     code = "from mtrec.architectures import products; print(products._LINEAR)"
     environment = {**os.environ, "MTREC_ONEDNN": "0"}

@@ -19,7 +19,8 @@ def packed(x: Tensor) -> Tensor:
     """`x`, contiguous where a batched product would copy it anyway.
 
     On the CPU, oneDNN's bf16 products copy an operand with gaps between its rows at each use, forward and backward
-    (an MMoE of 4 x [256, 128] took 1.7 times as long, measured); fp32 products (MKL) and CUDA's read it as it is.
+    (an MMoE of 4 x [256, 128] took 1.7 times as long, measured); fp32 products (`products.linears`, which copies once) and
+    CUDA's take it as it is.
     """
     return x.contiguous() if x.device.type == "cpu" and x.dtype != torch.float32 else x
 

@@ -9,6 +9,9 @@ Letters in shapes: B rows, N maps, I inputs, O outputs of a map.
 """
 
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -25,6 +28,8 @@ def _onednn() -> Any:
 
 
 _LINEAR = _onednn()
+_BF16 = _LINEAR is not None and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # not on every CPU that oneDNN runs on
+_inputs_only: ContextVar[bool] = ContextVar("inputs_only", default=False)
 _LEAST_SIZE, _LEAST_PRODUCTS = 8, 1 << 18  # below them MKL's call is the shorter one, or oneDNN has no fast kernel
 
 
@@ -61,9 +66,20 @@ def linears(x_NBI: Tensor, weight_NOI: Tensor, bias_NO: Tensor | None = None, re
     return y_NBO.relu_() if relu else y_NBO
 
 
+@contextmanager
+def towards_inputs() -> Iterator[None]:
+    """Within it backward passes give gradients of inputs alone: the engine asks for no other, but does not say so."""
+    token = _inputs_only.set(True)
+    try:
+        yield
+    finally:
+        _inputs_only.reset(token)
+
+
 def reads_gaps(x: Tensor) -> bool:
     """Whether products of `x`, in bf16 too, go through oneDNN as they are: without a gradient gaps between rows cost nothing."""
-    return _LINEAR is not None and x.device.type == "cpu" and not torch.is_grad_enabled()
+    known = _BF16 or not torch.is_autocast_enabled("cpu")
+    return _LINEAR is not None and known and x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -76,10 +92,10 @@ def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tenso
 
 def _takes(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN computes this product: on a CPU, of a size at which it is the faster one, and in fp32; in bf16 (in which
-    torch calls it, too) without a gradient only: it adds the ReLU, and the backward pass gains nothing.
+    torch calls it, too) without a gradient only, where it reads what torch would copy first.
     """
     outputs, inputs = weight.shape[-2:]
-    half = x.dtype == torch.bfloat16 and reads_gaps(x)
+    half = _BF16 and x.dtype == torch.bfloat16 and reads_gaps(x)
     return (
         _LINEAR is not None
         and x.device.type == "cpu"
@@ -93,8 +109,8 @@ def _takes(x: Tensor, weight: Tensor) -> bool:
 def _product(x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, relu: bool = False) -> Tensor:
     """x W^T + b. Rows may have gaps; a transpose must be one of what has none: for it oneDNN may have no fast kernel."""
     assert _LINEAR is not None
-    found: Tensor = _LINEAR(x_BI, weight_OI, bias_O, "relu" if relu else "none", [], "")
-    return found
+    found: Tensor = _LINEAR(x_BI, weight_OI, bias_O, "none", [], "")
+    return found.relu_() if relu else found  # oneDNN's own ReLU makes a 0 of a NaN, which then nobody notices
 
 
 def _products(x_NBI: Tensor, weight_NOI: Tensor, bias_NO: Tensor | None, relu: bool) -> Tensor:
@@ -118,7 +134,7 @@ class _Linear(torch.autograd.Function):
     def backward(context: Any, dy_BO: Tensor) -> Any:
         x_BI, weight_OI, y_BO = context.saved_tensors
         dz_BO = _before_relu(dy_BO, y_BO)
-        to_x, to_weight, to_bias, _ = context.needs_input_grad
+        to_x, to_weight, to_bias, _ = _wanted(context)
         return (
             _product(dz_BO, weight_OI.t()) if to_x else None,
             _product(dz_BO.t(), x_BI.t()) if to_weight else None,
@@ -142,13 +158,19 @@ class _Linears(torch.autograd.Function):
     def backward(context: Any, dy_NBO: Tensor) -> Any:
         x_NBI, weight_NOI, y_NBO = context.saved_tensors
         dz_NBO = _before_relu(dy_NBO, y_NBO)
-        to_x, to_weight, to_bias, _ = context.needs_input_grad
+        to_x, to_weight, to_bias, _ = _wanted(context)
         return (
             torch.stack([_product(dz, weight.t()) for dz, weight in zip(dz_NBO, weight_NOI, strict=True)]) if to_x else None,
             torch.stack([_product(dz.t(), x.t()) for dz, x in zip(dz_NBO, x_NBI, strict=True)]) if to_weight else None,
             dz_NBO.sum(1) if to_bias else None,
             None,
         )
+
+
+def _wanted(context: Any) -> Sequence[bool]:
+    """Which gradients are wanted, in the order of the inputs."""
+    needed: tuple[bool, ...] = context.needs_input_grad
+    return (needed[0], False, False, False) if _inputs_only.get() else needed
 
 
 def _before_relu(dy: Tensor, y: Tensor | None) -> Tensor:

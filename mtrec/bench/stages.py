@@ -13,7 +13,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from mtrec.labels import labels_of
 from mtrec.model import MultiTaskModel
 from mtrec.run import Run, label_columns, open_run, open_source
 from mtrec.step import TrainState, build_state, train_step
-from mtrec.train import Progress, Saved, Step, make_reader, train
+from mtrec.train import Progress, Saved, Step, be_deterministic, make_reader, train
 
 Found = dict[str, Any]
 BATCHES_IN_MEMORY = 96  # enough rows that a lookup is not always in the cache
@@ -65,18 +66,19 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def _steady(rows_of: Iterable[int], total: int) -> Found:
-    """Rows/s, by the clock and by this process's CPU time, from a quarter of the rows on: by then memory was touched once."""
-    rows, counted = 0, 0
-    started, cpu_started = 0.0, 0.0
-    for each in rows_of:
+def _whole_pass(rows_of: Callable[[], Generator[int]], total: int) -> Found:
+    """Rows/s of a pass over all rows, by the clock and by this process's CPU time; a quarter of one went before it, closed
+    again, which touched the memory for the first time.
+    """
+    rows = 0
+    with closing(rows_of()) as first:
+        while rows < total // 4:
+            rows += next(first)
+    rows, started, cpu_started = 0, time.perf_counter(), time.process_time()
+    for each in rows_of():
         rows += each
-        if started:
-            counted += each
-        elif rows >= total // 4:
-            started, cpu_started = time.perf_counter(), time.process_time()
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu_started
-    return {"rows_per_second": counted / seconds, "rows_per_cpu_second": counted / cpu}
+    return {"rows_per_second": rows / seconds, "rows_per_cpu_second": rows / cpu}
 
 
 def decode(run: Run, spec: Found) -> Found:
@@ -84,26 +86,36 @@ def decode(run: Run, spec: Found) -> Found:
     columns = list(dict.fromkeys([*run.encoder.columns, *label_columns(run.experiment)]))
     data = _data(run)
 
-    def rows() -> Iterator[int]:
+    def rows() -> Generator[int]:
         for file in data.files:
             parquet = pq.ParquetFile(file.path)
             for group in range(parquet.num_row_groups):
                 yield parquet.read_row_group(group, columns=columns, use_threads=False).num_rows
 
-    return _steady(rows(), data.num_rows)
+    return _whole_pass(rows, data.num_rows)
 
 
 def read(run: Run, spec: Found) -> Found:
     """The reader alone: shuffled streams cut into global batches, not encoded."""
     keep_freed_memory()
     data = _data(run)
-    return _steady((piece.record_batch.num_rows for piece in make_reader(run, data, Progress())), data.num_rows)
+
+    def rows() -> Generator[int]:
+        for piece in make_reader(run, data, Progress()):
+            yield piece.record_batch.num_rows
+
+    return _whole_pass(rows, data.num_rows)
 
 
 def encode(run: Run, spec: Found) -> Found:
     """Reading and encoding to ready batches, as training does."""
     keep_freed_memory()
-    return _steady((batch.num_rows for batch in _batches(run)), _data(run).num_rows)
+
+    def rows() -> Generator[int]:
+        for batch in _batches(run):
+            yield batch.num_rows
+
+    return _whole_pass(rows, _data(run).num_rows)
 
 
 def yardstick(run: Run, spec: Found) -> Found:
@@ -146,6 +158,8 @@ def compute(run: Run, spec: Found) -> Found:
     device = torch.device(spec["device"])
     torch.set_num_threads(run.experiment.training.threads_per_worker)
     keep_freed_memory()
+    if run.experiment.training.deterministic and device.type == "cpu":
+        be_deterministic()
     with parallel.process_group(device, share_memory=run.experiment.training.exchange == "auto"):
         batches = _in_memory(run, device)
         state = _fresh_state(run, spec["warmup"] + 2 * spec["steps"], device)

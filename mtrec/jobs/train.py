@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mtrec import hang, parallel
+from mtrec.allocator import ONE_ARENA
 from mtrec.checkpoint import newest
 from mtrec.locking import LockedError, locked
 from mtrec.run import Run, open_run
@@ -18,7 +19,6 @@ from mtrec.train import TrainingFailed
 
 WRITER = "writer.lock"  # held by rank 0: workers of a command that was killed live a moment longer than it
 WRITER_WAIT_SECONDS = 60.0
-ONE_ARENA = "1"  # of glibc, inherited by workers: they train in a thread, whose own arena gives freed memory back at every step
 LEAST_HEALTH_CHECK_SECONDS = 60  # a worker that computes may leave Ray's question for its health unanswered for a while
 
 
