@@ -178,15 +178,16 @@ def evaluate(
     bf16 = experiment.training.precision == "bf16"
     with torch.no_grad():
         bad = bad_rows(experiment.data, dataset.num_rows, parallel.world_size())
-        for piece, cpu_batch in feed(reader, encoder, labels, experiment.data.sample_weight, keep_rows=True, bad=bad):
+        rows_needed = bool(group or by)
+        fed = feed(reader, encoder, labels, experiment.data.sample_weight, keep_rows=rows_needed, bad=bad)
+        for piece, cpu_batch in fed:
             batch = cpu_batch.to(device)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
                 logits = model(batch)
-            rows = piece.record_batch
-            group_B = group_keys(rows.column(group), group) if group else None
+            group_B = group_keys(piece.record_batch.column(group), group) if group else None
             total.update(logits, batch, group_B)
-            if by and rows.num_rows:
-                for value, index in _split(rows.column(by)):
+            if by and batch.num_rows:
+                for value, index in _split(piece.record_batch.column(by)):
                     if value not in segments:
                         segments[value] = Measures(experiment, model.objectives, spill_folder)
                     chosen = torch.from_numpy(index).to(device)

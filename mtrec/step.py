@@ -256,16 +256,13 @@ class StepResult:
         losses_K: global mean loss of each task before weighting (0 where no row of the batch has a label).
         weights_K: what the loss of each task was multiplied with (task weight x balancer's weight).
         counts_K: global sum of sample weights of the rows that count for each task.
-        finite: whether all ranks' losses and gradients were finite; if not, nothing was changed. With `TrainState.flags.late`
-            of the step before (true at the first).
-        stop: whether a rank has asked to stop, as far as that is known.
+
+    Whether it was finite, and whether to stop, `TrainState` knows.
     """
 
     losses_K: Tensor
     weights_K: Tensor
     counts_K: Tensor
-    finite: bool
-    stop: bool
 
 
 def train_step(
@@ -322,8 +319,6 @@ def train_step(
         losses_K=flags[:-2] / state.task_weights_K,
         weights_K=weights_K * state.task_weights_K,
         counts_K=counts_K,
-        finite=state.finite,
-        stop=state.stop,
     )
 
 

@@ -39,11 +39,8 @@ def linear(x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, relu: 
     >>> linear(torch.ones(2, 3), torch.ones(4, 3), torch.full((4,), -5.0), relu=True).tolist()
     [[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
     """
-    x_BI, weight_OI, bias_O = _cast(x_BI, weight_OI, bias_O)
-    if _takes(x_BI, weight_OI):
-        if not torch.is_grad_enabled():
-            return _product(x_BI, weight_OI, bias_O, relu)
-        found: Tensor = _Linear.apply(x_BI, weight_OI, bias_O, relu)
+    found = _through_onednn(x_BI, weight_OI, bias_O, relu)
+    if found is not None:
         return found
     y_BO = functional.linear(x_BI, weight_OI, bias_O)
     return y_BO.relu_() if relu else y_BO
@@ -55,15 +52,23 @@ def linears(x_NBI: Tensor, weight_NOI: Tensor, bias_NO: Tensor | None = None, re
     >>> linears(torch.ones(2, 1, 3), torch.ones(2, 1, 3) * torch.tensor([1.0, 2.0])[:, None, None]).flatten().tolist()
     [3.0, 6.0]
     """
-    x_NBI, weight_NOI, bias_NO = _cast(x_NBI, weight_NOI, bias_NO)
-    if _takes(x_NBI, weight_NOI):
-        if not torch.is_grad_enabled():
-            return _products(x_NBI, weight_NOI, bias_NO, relu)
-        found: Tensor = _Linears.apply(x_NBI, weight_NOI, bias_NO, relu)
+    found = _through_onednn(x_NBI, weight_NOI, bias_NO, relu)
+    if found is not None:
         return found
     weight_NIO = weight_NOI.transpose(1, 2)
     y_NBO = torch.bmm(x_NBI, weight_NIO) if bias_NO is None else torch.baddbmm(bias_NO.unsqueeze(1), x_NBI, weight_NIO)
     return y_NBO.relu_() if relu else y_NBO
+
+
+def _through_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor | None:
+    """The product, None where torch is to compute it."""
+    x, weight, bias = _cast(x, weight, bias)
+    if not _takes(x, weight):
+        return None
+    if not torch.is_grad_enabled():
+        return _product(x, weight, bias, relu)
+    found: Tensor = _Linear.apply(x, weight, bias, relu)
+    return found
 
 
 @contextmanager
@@ -106,63 +111,42 @@ def _takes(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _product(x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, relu: bool = False) -> Tensor:
-    """x W^T + b. Rows may have gaps; a transpose must be one of what has none: for it oneDNN may have no fast kernel."""
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
+    """x W^T + b of one map (x (B, I), weight (O, I), bias (O,)) or of N, each (N, ...), one after the other.
+
+    A core runs them faster so than MKL's batched product. Rows may have gaps; a transpose must be one of what has none: for
+    it oneDNN may have no fast kernel.
+    """
     assert _LINEAR is not None
-    found: Tensor = _LINEAR(x_BI, weight_OI, bias_O, "none", [], "")
+    if x.dim() == 3:
+        biases = [None] * len(x) if bias is None else list(bias)
+        return torch.stack([_product(*each, relu) for each in zip(x, weight, biases, strict=True)])
+    found: Tensor = _LINEAR(x, weight, bias, "none", [], "")
     return found.relu_() if relu else found  # oneDNN's own ReLU makes a 0 of a NaN, which then nobody notices
 
 
-def _products(x_NBI: Tensor, weight_NOI: Tensor, bias_NO: Tensor | None, relu: bool) -> Tensor:
-    """One after the other, which a core runs faster than MKL's batched product."""
-    biases = [None] * len(x_NBI) if bias_NO is None else list(bias_NO)
-    return torch.stack([_product(*each, relu) for each in zip(x_NBI, weight_NOI, biases, strict=True)])
-
-
 class _Linear(torch.autograd.Function):
-    """`linear` in fp32 on a CPU."""
+    """`linear` and `linears` in fp32 on a CPU."""
 
     @staticmethod
-    def forward(context: Any, x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, relu: bool) -> Tensor:
-        x_BI, weight_OI = x_BI.contiguous(), weight_OI.contiguous()
-        y_BO = _product(x_BI, weight_OI, bias_O, relu)
-        context.save_for_backward(x_BI, weight_OI, y_BO if relu else None)
-        return y_BO
-
-    @staticmethod
-    @once_differentiable
-    def backward(context: Any, dy_BO: Tensor) -> Any:
-        x_BI, weight_OI, y_BO = context.saved_tensors
-        dz_BO = _before_relu(dy_BO, y_BO)
-        to_x, to_weight, to_bias, _ = _wanted(context)
-        return (
-            _product(dz_BO, weight_OI.t()) if to_x else None,
-            _product(dz_BO.t(), x_BI.t()) if to_weight else None,
-            dz_BO.sum(0) if to_bias else None,
-            None,
-        )
-
-
-class _Linears(torch.autograd.Function):
-    """`linears` in fp32 on a CPU."""
-
-    @staticmethod
-    def forward(context: Any, x_NBI: Tensor, weight_NOI: Tensor, bias_NO: Tensor | None, relu: bool) -> Tensor:
-        x_NBI, weight_NOI = x_NBI.contiguous(), weight_NOI.contiguous()
-        y_NBO = _products(x_NBI, weight_NOI, bias_NO, relu)
-        context.save_for_backward(x_NBI, weight_NOI, y_NBO if relu else None)
-        return y_NBO
+    def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+        """(B, O), or (N, B, O)."""
+        x, weight = x.contiguous(), weight.contiguous()
+        y = _product(x, weight, bias, relu)
+        context.save_for_backward(x, weight, y if relu else None)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(context: Any, dy_NBO: Tensor) -> Any:
-        x_NBI, weight_NOI, y_NBO = context.saved_tensors
-        dz_NBO = _before_relu(dy_NBO, y_NBO)
+    def backward(context: Any, dy: Tensor) -> Any:
+        """The gradients of x, weight and bias."""
+        x, weight, y = context.saved_tensors
+        dz = dy.contiguous() if y is None else torch.ops.aten.threshold_backward(dy.contiguous(), y, 0)
         to_x, to_weight, to_bias, _ = _wanted(context)
         return (
-            torch.stack([_product(dz, weight.t()) for dz, weight in zip(dz_NBO, weight_NOI, strict=True)]) if to_x else None,
-            torch.stack([_product(dz.t(), x.t()) for dz, x in zip(dz_NBO, x_NBI, strict=True)]) if to_weight else None,
-            dz_NBO.sum(1) if to_bias else None,
+            _product(dz, weight.transpose(-1, -2)) if to_x else None,
+            _product(dz.transpose(-1, -2), x.transpose(-1, -2)) if to_weight else None,
+            dz.sum(-2) if to_bias else None,
             None,
         )
 
@@ -171,9 +155,3 @@ def _wanted(context: Any) -> Sequence[bool]:
     """Which gradients are wanted, in the order of the inputs."""
     needed: tuple[bool, ...] = context.needs_input_grad
     return (needed[0], False, False, False) if _inputs_only.get() else needed
-
-
-def _before_relu(dy: Tensor, y: Tensor | None) -> Tensor:
-    """The gradient before a ReLU whose result was `y` (None: there was none), contiguous."""
-    dy = dy.contiguous()
-    return dy if y is None else torch.ops.aten.threshold_backward(dy, y, 0)

@@ -378,7 +378,9 @@ def predict_test(
         columns = list(dict.fromkeys([*run.encoder.columns, *label_columns(experiment), *extra]))
         reader = whole_reader(data, columns, experiment.evaluation.batch_size)
         labels = labels_of(experiment, model.specs)
-        for piece, batch in feed(reader, run.encoder, labels, experiment.data.sample_weight, keep_rows=True):
+        group = experiment.evaluation.group_by
+        rows_needed = bool(group or segment)
+        for piece, batch in feed(reader, run.encoder, labels, experiment.data.sample_weight, keep_rows=rows_needed):
             if not batch.num_rows:
                 continue
             began = time.perf_counter()
@@ -386,12 +388,11 @@ def predict_test(
                 logits = model(batch.to(device))
             logits = {name: each.double().cpu() for name, each in logits.items()}
             scoring += time.perf_counter() - began
-            rows = piece.record_batch
             made: dict[str, Any] = {}
-            if experiment.evaluation.group_by:
-                made[USER] = group_keys(rows.column(experiment.evaluation.group_by), "evaluation.group_by")
+            if group:
+                made[USER] = group_keys(piece.record_batch.column(group), "evaluation.group_by")
             if segment:
-                made[SEGMENT] = rows.column(segment).cast(pa.string())
+                made[SEGMENT] = piece.record_batch.column(segment).cast(pa.string())
             if batch.sample_weight_B is not None:
                 made[WEIGHT] = batch.sample_weight_B.double().numpy()
             for name, label_B in batch.labels.items():

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from mtrec.bench.stages import Found
+from mtrec.features.arrays import is_list
 from mtrec.jobs.train import connect
 from mtrec.run import label_columns, open_run, open_source
 
@@ -19,21 +20,19 @@ def ray_data(spec: Found) -> Found:
     Ray's workers are started and warm when the clock starts: one file has been read through them before.
     """
     connect()
-    import pyarrow.parquet as pq
     import ray
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     run = open_run(spec["run"])
-    columns = list(dict.fromkeys([*run.encoder.columns, *label_columns(run.experiment)]))
-    path = run.experiment.data.train.path
-    flat = [field.name for field in pq.ParquetDataset(path).schema if not str(field.type).startswith("list")]
-    wanted = [name for name in columns if name in flat]
+    data = open_source(run.experiment, run.experiment.data.train, "data.train")
+    columns = dict.fromkeys([*run.encoder.columns, *label_columns(run.experiment)])
+    wanted = [name for name in columns if not is_list(data.schema.field(name).type)]
 
     def iterate(paths: list[str]) -> int:
-        data = ray.data.read_parquet(paths, columns=wanted)
-        return sum(len(next(iter(batch.values()))) for batch in data.iter_torch_batches(batch_size=spec["batch_size"]))
+        batches = ray.data.read_parquet(paths, columns=wanted).iter_torch_batches(batch_size=spec["batch_size"])
+        return sum(len(next(iter(batch.values()))) for batch in batches)
 
-    paths = [file.path for file in open_source(run.experiment, run.experiment.data.train, "data.train").files]
+    paths = [file.path for file in data.files]
     iterate(paths[:1])
     started = time.perf_counter()
     rows = iterate(paths)

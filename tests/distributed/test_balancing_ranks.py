@@ -125,7 +125,7 @@ def trained(run: Run, batches: list[Batch], overrides: list[str]) -> dict[str, A
     weights, sums, changes = [], [column_sums(state)], []
     for step, batch in enumerate(batches):
         result = train_step(state, batch)
-        assert result.finite
+        assert state.finite
         assert len(gradients) == step + 1, "the tables were updated more than once, or not at all"
         weights.append(result.weights_K.double() / state.task_weights_K.double())
         sums.append(column_sums(state))

@@ -14,7 +14,7 @@ import sys
 import time
 import types
 
-from .workload import Rows, Workload, answer, asked, read
+from .workload import Rows, Workload, answer, asked, read, speeds
 
 
 def measure(work: Workload) -> tuple[float, float]:
@@ -34,8 +34,7 @@ def measure(work: Workload) -> tuple[float, float]:
         def on_epoch_end(self, epoch: int, logs: object = None) -> None:
             self.seconds = time.perf_counter() - self.started
 
-    rows, untimed = read(work), work.warmup * work.batch_size
-    first, rest = rows.between(0, untimed), rows.between(untimed, len(rows.labels))
+    rows = read(work)
     columns = [SparseFeat(name, vocabulary_size=size, embedding_dim=work.embedding_dim) for name, size in work.ids.items()]
     columns += [
         VarLenSparseFeat(SparseFeat(name, vocabulary_size=size, embedding_dim=work.embedding_dim), rows.longest(name), "mean")
@@ -63,10 +62,7 @@ def measure(work: Workload) -> tuple[float, float]:
         predicted = model.predict(part.features, work.batch_size)
         return len(predicted) / (time.perf_counter() - started)
 
-    train(first)
-    speed = train(rest)
-    predict(first)
-    return speed, predict(rest)
+    return speeds(work, rows, train, predict)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import time
 import torch
 from torch.utils.data import DataLoader
 
-from .workload import Rows, Workload, answer, asked, read
+from .workload import Rows, Workload, answer, asked, read, speeds
 
 
 def measure(work: Workload) -> tuple[float, float]:
@@ -25,8 +25,7 @@ def measure(work: Workload) -> tuple[float, float]:
     from torch_rechub.utils.data import DataGenerator, PredictDataset  # type: ignore[import-not-found]
 
     torch.manual_seed(1)
-    rows, untimed = read(work), work.warmup * work.batch_size
-    first, rest = rows.between(0, untimed), rows.between(untimed, len(rows.labels))
+    rows = read(work)
     features = [SparseFeature(name, vocab_size=size, embed_dim=work.embedding_dim) for name, size in work.ids.items()]
     features += [
         SequenceFeature(name, vocab_size=size, embed_dim=work.embedding_dim, pooling="mean", padding_idx=0)
@@ -51,10 +50,7 @@ def measure(work: Workload) -> tuple[float, float]:
         predicted = trainer.predict(model, loader)
         return len(predicted) / (time.perf_counter() - started)
 
-    train(first)
-    speed = train(rest)
-    predict(first)
-    return speed, predict(rest)
+    return speeds(work, rows, train, predict)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ trainer takes.
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,18 @@ def read(work: Workload) -> Rows:
     features |= {name: table[name].to_numpy() for name in work.numbers}
     click, conversion, seconds = (np.nan_to_num(table[name].to_numpy()).astype(np.float32) for name in work.labels)
     return Rows(features, np.stack([click, conversion, np.log1p(seconds)], axis=1))
+
+
+def speeds(
+    work: Workload, rows: Rows, train: Callable[[Rows], float], predict: Callable[[Rows], float]
+) -> tuple[float, float]:
+    """(training's, prediction's) rows/s over all rows but the untimed ones, on which both are called before."""
+    untimed = work.warmup * work.batch_size
+    first, rest = rows.between(0, untimed), rows.between(untimed, len(rows.labels))
+    train(first)
+    trained = train(rest)
+    predict(first)
+    return trained, predict(rest)
 
 
 def asked() -> Workload:
