@@ -1,4 +1,4 @@
-"""Matrix products through oneDNN against plain torch in double precision: values and gradients."""
+"""Matrix products, through oneDNN and through MKL, against plain torch in double precision: values and gradients."""
 
 import os
 import subprocess
@@ -11,9 +11,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from mtrec.architectures import products
-from mtrec.architectures.products import linear, linears
+from mtrec.architectures.products import fan_out, linear, linears
 
 needs_onednn = pytest.mark.skipif(products._LINEAR is None, reason="this torch has no oneDNN operator")
+
+
+@pytest.fixture(params=[pytest.param(True, id="onednn", marks=needs_onednn), pytest.param(False, id="torch")])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """fp32 products go through oneDNN, or as torch sends them, whatever this processor is."""
+    monkeypatch.setattr(products, "_FP32", request.param)
+    return bool(request.param)
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -41,7 +48,7 @@ def gradients_of(x: Tensor, weight: Tensor, bias: Tensor | None, *, relu: bool, 
 @pytest.mark.parametrize("maps", [None, 3])
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), [(300, 45, 64), (64, 448, 16), (1, 45, 64), (0, 45, 64), (300, 3, 2)])
 def test_a_product_and_its_gradients_are_those_of_double_precision(
-    relu: bool, biased: bool, maps: int | None, rows: int, inputs: int, outputs: int
+    library: bool, relu: bool, biased: bool, maps: int | None, rows: int, inputs: int, outputs: int
 ) -> None:
     many = () if maps is None else (maps,)
     x, weight = drawn(*many, rows, inputs), drawn(*many, outputs, inputs)
@@ -53,8 +60,27 @@ def test_a_product_and_its_gradients_are_those_of_double_precision(
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=2e-4)
 
 
-@needs_onednn
-def test_fp32_on_a_cpu_goes_through_onednn_also_for_inputs_with_gaps() -> None:
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("rows", [300, 1, 0])
+def test_maps_of_the_same_inputs_are_those_maps_one_by_one(library: bool, relu: bool, biased: bool, rows: int) -> None:
+    x, weight, bias = drawn(rows, 45), drawn(3, 64, 45), drawn(3, 64) if biased else None
+    leaves = [each.clone().requires_grad_() for each in (x, weight, bias) if each is not None]
+    y = fan_out(*(leaves if biased else [*leaves, None]), relu)
+    mask = drawn(3, rows, 64)
+    (y * mask).sum().backward()
+    same = x.double().expand(3, -1, -1).clone().requires_grad_()
+    exact = [each.double().requires_grad_() for each in (weight, bias) if each is not None]
+    z = same @ exact[0].transpose(1, 2) + (exact[1].unsqueeze(1) if biased else 0.0)
+    z = z.relu() if relu else z
+    (z * mask.double()).sum().backward()
+    assert y.shape == (3, rows, 64)
+    torch.testing.assert_close(y.double(), z, rtol=1e-5, atol=2e-4)
+    for leaf, gradient in zip(leaves, [same.grad.sum(0), *(each.grad for each in exact)], strict=True):  # type: ignore[union-attr]
+        torch.testing.assert_close(leaf.grad.double(), gradient, rtol=1e-5, atol=2e-4)  # type: ignore[union-attr]
+
+
+def test_fp32_on_a_cpu_is_computed_here_also_for_inputs_with_gaps(library: bool) -> None:
     weight, wide = drawn(64, 45), drawn(300, 90)
     assert linear(wide[:, :45].requires_grad_(), weight).grad_fn.name() == "_LinearBackward"  # type: ignore[union-attr]
     torch.testing.assert_close(linear(wide[:, :45], weight), functional.linear(wide[:, :45], weight))
@@ -64,9 +90,8 @@ def test_fp32_on_a_cpu_goes_through_onednn_also_for_inputs_with_gaps() -> None:
         assert linear(wide[:, :45], weight).dtype == torch.bfloat16
 
 
-@needs_onednn
 @pytest.mark.parametrize("graded", [False, True])
-def test_a_nan_stays_one_through_a_relu(graded: bool) -> None:
+def test_a_nan_stays_one_through_a_relu(library: bool, graded: bool) -> None:
     weight = drawn(64, 45)
     weight[3, 4] = torch.nan
     with torch.set_grad_enabled(graded):
@@ -75,7 +100,6 @@ def test_a_nan_stays_one_through_a_relu(graded: bool) -> None:
     assert not bool(found[:, :3].isnan().any())
 
 
-@needs_onednn
 def test_a_pass_towards_inputs_computes_no_gradient_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = drawn(300, 45).requires_grad_(), drawn(64, 45).requires_grad_()
     y = linear(x, weight).sum()
@@ -96,8 +120,19 @@ def test_a_pass_towards_inputs_computes_no_gradient_of_weights(monkeypatch: pyte
     assert (64, 300) in shapes
 
 
-def test_it_can_be_switched_off() -> None:
-    code = "from mtrec.architectures import products; print(products._LINEAR)"
-    environment = {**os.environ, "MTREC_ONEDNN": "0"}
+@pytest.mark.parametrize(
+    ("processor", "setting", "through_onednn"),
+    [("AuthenticAMD", None, True), ("GenuineIntel", None, False), ("GenuineIntel", "1", True), ("AuthenticAMD", "0", False)],
+)
+@needs_onednn
+def test_the_processor_decides_unless_the_environment_does(processor: str, setting: str | None, through_onednn: bool) -> None:
+    code = (
+        "import torch, pathlib; real = pathlib.Path.read_text\n"
+        f"cpu = lambda path, *a, **k: 'vendor_id : {processor}' if str(path) == '/proc/cpuinfo' else real(path, *a, **k)\n"
+        "torch.backends.mkl.is_available = lambda: True; pathlib.Path.read_text = cpu\n"
+        "from mtrec.architectures import products; print(products._FP32)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "MTREC_ONEDNN"}
+    environment |= {} if setting is None else {"MTREC_ONEDNN": setting}
     said = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
-    assert said.stdout.strip() == "None"
+    assert said.stdout.strip() == str(through_onednn)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mtrec.architectures.products import linear, linears, reads_gaps
+from mtrec.architectures.products import fan_out, linears, reads_gaps
 from mtrec.dropout import Dropout, keep_mask
 
 
@@ -68,10 +68,8 @@ class BatchedLinear(nn.Module):
         num_maps, output_dim, _ = self.weight.shape
         if x.dim() == 3 and x.shape[0] == 1:
             x = x.squeeze(0)
-        if x.dim() == 2:  # one product with all maps side by side; the result is a view, its rows N * out apart
-            bias = None if self.bias is None else self.bias.flatten()
-            flat = linear(x, self.weight.flatten(0, 1), bias, relu)
-            by_map = flat.view(-1, num_maps, output_dim).transpose(0, 1)
+        if x.dim() == 2:  # one product with all maps side by side
+            by_map = fan_out(x, self.weight, self.bias, relu)
             return by_map if reads_gaps(x) else packed(by_map)
         groups = x.shape[0]
         weight = self.weight.view(groups, num_maps // groups * output_dim, -1)

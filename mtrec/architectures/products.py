@@ -1,9 +1,10 @@
-"""Matrix products of linear maps; in fp32 on a CPU through oneDNN, where torch itself would call MKL.
+"""Matrix products of linear maps; in fp32 on a CPU through whichever of MKL and oneDNN knows it better.
 
-MKL uses AVX-512 on Intel's processors only; oneDNN on all that have it: 2.2 times as fast on an AMD EPYC (218 in place of 97
-GFLOP/s a core), the same fp32 with sums in another order. The operator is the one that torch's own compiler (Inductor) emits; a
-torch without it, other devices and other types take `torch.nn.functional.linear` and `torch.bmm`. MTREC_ONEDNN=0 in the
-environment switches it off.
+torch calls MKL, which uses AVX-512 on Intel's processors only; oneDNN does on all that have it. On an AMD EPYC oneDNN makes 218
+GFLOP/s a core, MKL 97; on an Intel Xeon (Cascade Lake) MKL is the faster one, by up to 2.2 times for gradients of weights, 1.3
+times over a whole step. Both are fp32 with sums in another order. oneDNN's operator is the one that torch's own compiler
+(Inductor) emits; a torch without it takes its own products, and so do other devices and other types. MTREC_ONEDNN=0 in the
+environment switches it off, MTREC_ONEDNN=1 takes it on Intel's processors, too.
 
 Letters in shapes: B rows, N maps, I inputs, O outputs of a map.
 """
@@ -12,6 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +29,14 @@ def _onednn() -> Any:
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
+def _mkl_is_at_home() -> bool:
+    """Whether torch's own fp32 products are MKL's on an Intel processor (Linux says so)."""
+    cpu = Path("/proc/cpuinfo")
+    return torch.backends.mkl.is_available() and cpu.is_file() and "GenuineIntel" in cpu.read_text()
+
+
 _LINEAR = _onednn()
+_FP32 = _LINEAR is not None and (os.environ.get("MTREC_ONEDNN") == "1" or not _mkl_is_at_home())  # oneDNN's, or torch's own
 _BF16 = _LINEAR is not None and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # not on every CPU that oneDNN runs on
 _inputs_only: ContextVar[bool] = ContextVar("inputs_only", default=False)
 _LEAST_SIZE, _LEAST_PRODUCTS = 8, 1 << 18  # below them MKL's call is the shorter one, or oneDNN has no fast kernel
@@ -39,10 +48,10 @@ def linear(x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, relu: 
     >>> linear(torch.ones(2, 3), torch.ones(4, 3), torch.full((4,), -5.0), relu=True).tolist()
     [[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
     """
-    found = _through_onednn(x_BI, weight_OI, bias_O, relu)
-    if found is not None:
-        return found
-    y_BO = functional.linear(x_BI, weight_OI, bias_O)
+    x, weight, bias = _cast(x_BI, weight_OI, bias_O)
+    if _takes(x, weight):
+        return _computed(_Linear, x, weight, bias, relu)
+    y_BO = functional.linear(x, weight, bias)
     return y_BO.relu_() if relu else y_BO
 
 
@@ -52,23 +61,25 @@ def linears(x_NBI: Tensor, weight_NOI: Tensor, bias_NO: Tensor | None = None, re
     >>> linears(torch.ones(2, 1, 3), torch.ones(2, 1, 3) * torch.tensor([1.0, 2.0])[:, None, None]).flatten().tolist()
     [3.0, 6.0]
     """
-    found = _through_onednn(x_NBI, weight_NOI, bias_NO, relu)
-    if found is not None:
-        return found
-    weight_NIO = weight_NOI.transpose(1, 2)
-    y_NBO = torch.bmm(x_NBI, weight_NIO) if bias_NO is None else torch.baddbmm(bias_NO.unsqueeze(1), x_NBI, weight_NIO)
+    x, weight, bias = _cast(x_NBI, weight_NOI, bias_NO)
+    if _takes(x, weight):
+        return _computed(_Linear, x, weight, bias, relu)
+    y_NBO = _batched(x, weight, bias)
     return y_NBO.relu_() if relu else y_NBO
 
 
-def _through_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor | None:
-    """The product, None where torch is to compute it."""
-    x, weight, bias = _cast(x, weight, bias)
-    if not _takes(x, weight):
-        return None
-    if not torch.is_grad_enabled():
-        return _product(x, weight, bias, relu)
-    found: Tensor = _Linear.apply(x, weight, bias, relu)
-    return found
+def fan_out(x_BI: Tensor, weight_NOI: Tensor, bias_NO: Tensor | None = None, relu: bool = False) -> Tensor:
+    """N maps of the same inputs as one product, (N, B, O): a view, in which the rows of a map are N * O apart.
+
+    >>> fan_out(torch.ones(1, 3), torch.ones(2, 1, 3) * torch.tensor([1.0, 2.0])[:, None, None]).flatten().tolist()
+    [3.0, 6.0]
+    """
+    x, weight, bias = _cast(x_BI, weight_NOI.flatten(0, 1), None if bias_NO is None else bias_NO.flatten())
+    maps, outputs = weight_NOI.shape[:2]
+    if _takes(x, weight) and torch.is_grad_enabled():
+        found: Tensor = _FanOut.apply(x, weight, bias, relu, maps)
+        return found
+    return linear(x, weight, bias, relu).view(-1, maps, outputs).transpose(0, 1)
 
 
 @contextmanager
@@ -96,14 +107,13 @@ def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tenso
 
 
 def _takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN computes this product: on a CPU, of a size at which it is the faster one, and in fp32; in bf16 (in which
-    torch calls it, too) without a gradient only, where it reads what torch would copy first.
+    """Whether this product is computed here: on a CPU, of a size at which that is the faster way, and in fp32; in bf16 (in which
+    torch calls oneDNN, too) without a gradient only, where oneDNN reads what torch would copy first.
     """
     outputs, inputs = weight.shape[-2:]
     half = _BF16 and x.dtype == torch.bfloat16 and reads_gaps(x)
     return (
-        _LINEAR is not None
-        and x.device.type == "cpu"
+        x.device.type == "cpu"
         and x.dtype == weight.dtype
         and (half or (x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")))
         and min(x.shape[-2], inputs, outputs) >= _LEAST_SIZE
@@ -111,18 +121,35 @@ def _takes(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
-    """x W^T + b of one map (x (B, I), weight (O, I), bias (O,)) or of N, each (N, ...), one after the other.
+def _computed(
+    function: type[torch.autograd.Function], x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool
+) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _product(x, weight, bias, relu)
+    found: Tensor = function.apply(x, weight, bias, relu)
+    return found
 
-    A core runs them faster so than MKL's batched product. Rows may have gaps; a transpose must be one of what has none: for
-    it oneDNN may have no fast kernel.
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
+    """x W^T + b of one map (x (B, I), weight (O, I), bias (O,)) or of N, each (N, ...).
+
+    Rows may have gaps; a transpose must be one of what has none: for it oneDNN may have no fast kernel.
     """
-    assert _LINEAR is not None
-    if x.dim() == 3:
+    if not (_FP32 or (_LINEAR is not None and x.dtype != torch.float32)):
+        y = functional.linear(x, weight, bias) if x.dim() == 2 else _batched(x, weight, bias)
+    elif x.dim() == 3:  # one after the other: a core runs them faster so than a batched product
         biases = [None] * len(x) if bias is None else list(bias)
         return torch.stack([_product(*each, relu) for each in zip(x, weight, biases, strict=True)])
-    found: Tensor = _LINEAR(x, weight, bias, "none", [], "")
-    return found.relu_() if relu else found  # oneDNN's own ReLU makes a 0 of a NaN, which then nobody notices
+    else:
+        assert _LINEAR is not None
+        y = _LINEAR(x, weight, bias, "none", [], "")
+    return y.relu_() if relu else y  # oneDNN's own ReLU makes a 0 of a NaN, which then nobody notices
+
+
+def _batched(x_NBI: Tensor, weight_NOI: Tensor, bias_NO: Tensor | None) -> Tensor:
+    """torch's own product of N maps."""
+    weight_NIO = weight_NOI.transpose(1, 2)
+    return torch.bmm(x_NBI, weight_NIO) if bias_NO is None else torch.baddbmm(bias_NO.unsqueeze(1), x_NBI, weight_NIO)
 
 
 class _Linear(torch.autograd.Function):
@@ -142,16 +169,45 @@ class _Linear(torch.autograd.Function):
         """The gradients of x, weight and bias."""
         x, weight, y = context.saved_tensors
         dz = dy.contiguous() if y is None else torch.ops.aten.threshold_backward(dy.contiguous(), y, 0)
-        to_x, to_weight, to_bias, _ = _wanted(context)
-        return (
-            _product(dz, weight.transpose(-1, -2)) if to_x else None,
-            _product(dz.transpose(-1, -2), x.transpose(-1, -2)) if to_weight else None,
-            dz.sum(-2) if to_bias else None,
-            None,
-        )
+        return *_gradients(context, dz, x, weight), None
+
+
+class _FanOut(torch.autograd.Function):
+    """`fan_out` in fp32 on a CPU: the gradient, laid out map after map, is brought into rows in the pass that the ReLU takes."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, maps: int) -> Tensor:
+        """(N, B, O) of weights (N O, I)."""
+        x, weight = x.contiguous(), weight.contiguous()
+        y = _product(x, weight, bias, relu)
+        context.save_for_backward(x, weight, y if relu else None)
+        return y.view(len(x), maps, -1).transpose(0, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, dy_NBO: Tensor) -> Any:
+        """The gradients of x, weight and bias."""
+        x, weight, y = context.saved_tensors
+        dy_BNO = dy_NBO.transpose(0, 1)
+        dz_BNO = torch.empty(dy_BNO.shape, dtype=dy_BNO.dtype)
+        if y is None:
+            dz_BNO.copy_(dy_BNO)
+        else:
+            torch.ops.aten.threshold_backward.grad_input(dy_BNO, y.view(dy_BNO.shape), 0, grad_input=dz_BNO)
+        return *_gradients(context, dz_BNO.flatten(1), x, weight), None, None
+
+
+def _gradients(context: Any, dz: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of x, weight and bias; those that are wanted."""
+    to_x, to_weight, to_bias = _wanted(context)[:3]
+    return (
+        _product(dz, weight.transpose(-1, -2)) if to_x else None,
+        _product(dz.transpose(-1, -2), x.transpose(-1, -2)) if to_weight else None,
+        dz.sum(-2) if to_bias else None,
+    )
 
 
 def _wanted(context: Any) -> Sequence[bool]:
     """Which gradients are wanted, in the order of the inputs."""
     needed: tuple[bool, ...] = context.needs_input_grad
-    return (needed[0], False, False, False) if _inputs_only.get() else needed
+    return (needed[0], False, False) if _inputs_only.get() else needed
