@@ -100,9 +100,11 @@ def label_values(batch: pa.RecordBatch, label: Label) -> npt.NDArray[np.float32]
     null_B = nulls(array)
     if types.is_null(array.type):
         null_B = np.ones(len(array), np.bool_)
-    scaled_B = values_B * label.scale
+    scaled_B = values_B if label.scale == 1.0 else values_B * label.scale
     with np.errstate(over="ignore"):
         narrow_B = scaled_B.astype(np.float32)  # a double above 3.4e38 would be an infinite label
+    if _all_good(scaled_B, 0 if null_B is None else int(np.count_nonzero(null_B)), label):
+        return narrow_B
     good_B = np.isfinite(narrow_B)
     if label.low is not None:
         good_B &= scaled_B >= label.low
@@ -116,6 +118,20 @@ def label_values(batch: pa.RecordBatch, label: Label) -> npt.NDArray[np.float32]
         bad = np.flatnonzero(~good_B)
         raise BadRowsError("label", label.column, bad, _wish(label), array[int(bad[0])].as_py())
     return narrow_B
+
+
+def _all_good(values_B: npt.NDArray[np.float64], num_null: int, label: Label) -> bool:
+    """Whether all values but the nulls (which are NaN) may stand: what is nearly always so, without a mask for each condition."""
+    if np.count_nonzero(np.isnan(values_B)) != num_null:
+        return False
+    if num_null == len(values_B):
+        return True
+    limit = float(np.finfo(np.float32).max)
+    low = -limit if label.low is None else max(label.low, -limit)
+    high = limit if label.high is None else min(label.high, limit)
+    if not (low <= np.fmin.reduce(values_B) and np.fmax.reduce(values_B) <= high):
+        return False
+    return not label.integer or np.count_nonzero(np.floor(values_B) == values_B) == len(values_B) - num_null
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from mtrec.features.counting import KeyCounter
 from mtrec.features.encoded import Ids
 from mtrec.features.hashing import mix64
 from mtrec.features.tables import Family, Pooling, Sharding
-from mtrec.features.vocabulary import FIRST_ROW, NULL_ROW, UNSEEN_ROW, Key, Rows, hash_array
+from mtrec.features.vocabulary import FIRST_ROW, NULL_ROW, UNSEEN_ROW, Key, Rows, hash_array, row_type
 from mtrec.kinds import PositiveFloat, PositiveInt
 
 
@@ -205,9 +205,11 @@ class IdentityRows:
     def rows(self, keys_n: npt.NDArray[np.int64]) -> Rows:
         """(n,) rows of int64 keys."""
         bits_n, ids = keys_n.view(np.uint64), np.uint64(self.num_embeddings - FIRST_ROW)
-        if not len(bits_n) or bits_n.max() < ids:
-            return keys_n + FIRST_ROW
-        return np.where(bits_n < ids, keys_n + FIRST_ROW, UNSEEN_ROW)
+        rows_n: Rows = keys_n.astype(row_type(self.num_embeddings))
+        rows_n += FIRST_ROW
+        if len(bits_n) and bits_n.max() >= ids:
+            rows_n[bits_n >= ids] = UNSEEN_ROW
+        return rows_n
 
 
 class CategoricalEncoding:

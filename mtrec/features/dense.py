@@ -139,6 +139,7 @@ class DenseFit:
     def update(self, array: Any) -> None:
         """Adds a column of a batch."""
         raw_BW, missing_BW = _values(array, self._feature, self._width)
+        missing_BW = np.zeros(raw_BW.shape, np.bool_) if missing_BW is None else missing_BW
         scaled_BW = _transformed(raw_BW, self._feature)
         known_BW = np.where(missing_BW, np.nan, scaled_BW)
         for index, moments in enumerate(self._moments):
@@ -234,18 +235,18 @@ class DenseEncoding:
         raw_BW, missing_BW = _values(array, self.feature, self._width)
         scaled_BW = self._scaled(_transformed(raw_BW, self.feature))
         missing_rows = 0
-        if missing_BW.any():
+        if missing_BW is not None:
             scaled_BW = np.where(missing_BW, self._fill_W, scaled_BW)
             missing_rows = int(missing_BW.any(axis=1).sum())
         out_BW[:, : scaled_BW.shape[1]] = scaled_BW
         if self.state["indicator"]:
-            out_BW[:, -1] = missing_BW.any(axis=1) if missing_rows else 0.0
+            out_BW[:, -1] = 0.0 if missing_BW is None else missing_BW.any(axis=1)
         return missing_rows
 
     def count(self, array: Any) -> FeatureProfile:
         """The profile of one column of a batch."""
         raw_BW, missing_BW = _values(array, self.feature, self._width)
-        known = raw_BW[~missing_BW]
+        known = raw_BW.ravel() if missing_BW is None else raw_BW[~missing_BW]
         return self.profile(known, len(known), raw_BW.size - len(known))
 
     def profile(self, sample: npt.NDArray[np.float64], values: int, missing: int) -> FeatureProfile:
@@ -262,7 +263,8 @@ class DenseEncoding:
             return np.stack(columns, axis=1)
         if feature.scale == "none":
             return values_BW
-        scaled_BW: npt.NDArray[np.float64] = (values_BW - self._shift_W) * self._factor_W
+        scaled_BW: npt.NDArray[np.float64] = values_BW - self._shift_W
+        scaled_BW *= self._factor_W
         if feature.scale == "minmax":
             np.clip(scaled_BW, 0.0, 1.0, out=scaled_BW)
         elif feature.clip_sd is not None:
@@ -270,16 +272,16 @@ class DenseEncoding:
         return scaled_BW
 
 
-def _values(array: Any, feature: Dense, width: int | None) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-    """((B, W) raw numbers with 0 for what is missing, mask of the missing)."""
+def _values(array: Any, feature: Dense, width: int | None) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_] | None]:
+    """((B, W) raw numbers with 0 for what is missing, mask of the missing or None where nothing is)."""
     if width is None:
         raw_BW = floats(array)[:, None]
     else:
         raw_BW = vectors(array, width, f"`features.{feature.name}.column`", feature.column)
-    missing_BW = ~np.isfinite(raw_BW)
+    known_BW = np.isfinite(raw_BW)
     for sentinel in feature.missing_values:
-        missing_BW |= raw_BW == sentinel
-    return (np.where(missing_BW, 0.0, raw_BW) if missing_BW.any() else raw_BW), missing_BW
+        known_BW &= raw_BW != sentinel
+    return (raw_BW, None) if known_BW.all() else (np.where(known_BW, raw_BW, 0.0), ~known_BW)
 
 
 def _transformed(raw_BW: npt.NDArray[np.float64], feature: Dense) -> npt.NDArray[np.float64]:

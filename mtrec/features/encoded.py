@@ -86,16 +86,16 @@ class EncodedIds:
 
 @dataclass(frozen=True, eq=False)
 class EncodedRows:
-    """Some rows, encoded. `dense_FB` float32; `ids` of the unweighted keys, `weighted` of the others."""
+    """Some rows, encoded. `dense_BF` float32; `ids` of the unweighted keys, `weighted` of the others."""
 
-    dense_FB: Floats
+    dense_BF: Floats
     ids: EncodedIds
     weighted: EncodedIds
 
     @property
     def num_rows(self) -> int:
         """B."""
-        return int(self.dense_FB.shape[1])
+        return len(self.dense_BF)
 
 
 Part = tuple[EncodedRows, int, int]
@@ -157,16 +157,14 @@ def join(parts: Sequence[Part]) -> Encoded:
 
     >>> rows = EncodedIds((True,), np.array([[5, 6, 7]]), None, ())
     >>> none = EncodedIds((), np.zeros((0, 3), np.int64), None, ())
-    >>> encoded = EncodedRows(np.zeros((0, 3), np.float32), rows, none)
+    >>> encoded = EncodedRows(np.zeros((3, 0), np.float32), rows, none)
     >>> join([(encoded, 1, 3), (encoded, 0, 1)]).values.tolist()
     [6, 7, 5]
     """
     values, lengths_KB, _ = _joined([(rows.ids, start, stop) for rows, start, stop in parts])
     weighted_values, weighted_lengths_KB, weights = _joined([(rows.weighted, start, stop) for rows, start, stop in parts])
-    dense_BF = np.empty((sum(stop - start for _, start, stop in parts), len(parts[0][0].dense_FB)), np.float32)
-    _fill(dense_BF.T, [rows.dense_FB[:, start:stop] for rows, start, stop in parts])
     return Encoded(
-        dense_BF=dense_BF,
+        dense_BF=np.concatenate([rows.dense_BF[start:stop] for rows, start, stop in parts]),
         values=values,
         lengths_KB=lengths_KB,
         weighted_values=weighted_values,

@@ -17,12 +17,12 @@ import pyarrow as pa
 
 from mtrec.features.arrays import plain
 from mtrec.features.categorical import Categorical, CategoricalEncoding
-from mtrec.features.encoded import Encoded, EncodedRows, Ids, encoded_ids, join, ordered
+from mtrec.features.encoded import Encoded, EncodedRows, Ids, encoded_ids, join
 from mtrec.features.fit import Fitted, fit, rows_of_table
 from mtrec.features.kinds import FEATURES
 from mtrec.features.profile import FeatureCounts, FeatureProfile
 from mtrec.features.tables import Feature, Table, check_schema
-from mtrec.features.vocabulary import FIRST_ROW, NULL_ROW, UNSEEN_ROW, Vocabulary, hash_array
+from mtrec.features.vocabulary import FIRST_ROW, NULL_ROW, UNSEEN_ROW, Vocabulary, hash_array, row_type
 from mtrec.kinds import check_options, nearest, option_types, resolve
 
 _VERSION = 1
@@ -65,8 +65,7 @@ class Encoder:
         self.columns = tuple(dict.fromkeys(column for feature in fitted.features for column in feature.columns))
         self.sparse_keys = tuple(name for table in self.tables if not table.weighted for name in table.features)
         self.weighted_keys = tuple(name for table in self.tables if table.weighted for name in table.features)
-        largest = max((table.num_embeddings for table in self.tables), default=0)
-        self._rows_dtype = np.int32 if largest <= np.iinfo(np.int32).max else np.int64
+        self._rows_dtype = row_type(max((table.num_embeddings for table in self.tables), default=0))
         self._ids: dict[str, CategoricalEncoding] = {}
         self._others: dict[str, Any] = {}  # dense and bucketized
         for table in self.tables:
@@ -156,15 +155,15 @@ class Encoder:
         Raises as `encode` does; `counts` counts all rows.
         """
         num_rows = batch.num_rows
-        dense_FB = np.empty((self.num_dense, num_rows), np.float32)
+        dense_BF = np.empty((num_rows, self.num_dense), np.float32)
         for feature, encoding, columns in self._dense:
-            missing = encoding.encode(self._column(batch, feature, 0), dense_FB[columns].T)
+            missing = encoding.encode(self._column(batch, feature, 0), dense_BF[:, columns])
             if counts is not None:
                 counts.add(self._index[feature.name], rows=num_rows, nulls=missing, values=num_rows, unseen=0)
         ids = [self._encode_ids(name, batch, counts) for name in self.sparse_keys]
         weighted = [self._encode_ids(name, batch, counts) for name in self.weighted_keys]
         return EncodedRows(
-            dense_FB if order is None else ordered(list(dense_FB), len(order), order, np.float32),
+            dense_BF if order is None else dense_BF.take(order, axis=0),
             encoded_ids(ids, num_rows, order, weighted=False, dtype=self._rows_dtype),
             encoded_ids(weighted, num_rows, order, weighted=True, dtype=self._rows_dtype),
         )

@@ -22,7 +22,13 @@ UNSEEN_ROW = 1
 FIRST_ROW = 2
 
 Key = Literal["int64", "uint64", "string"]
-Rows = npt.NDArray[Any]  # int32, or int64 where a table has 2^31 rows or more
+Rows = npt.NDArray[Any]  # int32, or int64 where a table has 2^31 rows or more: `row_type`
+
+
+def row_type(num_embeddings: int) -> type[np.signedinteger[Any]]:
+    """The smallest type of numpy that holds the rows of a table with so many: half the memory for all but the largest."""
+    return np.int32 if num_embeddings <= np.iinfo(np.int32).max else np.int64
+
 
 # Odd multipliers tried in turn: the first that keeps every word within _NEAR slots of its own is taken.
 _MULTIPLIERS = (0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93, 0xC2B2AE3D27D4EB4F, 0xBF58476D1CE4E5B9)
@@ -42,7 +48,7 @@ class IntegerIndex:
     """
 
     def __init__(self, words_V: npt.NDArray[np.int64]) -> None:
-        dtype = np.int32 if len(words_V) < 2**31 - FIRST_ROW else np.int64
+        dtype = row_type(FIRST_ROW + len(words_V))
         rows_V = np.arange(FIRST_ROW, FIRST_ROW + len(words_V), dtype=dtype)
         self._low = int(words_V.min()) if len(words_V) else 0
         span = int(words_V.max()) - self._low + 1 if len(words_V) else 0
@@ -132,7 +138,7 @@ class TextIndex:
             first = np.arange(len(hashes))
         self._index = IntegerIndex(hashes[first])
         self._words = words_V if len(first) == len(hashes) else words_V.take(pa.array(first))
-        self._rows = (first + FIRST_ROW).astype(np.int32 if len(hashes) < 2**31 - FIRST_ROW else np.int64)
+        self._rows = (first + FIRST_ROW).astype(row_type(FIRST_ROW + len(hashes)))
 
     def rows(self, texts_n: pa.LargeBinaryArray) -> Rows:
         """(n,) rows of the strings; the row of a null is not defined."""
