@@ -28,7 +28,9 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
-        sys.exit(1)
+        from mtrec.jobs.connection import leave
+
+        leave(1)
 
 
 @app.callback()
@@ -53,14 +55,23 @@ def train(
     json_: Annotated[Path | None, typer.Option("--json", help="also write the last validation's metrics here")] = None,
 ) -> None:
     """Train an experiment. Exit code 75: stopped by SIGTERM, with a checkpoint; run it again with --resume."""
+    import os
+
     from mtrec.config import load_experiment
+
+    loaded = load_experiment(experiment, set_ or ())
+    if not local and "RAY_ADDRESS" not in os.environ:
+        from mtrec.jobs.connection import connect_beside
+
+        connect_beside()  # before the imports that take longest
+
     from mtrec.launch import Stopped, launch
     from mtrec.stopping import EXIT_CODE
     from mtrec.train import TrainingFailed
 
     try:
         launch(
-            load_experiment(experiment, set_ or ()),
+            loaded,
             output=output,
             workers=workers,
             resume=resume,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mtrec.bench.stages import Found
 from mtrec.features.arrays import is_list
-from mtrec.jobs.train import connect
+from mtrec.jobs.connection import connect
 from mtrec.run import label_columns, open_run, open_source
 
 

@@ -22,8 +22,8 @@ from mtrec.atomic import write_atomically
 from mtrec.check import check_experiment
 from mtrec.config import Experiment, parse_experiment, to_yaml
 from mtrec.jobs.cluster import check_workers
+from mtrec.jobs.connection import connect
 from mtrec.jobs.packing import SOURCES, pin, user_modules
-from mtrec.jobs.train import connect
 from mtrec.run import check_resumable, open_run
 
 JOB_FILE = "job.json"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mtrec.formula import ranking_formula
-from mtrec.jobs.train import connect
+from mtrec.jobs.connection import connect
 from mtrec.run import open_run
 from mtrec.score import Scorer, check_golden, check_memory, free_memory, open_scorer
 from mtrec.scored_files.inputs import Piece

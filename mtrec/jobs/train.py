@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mtrec import hang, parallel
-from mtrec.allocator import ONE_ARENA
 from mtrec.checkpoint import newest
+from mtrec.jobs.connection import connect, set_environment
 from mtrec.locking import LockedError, locked
 from mtrec.run import Run, open_run
 from mtrec.stopping import listening
@@ -24,24 +24,11 @@ LEAST_HEALTH_CHECK_SECONDS = 60  # a worker that computes may leave Ray's questi
 
 def cluster_gpus() -> int:
     """GPUs of the cluster this process is connected to (starts an embedded Ray if there is none)."""
+    set_environment()
+    import ray.train.torch  # takes a second or more, while Ray may still be starting
+
     connect()
-    import ray
-
     return int(ray.cluster_resources().get("GPU", 0))
-
-
-def connect() -> None:
-    """Connects to the cluster of RAY_ADDRESS, or starts an embedded one."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("MALLOC_ARENA_MAX", ONE_ARENA)
-    import ray
-
-    if ray.is_initialized():
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False, configure_logging=True)
 
 
 def train_on_ray(

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mtrec.jobs.train import connect
+from mtrec.jobs.connection import connect
 
 MAX_FAILURES = 3  # restarts of a trial
 STOP_SECONDS = 600  # a stopped trial may take so long to end (2 by default), or the one after it in its process would fail

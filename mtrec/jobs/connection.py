@@ -1,0 +1,78 @@
+"""The connection to Ray: to the cluster of RAY_ADDRESS, or to one that is embedded in this process.
+
+An embedded Ray takes some seconds to start, in processes of its own. `connect_beside` lets it start while the command imports
+torchrec and prepares the run; `connect` then waits for what is left.
+"""
+
+import logging
+import os
+import sys
+import threading
+import warnings
+from concurrent.futures import Future
+from typing import NoReturn
+
+from mtrec.allocator import ONE_ARENA
+
+_beside: "Future[None] | None" = None
+
+
+def connect() -> None:
+    """Connects to the cluster of RAY_ADDRESS, or starts an embedded one. Once connected it does nothing."""
+    if _beside is not None:
+        _beside.result()
+    else:
+        _connect()
+
+
+def connect_beside() -> None:
+    """Begins to connect, in a thread that lives as long as the process.
+
+    The kernel ends an embedded Ray when the thread that started it ends: so this one waits for the main thread, and then shuts
+    Ray down itself, also where the command has failed meanwhile.
+    """
+    global _beside
+    if _beside is None:
+        set_environment()
+        _beside = Future()
+        threading.Thread(target=_live, args=(_beside,), name="mtrec-ray").start()
+
+
+def _live(connected: "Future[None]") -> None:
+    try:
+        _connect()
+    except BaseException as error:
+        connected.set_exception(error)  # for `connect`
+        return
+    connected.set_result(None)
+    threading.main_thread().join()
+    import ray
+
+    ray.shutdown()
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process; at once where Ray is still starting: its processes then end with this one, and nothing has run on it."""
+    if _beside is not None and not _beside.done():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def set_environment() -> None:
+    """What Ray and its workers read from the environment; before anything of Ray is imported."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("MALLOC_ARENA_MAX", ONE_ARENA)
+
+
+def _connect() -> None:
+    set_environment()
+    import ray
+
+    if ray.is_initialized():
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False, configure_logging=True)
