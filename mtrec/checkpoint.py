@@ -246,14 +246,31 @@ class Saver:
         self._commit(folder, state)
 
     def _commit(self, folder: Path, state: dict[str, Any]) -> None:
-        """Rank 0 writes the manifest: DCP's own metadata, written after all ranks' files, is there already."""
+        """Every rank hashes its files, rank 0 writes the manifest. DCP's own metadata, written last, is there already."""
+        hashed = self._hashed(folder)
         if parallel.rank() != 0:
             return
         write_atomically(folder / "state.json", json.dumps(state, indent=1))
-        files = {path.name: _entry(path) for path in sorted(folder.iterdir()) if path.name != "manifest.json"}
+        here = sorted(path for path in folder.iterdir() if path.name != "manifest.json")
+        files = {path.name: hashed.get(path.name) or _entry(path) for path in here}
         write_atomically(folder / "manifest.json", json.dumps({"format": FORMAT, "files": files}, indent=1))
         self._remove_old(folder)
         self._copy(folder, list(files))
+
+    def _hashed(self, folder: Path) -> dict[str, Any]:
+        """{file of tensors: entry of the manifest} on rank 0. Hashing is most of what a save costs where the CPU has no
+        instructions for SHA-256 (.6 s for 200 MB): each rank does its own.
+        """
+        own: dict[str, Any] | OSError
+        try:
+            own = {path.name: _entry(path) for path in sorted(folder.glob(f"__{parallel.rank()}_*"))}
+        except OSError as error:
+            own = error  # the others wait for an answer
+        every = parallel.gather_objects(own, self._group) or [own]
+        for entries in every:
+            if isinstance(entries, OSError):
+                raise entries
+        return {name: entry for entries in every for name, entry in entries.items()}
 
     def _amend(self, folder: Path, state: dict[str, Any]) -> None:
         write_atomically(folder / VALIDATION, json.dumps(state, indent=1))

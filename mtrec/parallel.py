@@ -132,12 +132,12 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
     return holder[0]
 
 
-def gather_objects(value: Any) -> list[Any] | None:
-    """The picklable values of all ranks, in their order, on rank 0; None elsewhere."""
+def gather_objects(value: Any, group: Any = None) -> list[Any] | None:
+    """The picklable values of all ranks, in their order, on rank 0; None elsewhere. `group`: of `new_group`, else that of all."""
     if world_size() == 1:
         return [value]
     gathered: list[Any] | None = [None] * world_size() if rank() == 0 else None
-    dist.gather_object(value, gathered)
+    dist.gather_object(value, gathered, group=group)
     return gathered
 
 
