@@ -9,7 +9,7 @@ torchrec's own data-parallel tables never move under a fused optimizer).
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote
 
@@ -35,16 +35,23 @@ class Embeddings(nn.Module):
         device: where unsharded tables are made; `meta` before sharding.
         clip_value: the gradient of each pooled embedding is clipped to +- this: what the fused kernel's own option does
             with the gradients that come in, for tables of every sharding alike.
+        ids_a_row: of each feature, by which the work is shared out over the ranks; 1 where it is not said.
 
     Output: x_BD, float32; D = `output_dim` = F + sum over features of the table's dimension. The order of columns (dense,
     then features in the order of `feature_names`) does not depend on how the tables are sharded.
     """
 
     def __init__(
-        self, tables: Sequence[Table], num_dense: int, device: torch.device, clip_value: float | None = None
+        self,
+        tables: Sequence[Table],
+        num_dense: int,
+        device: torch.device,
+        clip_value: float | None = None,
+        ids_a_row: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.clip_value = clip_value
+        self.ids_a_row = dict(ids_a_row or {})
         self.specs = {table.name: table for table in tables}
         groups: dict[str, list[Table]] = {"tables": [], "weighted_tables": [], "replicated_tables": []}
         for table in tables:

@@ -92,7 +92,9 @@ class MultiTaskModel(nn.Module):
         self.specs = task_specs(experiment)
         self.objectives = Objectives(self.specs)
         clip_value = experiment.optimizer.tables.clip_value
-        self.embeddings = Embeddings(encoder.tables, encoder.num_dense, torch.device("meta"), clip_value)
+        # of dates, buckets: one value a row
+        ids_a_row = {name: float(each.get("mean_length", 1.0)) for name, each in encoder.statistics.items()}
+        self.embeddings = Embeddings(encoder.tables, encoder.num_dense, torch.device("meta"), clip_value, ids_a_row)
         with torch.random.fork_rng(devices=[]), torch.device("cpu" if device.type == "cuda" else device):
             torch.manual_seed(experiment.seed)
             self.dense = DensePart(self.embeddings.output_dim, experiment, self.specs)

@@ -34,6 +34,7 @@ for _name in ("torchrec.distributed.planner", "torch.fx"):
     logging.getLogger(_name).setLevel(logging.ERROR)  # advice on topologies that users of mtrec cannot follow
 
 
+LEAST_IDS_A_ROW = 0.01  # a feature that is nearly always empty costs something, too
 HOST_SHARE = 0.75  # of a host's memory for tables; of the GPU's torchrec's planner leaves some by itself
 
 _within_host: shared_memory.SharedMemoryGroup | None = None  # what is exchanged at every step goes through it, where it is
@@ -267,7 +268,7 @@ def shard(
     environment = ShardingEnv.from_process_group(_within_host or dist.group.WORLD)
     # on a GPU one plan for all, since they share its memory
     for group in [collections] if device.type == "cuda" else [{name: each} for name, each in collections.items()]:
-        plans = plan_tables(group, tables, sharder, topology, batch_size)
+        plans = plan_tables(group, tables, sharder, topology, batch_size, embeddings.ids_a_row)
         for name, collection in group.items():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -294,8 +295,11 @@ def plan_tables(
     sharder: EmbeddingBagCollectionSharder,
     topology: Topology,
     batch_size: int,
+    ids_a_row: Mapping[str, float],
 ) -> dict[str, Any]:
     """{collection: torchrec's plan}: which rank holds what, on a GPU in its own memory, or, where that is full, in the host's.
+
+    Ranks get an even share of the look-ups, by `ids_a_row` of each feature (1 where it is not said).
 
     Raises ValueError for tables that do not fit.
     """
@@ -305,7 +309,9 @@ def plan_tables(
         warnings.simplefilter("ignore")
         planner = EmbeddingShardingPlanner(
             topology=topology,
-            constraints={module_name(table.name): _constraint(table, topology.compute_device) for table in tables},
+            constraints={
+                module_name(table.name): _constraint(table, topology.compute_device, ids_a_row) for table in tables
+            },
             batch_size=max(1, batch_size // topology.world_size),
         )
         try:
@@ -318,7 +324,7 @@ def plan_tables(
     return {name: plan.plan[name] for name in collections}
 
 
-def _constraint(table: Table, device_type: str) -> ParameterConstraints:
+def _constraint(table: Table, device_type: str, ids_a_row: Mapping[str, float]) -> ParameterConstraints:
     sharding = ShardingType.TABLE_WISE.value
     if table.sharding == "column_wise":
         sharding = ShardingType.COLUMN_WISE.value
@@ -330,5 +336,6 @@ def _constraint(table: Table, device_type: str) -> ParameterConstraints:
     return ParameterConstraints(
         sharding_types=[sharding],
         compute_kernels=kernels,
+        pooling_factors=[max(ids_a_row.get(feature, 1.0), LEAST_IDS_A_ROW) for feature in table.features],
         min_partition=table.dim // table.num_column_shards if table.sharding == "column_wise" else None,
     )

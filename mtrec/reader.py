@@ -293,7 +293,9 @@ class Reader:
         """
         schema = pa.schema([self.dataset.schema.field(name) for name in self.columns])
         pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="mtrec-reader")
-        streams = [self._stream(stream, pool, prepare, keep_rows) for stream in self.owned]
+        # their windows end together: begun at different places, the next ones are not all loaded within the same batches
+        begin = [place / len(self.owned) for place in range(len(self.owned))]
+        streams = [self._stream(*each, pool, prepare, keep_rows) for each in zip(self.owned, begin, strict=True)]
         ready: deque[Future[T]] = deque()
         try:
             for index in range(self.start_batch, self.num_batches):
@@ -308,11 +310,13 @@ class Reader:
             for stream in streams:
                 stream.decoder.close()
 
-    def _stream(self, stream: int, pool: ThreadPoolExecutor, prepare: Prepare | None, keep_rows: bool) -> "_Stream":
+    def _stream(
+        self, stream: int, begin: float, pool: ThreadPoolExecutor, prepare: Prepare | None, keep_rows: bool
+    ) -> "_Stream":
         windows = plan_windows(self._spans[stream], self._row_group_rows, self.shuffle_window)
         key = (_ROWS, self.seed, self.epoch, stream) if self.shuffle else None
         decoder = _Decoder(self.dataset, self.columns, self.shuffle_window, key, prepare, keep_rows)
-        return _Stream(windows, self.start_batch * self.piece_rows, decoder, pool)
+        return _Stream(windows, self.start_batch * self.piece_rows, begin, decoder, pool)
 
     def locate(self, piece: Piece, row: int) -> Row:
         """The place in the files of row `row` of `piece.record_batch`, for error messages."""
@@ -457,11 +461,13 @@ class _Stream:
 
     All by the consumer's thread and without waiting: a piece is a list of slices of windows that will be there when a
     background thread comes to assemble it. Tasks are queued in an order in which each waits for earlier ones only, so
-    one thread suffices and none waits for ever.
+    one thread suffices and none waits for ever. `begin`: once more than this share of a window is given, the next is loaded.
     """
 
-    def __init__(self, windows: Sequence[Window], skip_rows: int, decoder: _Decoder, pool: ThreadPoolExecutor) -> None:
-        self.windows, self.decoder, self.pool = windows, decoder, pool
+    def __init__(
+        self, windows: Sequence[Window], skip_rows: int, begin: float, decoder: _Decoder, pool: ThreadPoolExecutor
+    ) -> None:
+        self.windows, self.begin, self.decoder, self.pool = windows, begin, decoder, pool
         self.number, self.row = 0, skip_rows  # the next row to give, as window and place in it
         while self.number < len(windows) and self.row >= _length(windows[self.number]):
             self.row -= _length(windows[self.number])
@@ -480,7 +486,7 @@ class _Stream:
             slices.append(_Slice(self.loads[0], self.row, stop))
             rows -= stop - self.row
             self.row = stop
-            if 2 * stop >= length and len(self.loads) == 1 and self.number + 1 < len(self.windows):
+            if stop > self.begin * length and len(self.loads) == 1 and self.number + 1 < len(self.windows):
                 self._load(self.number + 1)
             if stop == length:
                 self.loads.popleft()

@@ -1,6 +1,6 @@
 """Where tables lie: on the GPU while they fit, else in the host's memory; and what their caches are told. Without a GPU."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +49,21 @@ def table(name: str, sizes: int, **options: Any) -> Table:
     )
 
 
-def kernels(tables: Sequence[Table], topology: Topology) -> dict[str, str]:
-    """{table: the kernel that the planner chose}, of all collections in one plan."""
+def planned(tables: Sequence[Table], topology: Topology, ids_a_row: Mapping[str, float]) -> dict[str, Any]:
+    """{table: the planner's choice}, of all collections in one plan."""
     embeddings = Embeddings(tables, 0, torch.device("meta"))
     named = {"tables": embeddings.tables, "weighted_tables": embeddings.weighted_tables}
     collections = {name: each for name, each in named.items() if each is not None}
     for each in collections.values():
         apply_optimizer_in_backward(torchrec.optim.RowWiseAdagrad, each.parameters(), {"lr": 0.1})
     with parallel.process_group(CPU):
-        plans = plan_tables(collections, tables, EmbeddingBagCollectionSharder(), topology, batch_size=64)
-    return {name.removeprefix("table_"): each.compute_kernel for plan in plans.values() for name, each in plan.items()}
+        plans = plan_tables(collections, tables, EmbeddingBagCollectionSharder(), topology, batch_size=64, ids_a_row=ids_a_row)
+    return {name.removeprefix("table_"): each for plan in plans.values() for name, each in plan.items()}
+
+
+def kernels(tables: Sequence[Table], topology: Topology) -> dict[str, str]:
+    """{table: the kernel that the planner chose}."""
+    return {name: each.compute_kernel for name, each in planned(tables, topology, {}).items()}
 
 
 def gpu(device: float, host: float, ranks: int = 1) -> Topology:
@@ -100,6 +105,23 @@ def test_a_cpu_is_planned_as_ever() -> None:
     assert [str(device) for device in topology.devices] == [str(device) for device in plain.devices]
     assert topology.local_world_size == plain.local_world_size
     assert kernels([table("a", 1), table("b", 64)], topology) == {"a": "fused", "b": "fused"}
+
+
+def test_ranks_share_the_look_ups_not_the_tables() -> None:
+    topology = Topology(world_size=2, compute_device="cpu", local_world_size=2)
+    tables = [table(name, 1) for name in "abcdefg"]
+
+    def look_ups(ids_a_row: dict[str, float]) -> list[float]:
+        found = planned(tables, topology, ids_a_row)
+        return [sum(lengths.get(f"of_{name}", 1.0) for name, each in found.items() if each.ranks == [rank]) for rank in (0, 1)]
+
+    lengths = {"of_d": 6.0}
+    one, other = look_ups(lengths)
+    assert abs(one - other) <= 2.0
+    one, other = look_ups({})  # by the number of tables: d with two others or three
+    assert abs(one - other) >= 4.0
+    lengths = {"of_d": 0.0}
+    assert sum(look_ups(lengths)) == 6.0
 
 
 def test_caches_are_written_back_before_rows_are_read_and_emptied_after_rows_were_written(

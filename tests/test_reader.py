@@ -339,6 +339,22 @@ def test_prefetch_bounds_what_is_read_ahead(tmp_path: Path) -> None:
     iterator.close()
 
 
+def test_no_batch_has_to_load_the_next_windows_of_all_streams(tmp_path: Path) -> None:
+    dataset = write_files(tmp_path, [[64, 64], [64, 64]])
+    done: list[str] = []
+
+    def prepare(batch: pa.RecordBatch, order: np.ndarray | None) -> None:
+        done.append("window")
+
+    reader = Reader(dataset, COLUMNS, batch_size=16, num_streams=4, shuffle_window=32, prefetch=1)
+    for _ in reader.map(lambda piece: done.append("piece"), prepare):
+        pass
+    loads = [len(each) for each in "".join("w" if what == "window" else "p" for what in done).split("p")]
+    assert sum(loads) == 8
+    assert loads[0] == 5  # the first windows of all four, and the second of the first
+    assert loads[1:] == [0, 1, 0, 1, 0, 1, *[0] * 10]  # then at a quarter, a half and three quarters of them
+
+
 def test_a_file_replaced_during_the_epoch_is_named(tmp_path: Path) -> None:
     dataset = write_files(tmp_path, [[50] * 4, [50] * 4])
     write_files(tmp_path / "other", [[50] * 3 + [49], [50] * 4])
