@@ -33,6 +33,7 @@ from mtrec.run import (
     label_columns,
     open_source,
     resolve_auto,
+    slow_precision,
 )
 from mtrec.tasks import Objectives, TaskSpec
 
@@ -54,7 +55,8 @@ def check_experiment(experiment: Experiment, sample_rows: int = 100_000, device:
     ranking_formula(experiment)
     check_place(experiment)
     check_best_metric(experiment, objectives)
-    check_device(experiment, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(experiment, device)
     train = open_source(experiment, experiment.data.train, "data.train")
     experiment = resolve_auto(experiment, train.num_rows)
     validation = None
@@ -91,6 +93,8 @@ def check_experiment(experiment: Experiment, sample_rows: int = 100_000, device:
     model = MultiTaskModel(experiment, encoder, statistics, torch.device("meta"))
     weights = loss_weights(experiment, objectives, statistics)
     warnings: list[str] = list(train.notes)
+    note = slow_precision(experiment, device)
+    warnings += [] if note is None else [note]
     drift = _drift(encoder, validation, columns, sample_rows, warnings)
     leaks = _leaks(sample, encoder, labels, objectives, warnings)
     partial = sample.num_rows < train.num_rows

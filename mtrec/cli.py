@@ -256,7 +256,12 @@ def bench(
     workers: Annotated[int, typer.Option(help="processes that train and score, one thread each")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     rounds: Annotated[int, typer.Option(help="interleaved launches of every measurement")] = 5,
-    steps: Annotated[int, typer.Option(help="timed training steps of a launch")] = 160,
+    steps: Annotated[
+        int, typer.Option(help="timed training steps of a launch; default: nearly an epoch of the log, with one checkpoint")
+    ] = 440,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="bf16 or fp32; default: both, only fp32 on a CPU without instructions for bf16")
+    ] = None,
     rows: Annotated[int, typer.Option(help="of the reference log, written once into --work")] = 2_000_000,
     work: Annotated[Path, typer.Option(help="folder for data and prepared runs")] = Path("runs/bench"),
     architectures: Annotated[bool, typer.Option("--architectures", help="also train PLE and shared-bottom")] = False,
@@ -284,6 +289,7 @@ def bench(
         json_file=json_,
         page_file=html,
         peers=peers,
+        precisions=precision or (),
     )
 
 

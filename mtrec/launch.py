@@ -30,6 +30,7 @@ from mtrec.run import (
     open_run,
     open_source,
     prepare,
+    slow_precision,
 )
 from mtrec.scored_files import Asked, score_files
 from mtrec.stopping import listening
@@ -68,6 +69,9 @@ def launch(
         copy_to_mirror(run)
         found = checkpoint.newest(run.checkpoints)
         display.start(run, found)
+        note = slow_precision(run.experiment, local_device().type)
+        if note is not None and (local or "RAY_ADDRESS" not in os.environ):
+            display.say(note)
         if local:
             _train_here(run, found, display)
         else:

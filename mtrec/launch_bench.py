@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from mtrec.architectures.products import emulates_bf16
 from mtrec.atomic import write_atomically
 from mtrec.bench import Asked, bench
 from mtrec.bench.environment import check_experiment
@@ -17,6 +18,7 @@ from mtrec.config import apply_overrides, parse_experiment
 from mtrec.kinds import nearest
 from mtrec.yaml_tree import read_yaml
 
+PRECISIONS = ("bf16", "fp32")
 REFERENCE = Path(__file__).parents[1] / "pipelines" / "benchmark" / "reference.yaml"
 
 
@@ -35,6 +37,7 @@ def launch_bench(
     json_file: Path | None,
     page_file: Path | None,
     peers: bool = False,
+    precisions: Sequence[str] = (),
 ) -> None:
     """Raises ValueError naming the option for a stage, a device or a number that is not there or makes no sense."""
     for stage in stages:
@@ -43,6 +46,9 @@ def launch_bench(
     for option, value in (("workers", workers), ("rounds", rounds), ("steps", steps), ("rows", rows)):
         if value < 1:
             raise ValueError(f"--{option} should be at least 1. Found {value}.")
+    for precision in precisions:
+        if precision not in PRECISIONS:
+            raise ValueError(f"--precision should be {' or '.join(PRECISIONS)}. Found '{precision}'.")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device should be cpu or cuda. Found '{device}'.")
     if peers and device != "cpu":
@@ -56,6 +62,7 @@ def launch_bench(
         tree = read_yaml(experiment.read_text(encoding="utf-8"), str(experiment))
         check_experiment(parse_experiment(apply_overrides(tree, overrides), default_name=experiment.stem), experiment, rows)
     warmup = max(1, min(20, steps // 3))
+    slow_bf16 = not precisions and device == "cpu" and emulates_bf16()
     asked = Asked(
         experiment=experiment,
         work=work.absolute(),
@@ -69,8 +76,11 @@ def launch_bench(
         architectures=architectures,
         overrides=tuple(overrides),
         peers=peers,
+        precisions=tuple(dict.fromkeys(precisions)) or (("fp32",) if slow_bf16 else PRECISIONS),
     )
     to = Console()
+    if slow_bf16:
+        to.print("this CPU has no instructions for bf16: fp32 alone is measured, which is faster here (--precision bf16)")
     with to.status("prepares data and runs") as status:
         found = bench(asked, status.update if to.is_terminal else to.print)
     show(found, to)

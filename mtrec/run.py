@@ -24,6 +24,7 @@ import yaml
 
 from mtrec import checkpoint, dataset
 from mtrec import labels as label_fit
+from mtrec.architectures.products import emulates_bf16
 from mtrec.atomic import write_atomically
 from mtrec.batch import Label, label_values
 from mtrec.checkpoint import Checkpoint
@@ -327,6 +328,13 @@ def _own_modules(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for below in value:
             yield from _own_modules(below)
+
+
+def slow_precision(experiment: Experiment, device: str) -> str | None:
+    """A line for the user where fp32 would be faster than the precision asked for; else None."""
+    if experiment.training.precision == "bf16" and device == "cpu" and emulates_bf16():
+        return "`training.precision: bf16`: this machine's CPU has no instructions for bf16; fp32 is faster on it"
+    return None
 
 
 def check_device(experiment: Experiment, device: str) -> None:

@@ -95,6 +95,19 @@ def test_all_stages_are_launched_once_a_round() -> None:
     }
 
 
+def test_one_precision_alone_is_measured_where_the_other_is_emulated() -> None:
+    asked = Asked(Path("e.yaml"), Path("work"), precisions=("fp32",), architectures=True)
+    wanted = measurements(asked)
+    assert {each.variant.partition("-")[0] for each in wanted} == {"fp32"}
+    names = [each.name for each in wanted]
+    for name in ("train fp32, 2 workers", "train fp32, 1 worker", "score fp32, 2 workers", "train fp32 ple, 2 workers"):
+        assert names.count(name) == 1
+    rounds = [{"ceilings": CEILINGS, "yardstick": {"rows_per_second": 2.0}, "score fp32, 2 workers": {"rows_per_second": 12.0}}]
+    assert summary(asked, [Measurement("ceilings", "ceilings", "fp32")], {}, rounds)["ratios"] == {
+        "score fp32, 2 workers / yardstick": {"median": 6.0, "low": 6.0, "high": 6.0, "values": [6.0]}
+    }
+
+
 def test_phases_add_up_to_the_time_between_the_marks() -> None:
     phases = Phases(torch.device("cpu"))
     start = phases.at
@@ -281,6 +294,7 @@ def test_a_small_measurement_from_parquet_to_weights(tmp_path: Path) -> None:
         overrides=["model.architecture.expert_layers=[8]"],
         json_file=tmp_path / "found.json",
         page_file=tmp_path / "found.html",
+        precisions=["bf16"],
     )
     found = json.loads((tmp_path / "found.json").read_text())
     compute = found["stages"]["compute bf16, 1 worker"]

@@ -136,3 +136,21 @@ def test_the_processor_decides_unless_the_environment_does(processor: str, setti
     environment |= {} if setting is None else {"MTREC_ONEDNN": setting}
     said = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
     assert said.stdout.strip() == str(through_onednn)
+
+
+@pytest.mark.parametrize(
+    ("flags", "emulated"),
+    [
+        ("flags : fpu avx512f avx512_vnni", True),
+        ("flags : fpu avx512f avx512_bf16", False),
+        ("flags : amx_bf16 amx_tile", False),
+        ("Features : fp asimd bf16", False),
+        ("Features : fp asimd", True),
+        ("unheard of", False),
+    ],
+)
+def test_a_cpu_without_instructions_for_bf16_is_told_by_its_flags(
+    flags: str, emulated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products.Path, "read_text", lambda path: f"processor : 0\n{flags}\n")
+    assert products.emulates_bf16() is emulated

@@ -35,6 +35,14 @@ def _mkl_is_at_home() -> bool:
     return torch.backends.mkl.is_available() and cpu.is_file() and "GenuineIntel" in cpu.read_text()
 
 
+def emulates_bf16() -> bool:
+    """Whether this CPU has no instructions for bf16 products: they then take longer than those in fp32 (Linux says so)."""
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.is_file() else []
+    found = next((line for line in lines if line.startswith(("flags", "Features"))), None)  # x86 and Arm
+    return found is not None and not {"avx512_bf16", "amx_bf16", "bf16"} & set(found.split())
+
+
 _LINEAR = _onednn()
 _FP32 = _LINEAR is not None and (os.environ.get("MTREC_ONEDNN") == "1" or not _mkl_is_at_home())  # oneDNN's, or torch's own
 _BF16 = _LINEAR is not None and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # not on every CPU that oneDNN runs on
@@ -158,7 +166,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
         """(B, O), or (N, B, O)."""
-        x, weight = x.contiguous(), weight.contiguous()
+        if _FP32 or x.stride(-1) != 1:  # MKL reads rows with gaps between them
+            x = x.contiguous()
+        weight = weight.contiguous()
         y = _product(x, weight, bias, relu)
         context.save_for_backward(x, weight, y if relu else None)
         return y

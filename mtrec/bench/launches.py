@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import yaml
 
+from mtrec.architectures.products import emulates_bf16
 from mtrec.bench.environment import PEERS, interpreter, make_environment, versions_of_peers, workload
 from mtrec.bench.floor import floor_rows_per_second
 from mtrec.config import apply_overrides, parse_experiment
@@ -39,6 +40,8 @@ ARCHITECTURES = {
 STAGE_NAMES = ("read", "encode", "compute", "train", "score", "startup", "all")
 RAY_STAGES = {"ray_data": "mtrec.jobs.bench", "empty_trainer": "mtrec.jobs.empty_trainer"}
 STARTUP_ROWS = 20_000
+STEPS_FROM_MEMORY = 160  # they are all alike
+SUMMED = {"encode", "score"}  # stages of which every process measures its share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +55,11 @@ class Asked:
         workers: of training and scoring, one thread each.
         device: cpu or cuda.
         rounds: launches of each measurement.
-        steps, warmup: timed and untimed steps of a launch.
+        steps, warmup: timed and untimed steps of a launch; from memory at most `STEPS_FROM_MEMORY` are timed.
         rows: of the reference log.
         overrides: of the experiment, as `mtrec train --set`.
         peers: also time torch-rechub and deepctr-torch, in an environment of their own in `work`.
+        precisions: of training, fp32 and bf16; of scoring, one worker and other architectures the first of them.
     """
 
     experiment: Path
@@ -70,6 +74,12 @@ class Asked:
     architectures: bool = False
     overrides: tuple[str, ...] = ()
     peers: bool = False
+    precisions: tuple[str, ...] = ("bf16", "fp32")
+
+    @property
+    def precision(self) -> str:
+        """What most is measured in."""
+        return self.precisions[0]
 
     @property
     def environment(self) -> Path:
@@ -100,7 +110,7 @@ def predictions(peer: str) -> str:
 def measurements(asked: Asked) -> list[Measurement]:
     """What is launched in a round, in order."""
     wanted = set(asked.stages)
-    every = "all" in wanted
+    every, best = "all" in wanted, asked.precision
     many, found = asked.workers, [Measurement("ceilings", "ceilings", "fp32")]
     if every or wanted & {"compute", "train", "score"}:
         found.append(Measurement("yardstick", "yardstick", "fp32"))
@@ -111,15 +121,17 @@ def measurements(asked: Asked) -> list[Measurement]:
         if not (every or "read" in wanted):
             found.append(Measurement("decode", "decode", "fp32"))
         found.append(Measurement("encode", "encode", "fp32"))
+        if many > 1:
+            found.append(Measurement(f"encode, {counted(many)}", "encode", "fp32", many))
     for stage in ("compute", "train"):
         if every or stage in wanted:
-            found += [Measurement(f"{stage} {kind}, {counted(many)}", stage, kind, many) for kind in ("bf16", "fp32")]
+            found += [Measurement(f"{stage} {kind}, {counted(many)}", stage, kind, many) for kind in asked.precisions]
             if many > 1:
-                found.append(Measurement(f"{stage} bf16, 1 worker", stage, "bf16"))
+                found.append(Measurement(f"{stage} {best}, 1 worker", stage, best))
     if every or "score" in wanted:
         if not every and "train" not in wanted:  # whose checkpoint is scored with
-            found.append(Measurement(f"train bf16, {counted(many)}", "train", "bf16", many))
-        found.append(Measurement(f"score bf16, {counted(many)}", "score", "bf16", many))
+            found.append(Measurement(f"train {best}, {counted(many)}", "train", best, many))
+        found.append(Measurement(f"score {best}, {counted(many)}", "score", best, many))
     if every or "startup" in wanted:
         found += [
             Measurement("mtrec --help", "help", "fp32"),
@@ -129,7 +141,7 @@ def measurements(asked: Asked) -> list[Measurement]:
         ]
     if asked.architectures:
         found += [
-            Measurement(f"train bf16 {kind}, {counted(many)}", "train", f"bf16-{kind}", many)
+            Measurement(f"train {best} {kind}, {counted(many)}", "train", f"{best}-{kind}", many)
             for kind in ARCHITECTURES
             if kind != "mmoe"
         ]
@@ -183,7 +195,7 @@ def beside(asked: Asked, name: str, *overrides: str) -> Asked:
 
 
 def launch(each: Measurement, run: Path, asked: Asked) -> dict[str, Any]:
-    """Starts the processes of one measurement and returns what rank 0 found; scoring's speeds are added up."""
+    """Starts the processes of one measurement and returns what rank 0 found; speeds of `SUMMED` stages are added up."""
     if each.stage in COMMANDS:
         return {"seconds": COMMANDS[each.stage](asked)}
     threads = os.cpu_count() if each.stage in ("yardstick", "peer") else 1
@@ -191,7 +203,7 @@ def launch(each: Measurement, run: Path, asked: Asked) -> dict[str, Any]:
         "stage": each.stage,
         "run": str(run),
         "device": asked.device,
-        "steps": asked.steps,
+        "steps": asked.steps if each.stage == "train" else min(asked.steps, STEPS_FROM_MEMORY),
         "warmup": asked.warmup,
         "threads": threads,
         "files": 4,
@@ -229,7 +241,7 @@ def launch(each: Measurement, run: Path, asked: Asked) -> dict[str, Any]:
                 raise RuntimeError(f"The stage {each.name} failed:\n{Path(folder, f'said{rank}').read_text()}")
         found = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("found*"))]
     first: dict[str, Any] = found[0]
-    if each.stage == "score":
+    if each.stage in SUMMED:
         first["rows_per_second"] = sum(one["rows_per_second"] for one in found)
     return first
 
@@ -332,7 +344,8 @@ def summary(
     ratios = {name: _spread(values) for name, values in _ratios(asked, rounds).items()}
     by_name = {name: each["median"] for name, each in ratios.items()}
     return {
-        "train_over_yardstick": by_name.get(f"train bf16, {counted(asked.workers)} / yardstick"),
+        "train_over_yardstick": by_name.get(f"train {asked.precision}, {counted(asked.workers)} / yardstick"),
+        "precision": asked.precision,
         "about": about(asked),
         "ceilings": ceilings,
         "stages": stages,
@@ -344,19 +357,20 @@ def summary(
 
 def _ratios(asked: Asked, rounds: Sequence[dict[str, dict[str, Any]]]) -> dict[str, list[float]]:
     """{what / what: the ratio of each round}."""
-    many = asked.workers
+    many, best = asked.workers, asked.precision
     pairs = [
-        *((f"train {kind}, {counted(many)}", "yardstick") for kind in ("bf16", "fp32")),
-        *((f"compute {kind}, {counted(many)}", "yardstick") for kind in ("bf16", "fp32")),
-        *((f"train {kind}, {counted(many)}", f"compute {kind}, {counted(many)}") for kind in ("bf16", "fp32")),
-        (f"train bf16, {counted(many)}", "train bf16, 1 worker"),
-        (f"compute bf16, {counted(many)}", "compute bf16, 1 worker"),
+        *((f"train {kind}, {counted(many)}", "yardstick") for kind in asked.precisions),
+        *((f"compute {kind}, {counted(many)}", "yardstick") for kind in asked.precisions),
+        *((f"train {kind}, {counted(many)}", f"compute {kind}, {counted(many)}") for kind in asked.precisions),
+        (f"train {best}, {counted(many)}", f"train {best}, 1 worker"),
+        (f"compute {best}, {counted(many)}", f"compute {best}, 1 worker"),
         ("read", "decode"),
         ("encode", "decode"),
         ("encode", "Ray Data iter_torch_batches"),
-        (f"score bf16, {counted(many)}", "yardstick"),
-        *((f"train {kind}, {counted(many)}", peer) for peer in PEERS for kind in ("bf16", "fp32")),
-        *((f"score bf16, {counted(many)}", predictions(peer)) for peer in PEERS),
+        (f"encode, {counted(many)}", "Ray Data iter_torch_batches"),
+        (f"score {best}, {counted(many)}", "yardstick"),
+        *((f"train {kind}, {counted(many)}", peer) for peer in PEERS for kind in asked.precisions),
+        *((f"score {best}, {counted(many)}", predictions(peer)) for peer in PEERS),
     ]
     return {
         f"{one} / {other}": [r[one]["rows_per_second"] / r[other]["rows_per_second"] for r in rounds]
@@ -384,6 +398,7 @@ def about(asked: Asked) -> dict[str, Any]:
         "processor": ", ".join(sorted(names)) or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "gpu": gpu,
+        "bf16_instructions": gpu is not None or not emulates_bf16(),
         "versions": {**versions(), **(versions_of_peers() if asked.peers else {})},
         "rounds": asked.rounds,
         "steps": asked.steps,

@@ -115,7 +115,8 @@ def encode(run: Run, spec: Found) -> Found:
         for batch in _batches(run):
             yield batch.num_rows
 
-    return _whole_pass(rows, _data(run).num_rows)
+    with parallel.process_group(torch.device("cpu")):  # of several workers each reads its streams
+        return _whole_pass(rows, _data(run).num_rows // parallel.world_size())
 
 
 def yardstick(run: Run, spec: Found) -> Found:
@@ -273,7 +274,7 @@ def main() -> None:
     """Runs the stage that the first argument describes."""
     spec = json.loads(sys.argv[1])
     found = STAGES[spec["stage"]](open_run(spec["run"]), spec)
-    if spec["stage"] == "score" or int(os.environ.get("RANK", "0")) == 0:
+    if spec["stage"] in ("encode", "score") or int(os.environ.get("RANK", "0")) == 0:
         Path(f"{sys.argv[2]}{spec['part']}").write_text(json.dumps(found))
 
 
