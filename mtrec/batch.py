@@ -100,8 +100,8 @@ def label_values(batch: pa.RecordBatch, label: Label) -> npt.NDArray[np.float32]
     null_B = nulls(array)
     if types.is_null(array.type):
         null_B = np.ones(len(array), np.bool_)
-    scaled_B = values_B if label.scale == 1.0 else values_B * label.scale
     with np.errstate(over="ignore"):
+        scaled_B = values_B if label.scale == 1.0 else values_B * label.scale
         narrow_B = scaled_B.astype(np.float32)  # a double above 3.4e38 would be an infinite label
     if _all_good(scaled_B, 0 if null_B is None else int(np.count_nonzero(null_B)), label):
         return narrow_B

@@ -252,6 +252,11 @@ class Saver:
             return
         write_atomically(folder / "state.json", json.dumps(state, indent=1))
         here = sorted(path for path in folder.iterdir() if path.name != "manifest.json")
+        if unseen := sorted(hashed.keys() - {path.name for path in here}):
+            raise CheckpointError(
+                f"Checkpoint {folder} could not be written: rank 0 does not see {', '.join(unseen)}, which another worker wrote. "
+                "The run's folder should lie on storage that all workers share."
+            )
         files = {path.name: hashed.get(path.name) or _entry(path) for path in here}
         write_atomically(folder / "manifest.json", json.dumps({"format": FORMAT, "files": files}, indent=1))
         self._remove_old(folder)
@@ -261,14 +266,14 @@ class Saver:
         """{file of tensors: entry of the manifest} on rank 0. Hashing is most of what a save costs where the CPU has no
         instructions for SHA-256 (.6 s for 200 MB): each rank does its own.
         """
-        own: dict[str, Any] | OSError
+        own: dict[str, Any] | Exception
         try:
             own = {path.name: _entry(path) for path in sorted(folder.glob(f"__{parallel.rank()}_*"))}
-        except OSError as error:
-            own = error  # the others wait for an answer
+        except Exception as error:
+            own = error  # raised below: the others wait for an answer
         every = parallel.gather_objects(own, self._group) or [own]
         for entries in every:
-            if isinstance(entries, OSError):
+            if isinstance(entries, Exception):
                 raise entries
         return {name: entry for entries in every for name, entry in entries.items()}
 

@@ -11,6 +11,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich would take as long to be imported as all else of --help together
     help="Train, evaluate and compare multi-objective recommenders: torchrec tables, Ray workers, Parquet in and out.",
 )
 ExperimentFile = Annotated[Path, typer.Argument(help="YAML file of the experiment")]
@@ -28,9 +29,17 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        _end(1)
+    except SystemExit as ended:  # every other way: done, Ctrl-C, SIGTERM
+        _end(ended.code)
+
+
+def _end(code: str | int | None) -> None:
+    if "mtrec.jobs.connection" in sys.modules and isinstance(code, int):
         from mtrec.jobs.connection import leave
 
-        leave(1)
+        leave(code)
+    sys.exit(code)
 
 
 @app.callback()
@@ -253,7 +262,7 @@ def bench(
     stage: Annotated[
         list[str] | None, typer.Option(help="read, encode, compute, train, score, startup or all; may be given several times")
     ] = None,
-    workers: Annotated[int, typer.Option(help="processes that train and score, one thread each")] = 2,
+    workers: Annotated[int, typer.Option(help="processes that train, encode and score, one thread each")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     rounds: Annotated[int, typer.Option(help="interleaved launches of every measurement")] = 5,
     steps: Annotated[
@@ -344,7 +353,7 @@ def submit(
     raise typer.Exit(submit_job(job, address=address, wait=not no_wait, dry_run=dry_run, say=typer.echo, ask=ask))
 
 
-jobs = typer.Typer(no_args_is_help=True, help="The jobs of a Ray cluster: list, status, logs, stop.")
+jobs = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The jobs of a Ray cluster: list, status, logs, stop.")
 app.add_typer(jobs, name="jobs")
 
 

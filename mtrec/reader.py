@@ -294,7 +294,7 @@ class Reader:
         schema = pa.schema([self.dataset.schema.field(name) for name in self.columns])
         pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="mtrec-reader")
         # their windows end together: begun at different places, the next ones are not all loaded within the same batches
-        begin = [place / len(self.owned) for place in range(len(self.owned))]
+        begin = [(place + 0.5) / len(self.owned) for place in range(len(self.owned))]
         streams = [self._stream(*each, pool, prepare, keep_rows) for each in zip(self.owned, begin, strict=True)]
         ready: deque[Future[T]] = deque()
         try:

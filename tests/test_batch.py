@@ -7,9 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from mtrec import batch as batch_module
 from mtrec.batch import Batch, Label, label_values, make_batch
 from mtrec.features import BadRowsError, Bucketized, Categorical, Dense, Encoder
 
@@ -203,3 +206,31 @@ def test_counts_are_passed_on(encoder: Encoder) -> None:
     make_batch(DATA, encoder, {}, None, counts=counts)
     assert counts.null_share()["price"] == 0.2
     assert counts.null_share()["seen"] == 0.2
+
+
+VALUES = [0.0, 1.0, -1.0, 0.5, 2.0, 3e38, 4e38, 1e308, -4e38, math.nan, math.inf, -math.inf, None]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    values=st.lists(st.sampled_from(VALUES), max_size=5),
+    scale=st.sampled_from([1.0, 0.001, 2.0]),
+    low=st.sampled_from([None, 0.0, -math.inf]),
+    high=st.sampled_from([None, 1.0, math.inf]),
+    integer=st.booleans(),
+)
+def test_labels_pass_at_a_glance_that_pass_one_by_one(
+    values: list[float | None], scale: float, low: float | None, high: float | None, integer: bool
+) -> None:
+    rows, label = pa.record_batch({"y": pa.array(values, pa.float64())}), Label("y", scale, low, high, integer)
+
+    def found() -> tuple[list[float], list[int]]:
+        try:
+            return np.nan_to_num(label_values(rows, label), nan=-7.0).tolist(), []
+        except BadRowsError as error:
+            return [], error.rows.tolist()
+
+    with pytest.MonkeyPatch.context() as patch:
+        glance = found()
+        patch.setattr(batch_module, "_all_good", lambda *arguments: False)
+        assert found() == glance

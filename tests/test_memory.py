@@ -111,17 +111,18 @@ def test_ranks_share_the_look_ups_not_the_tables() -> None:
     topology = Topology(world_size=2, compute_device="cpu", local_world_size=2)
     tables = [table(name, 1) for name in "abcdefg"]
 
-    def look_ups(ids_a_row: dict[str, float]) -> list[float]:
-        found = planned(tables, topology, ids_a_row)
-        return [sum(lengths.get(f"of_{name}", 1.0) for name, each in found.items() if each.ranks == [rank]) for rank in (0, 1)]
+    true = {"of_d": 6.0}
 
-    lengths = {"of_d": 6.0}
-    one, other = look_ups(lengths)
+    def look_ups(told: dict[str, float]) -> list[float]:
+        """Of both ranks, where the planner is told this."""
+        found = planned(tables, topology, told)
+        return [sum(true.get(f"of_{name}", 1.0) for name, each in found.items() if each.ranks == [rank]) for rank in (0, 1)]
+
+    one, other = look_ups(true)
     assert abs(one - other) <= 2.0
     one, other = look_ups({})  # by the number of tables: d with two others or three
     assert abs(one - other) >= 4.0
-    lengths = {"of_d": 0.0}
-    assert sum(look_ups(lengths)) == 6.0
+    assert len(planned(tables, topology, {"of_d": 0.0})) == 7  # of a list that was always empty, too
 
 
 def test_caches_are_written_back_before_rows_are_read_and_emptied_after_rows_were_written(

@@ -351,8 +351,8 @@ def test_no_batch_has_to_load_the_next_windows_of_all_streams(tmp_path: Path) ->
         pass
     loads = [len(each) for each in "".join("w" if what == "window" else "p" for what in done).split("p")]
     assert sum(loads) == 8
-    assert loads[0] == 5  # the first windows of all four, and the second of the first
-    assert loads[1:] == [0, 1, 0, 1, 0, 1, *[0] * 10]  # then at a quarter, a half and three quarters of them
+    assert loads[0] == 4  # the first windows of all
+    assert loads[1:] == [1, 0, 1, 0, 1, 0, 1, *[0] * 9]  # then at one, three, five and seven eighths of them
 
 
 def test_a_file_replaced_during_the_epoch_is_named(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ def packed(x: Tensor) -> Tensor:
     """`x`, contiguous where a batched product would copy it anyway.
 
     On the CPU, oneDNN's bf16 products copy an operand with gaps between its rows at each use, forward and backward
-    (an MMoE of 4 x [256, 128] took 1.7 times as long, measured); fp32 products (`products.linears`, which copies once) and
-    CUDA's take it as it is.
+    (an MMoE of 4 x [256, 128] took 1.7 times as long, measured); fp32 products (`products.linears`, which copies once, or
+    not at all) and CUDA's take it as it is.
     """
     return x.contiguous() if x.device.type == "cpu" and x.dtype != torch.float32 else x
 
@@ -63,7 +63,8 @@ class BatchedLinear(nn.Module):
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
         """(B, in), read by every map, or (G, B, in), where N / G consecutive maps read x[g], -> (N, B, out).
 
-        `relu` is applied here because it can be done in place only before the result is viewed as (N, B, out).
+        `relu` is applied here because it can be done in place only before the result is viewed as (N, B, out); that is not to be
+        changed in place.
         """
         num_maps, output_dim, _ = self.weight.shape
         if x.dim() == 3 and x.shape[0] == 1:

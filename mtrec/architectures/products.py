@@ -29,16 +29,20 @@ def _onednn() -> Any:
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
+def _processor() -> list[str]:
+    """What Linux says of it, line by line; nothing elsewhere."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.is_file() else []
+
+
 def _mkl_is_at_home() -> bool:
-    """Whether torch's own fp32 products are MKL's on an Intel processor (Linux says so)."""
-    cpu = Path("/proc/cpuinfo")
-    return torch.backends.mkl.is_available() and cpu.is_file() and "GenuineIntel" in cpu.read_text()
+    """Whether torch's own fp32 products are MKL's on an Intel processor."""
+    return torch.backends.mkl.is_available() and any("GenuineIntel" in line for line in _processor())
 
 
 def emulates_bf16() -> bool:
-    """Whether this CPU has no instructions for bf16 products: they then take longer than those in fp32 (Linux says so)."""
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.is_file() else []
+    """Whether this CPU has no instructions for bf16 products: they then take longer than those in fp32."""
+    lines = _processor()
     found = next((line for line in lines if line.startswith(("flags", "Features"))), None)  # x86 and Arm
     return found is not None and not {"avx512_bf16", "amx_bf16", "bf16"} & set(found.split())
 
@@ -58,7 +62,7 @@ def linear(x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, relu: 
     """
     x, weight, bias = _cast(x_BI, weight_OI, bias_O)
     if _takes(x, weight):
-        return _computed(_Linear, x, weight, bias, relu)
+        return _computed(x, weight, bias, relu)
     y_BO = functional.linear(x, weight, bias)
     return y_BO.relu_() if relu else y_BO
 
@@ -71,13 +75,14 @@ def linears(x_NBI: Tensor, weight_NOI: Tensor, bias_NO: Tensor | None = None, re
     """
     x, weight, bias = _cast(x_NBI, weight_NOI, bias_NO)
     if _takes(x, weight):
-        return _computed(_Linear, x, weight, bias, relu)
+        return _computed(x, weight, bias, relu)
     y_NBO = _batched(x, weight, bias)
     return y_NBO.relu_() if relu else y_NBO
 
 
 def fan_out(x_BI: Tensor, weight_NOI: Tensor, bias_NO: Tensor | None = None, relu: bool = False) -> Tensor:
-    """N maps of the same inputs as one product, (N, B, O): a view, in which the rows of a map are N * O apart.
+    """N maps of the same inputs as one product, (N, B, O): a view, in which the rows of a map are N * O apart; not to be
+    changed in place.
 
     >>> fan_out(torch.ones(1, 3), torch.ones(2, 1, 3) * torch.tensor([1.0, 2.0])[:, None, None]).flatten().tolist()
     [3.0, 6.0]
@@ -101,7 +106,7 @@ def towards_inputs() -> Iterator[None]:
 
 
 def reads_gaps(x: Tensor) -> bool:
-    """Whether products of `x`, in bf16 too, go through oneDNN as they are: without a gradient gaps between rows cost nothing."""
+    """Whether products of `x`, in bf16 too, are computed as they are: without a gradient gaps between rows cost nothing."""
     known = _BF16 or not torch.is_autocast_enabled("cpu")
     return _LINEAR is not None and known and x.device.type == "cpu" and not torch.is_grad_enabled()
 
@@ -129,12 +134,10 @@ def _takes(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _computed(
-    function: type[torch.autograd.Function], x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool
-) -> Tensor:
+def _computed(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     if not torch.is_grad_enabled():
         return _product(x, weight, bias, relu)
-    found: Tensor = function.apply(x, weight, bias, relu)
+    found: Tensor = _Linear.apply(x, weight, bias, relu)
     return found
 
 
@@ -199,7 +202,7 @@ class _FanOut(torch.autograd.Function):
         """The gradients of x, weight and bias."""
         x, weight, y = context.saved_tensors
         dy_BNO = dy_NBO.transpose(0, 1)
-        dz_BNO = torch.empty(dy_BNO.shape, dtype=dy_BNO.dtype)
+        dz_BNO = dy_BNO.new_empty(dy_BNO.shape)
         if y is None:
             dz_BNO.copy_(dy_BNO)
         else:

@@ -25,6 +25,7 @@ import yaml
 from mtrec.architectures.products import emulates_bf16
 from mtrec.bench.environment import PEERS, interpreter, make_environment, versions_of_peers, workload
 from mtrec.bench.floor import floor_rows_per_second
+from mtrec.bench.stages import SUMMED
 from mtrec.config import apply_overrides, parse_experiment
 from mtrec.model import MultiTaskModel
 from mtrec.run import open_run, prepare, versions
@@ -41,7 +42,6 @@ STAGE_NAMES = ("read", "encode", "compute", "train", "score", "startup", "all")
 RAY_STAGES = {"ray_data": "mtrec.jobs.bench", "empty_trainer": "mtrec.jobs.empty_trainer"}
 STARTUP_ROWS = 20_000
 STEPS_FROM_MEMORY = 160  # they are all alike
-SUMMED = {"encode", "score"}  # stages of which every process measures its share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Asked:
         experiment: the reference experiment, or one's own.
         work: folder of data and prepared runs; used again by the next call.
         stages: of STAGE_NAMES.
-        workers: of training and scoring, one thread each.
+        workers: of training, encoding and scoring, one thread each.
         device: cpu or cuda.
         rounds: launches of each measurement.
         steps, warmup: timed and untimed steps of a launch; from memory at most `STEPS_FROM_MEMORY` are timed.
@@ -166,6 +166,7 @@ def prepare_variants(asked: Asked, wanted: Sequence[Measurement]) -> dict[str, P
             "data.validation=null",
             f"training.precision={precision}",
             f"training.max_steps={asked.warmup + asked.steps}",
+            f"training.epochs={asked.warmup + asked.steps}",  # however few batches one has
             f"training.log_every={asked.warmup}",
             f"training.checkpoint_every={max(1, (asked.warmup + asked.steps) // 2)}",
             *([f"model.architecture={json.dumps(ARCHITECTURES[architecture])}"] if architecture else []),

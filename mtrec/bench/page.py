@@ -23,7 +23,7 @@ def page(found: Mapping[str, Any]) -> str:
     made = Page("mtrec bench")
     where = about["gpu"] or f"{about['processor']}, {about['cores']} cores"
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    made.paragraph(f"{where}; {about['rounds']} interleaved rounds of {about['steps']} steps; {versions}", "soft")
+    made.paragraph(f"{where}; {about['rounds']} interleaved rounds of up to {about['steps']} steps; {versions}", "soft")
     made.heading("Rows a second")
     made.paragraph(
         "Medians, lowest and highest round. The floor is what the measured rates of matrix products and of gathering rows "

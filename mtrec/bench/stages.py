@@ -1,7 +1,8 @@
 """What one launched process measures. `python -m mtrec.bench.stages SPEC OUT` runs a stage and writes a JSON object to OUT.
 
 SPEC is a JSON object: `stage`, the run prepared for it, and its sizes; with more than one worker the environment says which
-rank this is (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), and rank 0 writes. A stage's main number is `rows_per_second`.
+rank this is (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Rank 0 writes, of `SUMMED` stages every rank. A stage's main number is
+`rows_per_second`.
 """
 
 import collections
@@ -34,6 +35,7 @@ from mtrec.step import TrainState, build_state, train_step
 from mtrec.train import Progress, Saved, Step, be_deterministic, make_reader, train
 
 Found = dict[str, Any]
+SUMMED = ("encode", "score")  # stages of which every process measures, and writes, its share
 BATCHES_IN_MEMORY = 96  # enough rows that a lookup is not always in the cache
 
 
@@ -274,7 +276,7 @@ def main() -> None:
     """Runs the stage that the first argument describes."""
     spec = json.loads(sys.argv[1])
     found = STAGES[spec["stage"]](open_run(spec["run"]), spec)
-    if spec["stage"] in ("encode", "score") or int(os.environ.get("RANK", "0")) == 0:
+    if spec["stage"] in SUMMED or int(os.environ.get("RANK", "0")) == 0:
         Path(f"{sys.argv[2]}{spec['part']}").write_text(json.dumps(found))
 
 

@@ -6,6 +6,7 @@ torchrec and prepares the run; `connect` then waits for what is left.
 
 import logging
 import os
+import signal
 import sys
 import threading
 import warnings
@@ -34,6 +35,8 @@ def connect_beside() -> None:
     global _beside
     if _beside is None:
         set_environment()
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # Ray would do the same, but not from a thread
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         _beside = Future()
         threading.Thread(target=_live, args=(_beside,), name="mtrec-ray").start()
 
@@ -61,7 +64,8 @@ def leave(code: int) -> NoReturn:
 
 
 def set_environment() -> None:
-    """What Ray and its workers read from the environment; before anything of Ray is imported."""
+    """What Ray and its workers read from the environment, and no warnings of Ray's; before anything of it is imported."""
+    warnings.filterwarnings("ignore", module="ray")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("MALLOC_ARENA_MAX", ONE_ARENA)
@@ -71,8 +75,5 @@ def _connect() -> None:
     set_environment()
     import ray
 
-    if ray.is_initialized():
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False, configure_logging=True)

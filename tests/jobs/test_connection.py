@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ pytestmark = pytest.mark.slow
 BEFORE = "from mtrec.jobs.connection import connect, connect_beside, leave\n"
 
 
-def run(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", BEFORE + code], capture_output=True, text=True, timeout=120)
+def run(code: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", BEFORE + code], capture_output=True, text=True, timeout=timeout)
 
 
 def alive(pid: int) -> bool:
@@ -49,8 +50,24 @@ def test_what_went_wrong_is_told_to_whoever_needs_it() -> None:
 
 def test_a_command_that_fails_meanwhile_does_not_wait_for_ray() -> None:
     said = run(
-        "import ray, time\n"
-        "ray.init = lambda **options: time.sleep(100); connect_beside()\n"
-        "print('error', flush=False); leave(3)"
+        "import ray, time\nray.init = lambda **options: time.sleep(100)\nconnect_beside(); print('error', flush=False); leave(3)",
+        timeout=50,
     )
     assert (said.returncode, said.stdout) == (3, "error\n")
+
+
+def test_a_half_started_ray_ends_with_the_command() -> None:
+    said = run(
+        "import glob, time\n"
+        "connect_beside()\n"
+        "children = lambda: [pid for path in glob.glob('/proc/self/task/*/children') for pid in open(path).read().split()]\n"
+        "while not children(): time.sleep(0.01)\n"
+        "time.sleep(0.5); print(*children()); leave(3)"
+    )
+    assert said.returncode == 3
+    processes = [int(pid) for pid in said.stdout.split()]
+    assert processes
+    until = time.monotonic() + 10
+    while any(alive(pid) for pid in processes):
+        assert time.monotonic() < until
+        time.sleep(0.1)
