@@ -31,7 +31,7 @@ from torch import Tensor
 MESSAGE = struct.Struct("<6q")  # what, operation, buffer, capacity, offset, bytes
 POSTED, READ = 0, 1
 ALIGNMENT = 64
-MAX_PENDING = 64  # operations that a rank has begun and not all have read; the oldest are then ended first
+MAX_PENDING = 64  # operations that a rank has begun and not all have read: from here on the oldest is ended before another begins
 DIRECT_RANKS, DIRECT_BYTES = 8, 1 << 16  # every rank reads every other's whole tensor to sum it: more go to gloo
 
 
@@ -310,13 +310,13 @@ class SharedMemoryGroup(dist.ProcessGroup):
                 self._note(by_file[file])
 
     def _end_oldest(self) -> None:
-        """Ends the oldest operation, here (who began it may never wait for it) and with the peers, who do the same."""
-        oldest = min(self._unread)
-        if oldest in self._pending:
-            self._pending[oldest].wait()
-        while oldest in self._unread:
-            unread = self._unread[oldest][1]
-            self._note(next(peer for peer in self._peers if peer.rank in unread))
+        """Ends the oldest operation that was begun here and not ended: who began it may never wait for it.
+
+        Not before the peers have read it, too: one that waits for what this rank is about to post would never come to that. They
+        end it when they have as many.
+        """
+        if self._pending:
+            self._pending[min(self._pending)].wait()
 
 
 def _sizes(tensor: Tensor, split_sizes: Sequence[int] | None, size: int) -> list[int]:

@@ -125,6 +125,27 @@ def test_what_is_never_waited_for_stops_nothing_and_buffers_are_used_again(tmp_p
         assert buffers <= 6
 
 
+def again_and_again_never_waited_for() -> tuple[float, int]:
+    """More than may be pending, by ranks of which now one is ahead, now the other."""
+    with parallel.process_group(CPU):
+        group = shared_memory.connect(SECONDS)
+        assert group is not None
+        total = 0.0
+        for step in range(6 * shared_memory.MAX_PENDING):
+            if step % 7 == dist.get_rank():
+                time.sleep(0.002)
+            dist.all_reduce(torch.ones(100), group=group, async_op=True)
+            dist.all_reduce(one := torch.ones(10), group=group)
+            total += float(one[0])
+        return total, len(group._buffers)
+
+
+def test_ranks_that_forget_many_operations_do_not_wait_for_each_other_for_ever(tmp_path: Path) -> None:
+    for total, buffers in run_ranks(2, again_and_again_never_waited_for, folder=tmp_path):
+        assert total == 2 * 6 * shared_memory.MAX_PENDING
+        assert buffers <= shared_memory.MAX_PENDING + 6
+
+
 def last_one_before_the_end() -> Tensor:
     with parallel.process_group(CPU):
         group = shared_memory.connect(SECONDS)
