@@ -123,16 +123,21 @@ class Dataset:
         )
         with open_file(file.location, file.identity) as parquet:
             batches = parquet.iter_batches(rows, row_groups=[row_group.index], columns=read, use_threads=False)
-            while (raw := self._decoded(batches, file, row_group)) is not None:
+
+            def next_chunk() -> tuple[pa.RecordBatch, pa.BooleanArray | None] | None:
+                raw = self._decoded(batches, file, row_group)
+                if raw is None:
+                    return None
                 if as_stored:
                     arrays = raw.select(schema.names).columns
                 else:
                     arrays = [self._column(raw, field, file, row_group) for field in fields]
                 batch = pa.RecordBatch.from_arrays(arrays, schema=schema) if fields else raw
                 if row_group.filtered and self.condition is not None:
-                    yield batch.select(list(columns)), conditions.mask(self.condition, batch)
-                else:
-                    yield batch, None
+                    return batch.select(list(columns)), conditions.mask(self.condition, batch)
+                return batch, None
+
+            yield from iter(next_chunk, None)  # a loop's variable would hold the chunk until the next one is there
 
     def _decoded(self, batches: Iterator[pa.RecordBatch], file: File, row_group: RowGroup) -> pa.RecordBatch | None:
         try:

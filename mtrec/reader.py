@@ -9,11 +9,11 @@ within them, are the same for every number of ranks; every row comes once an epo
     rows are permuted inside their window, the permutation drawn from (seed, epoch, stream, window)
     the line is cut into pieces of `batch_size / V` rows
 
-Large row groups are cut into equal windows, small ones are put together. So a window of a large row group is what one
-call of the decoder yields, and a rank holds one window for each of its streams (and one more for each that is being
-read ahead), never a row group. A stream that begins inside a row group decodes the rows before its own and drops them:
-many row groups of at most some 100,000 rows read faster than a few large ones. Rows that `where` drops leave their
-place empty: positions count rows before `where`, so that they are known without reading.
+Large row groups are cut into equal windows, small ones are put together. Four windows of a large row group are decoded at
+once, and prepared one after the other: a rank holds up to four for each of its streams (and one more for each that is
+being read ahead), and four decoded ones, never a large row group. A stream that begins inside a row group decodes the rows
+before its own and drops them: many row groups of at most some 100,000 rows read faster than a few large ones. Rows that
+`where` drops leave their place empty: positions count rows before `where`, so that they are known without reading.
 """
 
 from collections import deque
@@ -28,115 +28,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mtrec.dataset import Dataset
+from mtrec.row_order import BY_ROW, Span, Window, permutation, plan_streams, plan_windows, window_rows
 
 T = TypeVar("T")
 Prepare = Callable[[pa.RecordBatch, np.ndarray | None], Any]
 
-_ORDER, _ROWS = 1, 2  # what a key of `permutation` is for: first number of the key
-
-
-class Span(NamedTuple):
-    """Rows [start, stop) of a row group; `row_group` is its position in `Dataset.row_groups`."""
-
-    row_group: int
-    start: int
-    stop: int
-
-
-Window = tuple[Span, ...]
-
-
-def permutation(num_rows: int, *key: int) -> np.ndarray:
-    """A random order of `num_rows` rows, int64, that depends on the key alone.
-
-    Sorts random 64-bit words whose low bits are replaced by the row's number. numpy promises the words of its bit
-    generators, not the results of `Generator.permutation`: an order drawn from those could change with numpy's version,
-    and a resumed run would then repeat rows.
-
-    >>> permutation(5, 7, 0).tolist()
-    [3, 4, 0, 2, 1]
-    """
-    if num_rows == 0:
-        return np.empty(0, dtype=np.int64)
-    low_bits = np.uint64((1 << (num_rows - 1).bit_length()) - 1)
-    words = np.random.PCG64(np.random.SeedSequence(key)).random_raw(num_rows)
-    words = (words & ~low_bits) | np.arange(num_rows, dtype=np.uint64)
-    words.sort()
-    return (words & low_bits).astype(np.int64)
-
-
-def plan_streams(
-    row_group_rows: Sequence[int], num_streams: int, *, seed: int, epoch: int, shuffle: bool
-) -> list[list[Span]]:
-    """The rows of each stream, in the epoch's order; the streams' lengths differ by one row at most.
-
-    Row groups of one size are dealt to the streams, as many to each; what is left over is cut into V equal ranges. So
-    there are at most V - 1 cuts, of which each makes one stream decode rows of another, and none where all row groups
-    have one size and V divides their number.
-
-    >>> plan_streams([4, 3, 4], 2, seed=0, epoch=0, shuffle=False)
-    [[Span(row_group=0, start=0, stop=4), Span(row_group=1, start=0, stop=1)], \
-[Span(row_group=1, start=1, stop=3), Span(row_group=2, start=0, stop=4)]]
-    """
-    count = len(row_group_rows)
-    order = (permutation(count, _ORDER, seed, epoch) if shuffle else np.arange(count)).tolist()
-    of_size: dict[int, list[int]] = {}  # places in the order
-    for place, row_group in enumerate(order):
-        of_size.setdefault(row_group_rows[row_group], []).append(place)
-    streams: list[list[tuple[int, Span]]] = [[] for _ in range(num_streams)]  # with places, to bring them into order
-    rest: list[int] = []
-    for rows, places in of_size.items():
-        dealt = len(places) // num_streams * num_streams
-        for turn, place in enumerate(places[:dealt]):
-            streams[turn % num_streams].append((place, Span(order[place], 0, rows)))
-        rest += places[dealt:]
-    rest.sort()
-    total = sum(row_group_rows[order[place]] for place in rest)
-    start = 0  # of the row group, among the rows left over
-    for place in rest:
-        row_group = order[place]
-        end = start + row_group_rows[row_group]
-        for stream in range(num_streams):
-            first = max(start, total * stream // num_streams)
-            last = min(end, total * (stream + 1) // num_streams)
-            if first < last:
-                streams[stream].append((place, Span(row_group, first - start, last - start)))
-        start = end
-    return [[span for _, span in sorted(spans)] for spans in streams]
-
-
-def window_rows(row_group_rows: int, shuffle_window: int) -> int:
-    """The length of the equal parts, none above `shuffle_window` rows, into which a row group is cut.
-
-    >>> window_rows(65_536, 16_384), window_rows(20_000, 16_384), window_rows(100, 16_384)
-    (16384, 10000, 100)
-    """
-    return -(-row_group_rows // -(-row_group_rows // shuffle_window))
-
-
-def plan_windows(spans: Sequence[Span], row_group_rows: Sequence[int], shuffle_window: int) -> list[Window]:
-    """The windows of a stream: its spans cut into the parts of their row groups, small parts put together.
-
-    >>> plan_windows([Span(0, 3, 10), Span(1, 0, 2), Span(2, 0, 2)], [10, 2, 2], shuffle_window=5)
-    [(Span(row_group=0, start=3, stop=5),), (Span(row_group=0, start=5, stop=10),), \
-(Span(row_group=1, start=0, stop=2), Span(row_group=2, start=0, stop=2))]
-    """
-    windows: list[Window] = []
-    current: list[Span] = []
-    held = 0
-    for row_group, first, last in spans:
-        length = window_rows(row_group_rows[row_group], shuffle_window)
-        start = first
-        while start < last:
-            stop = min(last, (start // length + 1) * length)
-            if current and held + stop - start > shuffle_window:
-                windows.append(tuple(current))
-                current, held = [], 0
-            current.append(Span(row_group, start, stop))
-            held += stop - start
-            start = stop
-    return [*windows, tuple(current)] if current else windows
-
+WINDOWS_DECODED = 4  # of a large row group at once: less decoding a row, while caches are warm, than with a call for each
 
 class Part(NamedTuple):
     """Some rows of a window: the window's spans, and for each row its number among the window's rows before `where`."""
@@ -201,8 +98,8 @@ class Reader:
     Every rank gets the same number of pieces, `num_batches - start_batch`; the pieces may differ in rows, down to none.
     Reading goes on in background threads (pyarrow and numpy only) up to `prefetch` pieces ahead; they end with the
     iteration, also when it is left early. What goes wrong there is raised at the piece it belongs to. Memory: for each
-    owned stream two windows of `shuffle_window` rows (as they are, or as `prepare` made them, or both) and one being decoded for
-    each thread, and `prefetch` pieces.
+    owned stream up to five windows of `shuffle_window` rows (as they are, or as `prepare` made them, or both), four being decoded
+    for each thread, and `prefetch` pieces.
 
     Args:
         dataset: what to read.
@@ -314,8 +211,8 @@ class Reader:
         self, stream: int, begin: float, pool: ThreadPoolExecutor, prepare: Prepare | None, keep_rows: bool
     ) -> "_Stream":
         windows = plan_windows(self._spans[stream], self._row_group_rows, self.shuffle_window)
-        key = (_ROWS, self.seed, self.epoch, stream) if self.shuffle else None
-        decoder = _Decoder(self.dataset, self.columns, self.shuffle_window, key, prepare, keep_rows)
+        key = (BY_ROW, self.seed, self.epoch, stream) if self.shuffle else None
+        decoder = _Decoder(self.dataset, self.columns, windows, self.shuffle_window, key, prepare, keep_rows)
         return _Stream(windows, self.start_batch * self.piece_rows, begin, decoder, pool)
 
     def locate(self, piece: Piece, row: int) -> Row:
@@ -369,13 +266,15 @@ class _Decoder:
         self,
         dataset: Dataset,
         columns: Sequence[str],
+        windows: Sequence[Window],
         shuffle_window: int,
         key: tuple[int, ...] | None,
         prepare: Prepare | None,
         keep_rows: bool,
     ) -> None:
-        self.dataset, self.columns, self.shuffle_window, self.key = dataset, columns, shuffle_window, key
+        self.dataset, self.columns, self.windows, self.shuffle_window, self.key = dataset, columns, windows, shuffle_window, key
         self.prepare, self.keep_rows = prepare, keep_rows
+        self.made: deque[_Loaded] = deque()  # windows decoded with one that was asked for
         self.row_group = -1
         self.chunks: Generator[tuple[pa.RecordBatch, pa.BooleanArray | None], None, None] | None = None
         self.chunk: tuple[pa.RecordBatch, pa.BooleanArray | None] | None = None
@@ -386,8 +285,24 @@ class _Decoder:
             self.chunks.close()
         self.chunks = self.chunk = None
 
-    def load(self, number: int, window: Window) -> _Loaded:
-        """Window `number` of the stream: decoded, `where` applied, permuted, prepared."""
+    def load(self, number: int) -> _Loaded:
+        """Window `number`; they are asked for in order. Those decoded with it are made at once, so that the rows can go."""
+        if not self.made:
+            self.made.append(self._make(number))
+            while number + 1 < len(self.windows) and self._holds(self.windows[number + 1]):
+                number += 1
+                self.made.append(self._make(number))
+        return self.made.popleft()
+
+    def _holds(self, window: Window) -> bool:
+        """Whether all rows of a window are among those decoded last."""
+        if self.chunk is None or len(window) > 1 or window[0].row_group != self.row_group:
+            return False
+        return self.at <= window[0].start and window[0].stop <= self.at + self.chunk[0].num_rows
+
+    def _make(self, number: int) -> _Loaded:
+        """Decoded, `where` applied, permuted, prepared."""
+        window = self.windows[number]
         parts = [part for span in window for part in self._decode(span)]
         batch = parts[0][0] if len(parts) == 1 else pa.concat_batches([part[0] for part in parts])
         rows = np.arange(batch.num_rows) if self.key is None else permutation(batch.num_rows, *self.key, number)
@@ -409,8 +324,8 @@ class _Decoder:
         if self.chunks is None or span.row_group != self.row_group or span.start < self.at:
             self.close()
             group = self.dataset.row_groups[span.row_group]
-            length = window_rows(group.num_rows, self.shuffle_window)
-            self.chunks = self.dataset.chunks(group, self.columns, length)
+            rows = WINDOWS_DECODED * window_rows(group.num_rows, self.shuffle_window)
+            self.chunks = self.dataset.chunks(group, self.columns, rows)
             self.row_group, self.at = span.row_group, 0
         while True:
             if self.chunk is None:
@@ -423,6 +338,8 @@ class _Decoder:
             if span.stop < end:
                 return
             self.chunk, self.at = None, end
+            if end == self.dataset.row_groups[span.row_group].num_rows:
+                self.close()  # pyarrow would hold what it decoded last
             if span.stop == end:
                 return
 
@@ -494,12 +411,12 @@ class _Stream:
         return slices
 
     def _load(self, number: int) -> None:
-        before, window = self.before, self.windows[number]
+        before = self.before
 
         def load() -> _Loaded:
             if before is not None:
                 before.result()  # the decoder goes through the windows in order, one at a time
-            return self.decoder.load(number, window)
+            return self.decoder.load(number)
 
         self.before = self.pool.submit(load)
         self.loads.append(self.before)

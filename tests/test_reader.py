@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from mtrec.dataset import Dataset, Source, open_dataset
 from mtrec.files import ChangedFile
-from mtrec.reader import Piece, Reader, Row, permutation, plan_streams, plan_windows
+from mtrec.reader import Piece, Reader, Row
+from mtrec.row_order import permutation, plan_streams, plan_windows
 
 COLUMNS = ["row", "text", "tags", "number"]
 
@@ -340,7 +341,7 @@ def test_prefetch_bounds_what_is_read_ahead(tmp_path: Path) -> None:
 
 
 def test_no_batch_has_to_load_the_next_windows_of_all_streams(tmp_path: Path) -> None:
-    dataset = write_files(tmp_path, [[64, 64], [64, 64]])
+    dataset = write_files(tmp_path, [[32] * 4, [32] * 4])
     done: list[str] = []
 
     def prepare(batch: pa.RecordBatch, order: np.ndarray | None) -> None:
@@ -353,6 +354,23 @@ def test_no_batch_has_to_load_the_next_windows_of_all_streams(tmp_path: Path) ->
     assert sum(loads) == 8
     assert loads[0] == 4  # the first windows of all
     assert loads[1:] == [1, 0, 1, 0, 1, 0, 1, *[0] * 9]  # then at one, three, five and seven eighths of them
+
+
+def test_windows_of_a_large_row_group_are_decoded_four_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = write_files(tmp_path, [[100]])
+    done: list[object] = []
+    original = Dataset.chunks
+
+    def noted(self: Dataset, row_group: object, columns: object, chunk_rows: int) -> object:
+        for batch, mask in original(self, row_group, columns, chunk_rows):
+            done.append(batch.num_rows)
+            yield batch, mask
+
+    monkeypatch.setattr(Dataset, "chunks", noted)
+    reader = Reader(dataset, COLUMNS, batch_size=5, num_streams=1, shuffle_window=10, prefetch=1)
+    for _ in reader.map(lambda piece: None, lambda rows, order: done.append("window")):
+        pass
+    assert done == [40, *["window"] * 4, 40, *["window"] * 4, 20, *["window"] * 2]
 
 
 def test_a_file_replaced_during_the_epoch_is_named(tmp_path: Path) -> None:
