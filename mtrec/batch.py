@@ -96,6 +96,9 @@ def label_values(batch: pa.RecordBatch, label: Label) -> npt.NDArray[np.float32]
     [1.5, nan]
     """
     array = _column(batch, label.column, "label")
+    plain_B = _plain_values(array, label)
+    if plain_B is not None:
+        return plain_B
     values_B = floats(array)
     null_B = nulls(array)
     if types.is_null(array.type):
@@ -120,15 +123,35 @@ def label_values(batch: pa.RecordBatch, label: Label) -> npt.NDArray[np.float32]
     return narrow_B
 
 
+def _finite_range(label: Label) -> tuple[float, float]:
+    limit = float(np.finfo(np.float32).max)
+    return (
+        -limit if label.low is None else max(label.low, -limit),
+        limit if label.high is None else min(label.high, limit),
+    )
+
+
+def _plain_values(array: Any, label: Label) -> npt.NDArray[np.float32] | None:
+    """The same as `label_values` where nothing is to be converted or found fault with, as nearly always; else None."""
+    small = types.is_int8(array.type) or types.is_float32(array.type)  # what becomes a float32 as it is
+    if not small or label.scale != 1.0 or array.null_count or not len(array):
+        return None
+    values_B: npt.NDArray[Any] = array.to_numpy(zero_copy_only=False)
+    low, high = _finite_range(label)
+    if not (low <= np.minimum.reduce(values_B) and np.maximum.reduce(values_B) <= high):  # nor where one is NaN
+        return None
+    if label.integer and types.is_float32(array.type):
+        return None
+    return values_B.astype(np.float32)
+
+
 def _all_good(values_B: npt.NDArray[np.float64], num_null: int, label: Label) -> bool:
     """Whether all values but the nulls (which are NaN) may stand: what is nearly always so, without a mask for each condition."""
     if np.count_nonzero(np.isnan(values_B)) != num_null:
         return False
     if num_null == len(values_B):
         return True
-    limit = float(np.finfo(np.float32).max)
-    low = -limit if label.low is None else max(label.low, -limit)
-    high = limit if label.high is None else min(label.high, limit)
+    low, high = _finite_range(label)
     if not (low <= np.fmin.reduce(values_B) and np.fmax.reduce(values_B) <= high):
         return False
     return not label.integer or np.count_nonzero(np.floor(values_B) == values_B) == len(values_B) - num_null

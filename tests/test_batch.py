@@ -234,3 +234,32 @@ def test_labels_pass_at_a_glance_that_pass_one_by_one(
         glance = found()
         patch.setattr(batch_module, "_all_good", lambda *arguments: False)
         assert found() == glance
+
+
+@given(
+    st.sampled_from([pa.int8(), pa.float32(), pa.float64(), pa.int64()]).flatmap(
+        lambda type_: st.tuples(
+            st.just(type_),
+            st.lists(st.integers(-3, 3) if pa.types.is_integer(type_) else st.floats(width=32), min_size=1, max_size=4),
+        )
+    ),
+    st.builds(
+        Label,
+        st.just("y"),
+        scale=st.sampled_from([1.0, 0.5]),
+        low=st.sampled_from([None, 0.0, -math.inf]),
+        high=st.sampled_from([None, 1.0, math.inf]),
+        integer=st.booleans(),
+    ),
+)
+def test_labels_without_nulls_are_judged_as_those_with(column: tuple[pa.DataType, list[Any]], label: Label) -> None:
+    type_, values = column
+
+    def judged(values: list[Any]) -> list[float] | str:
+        try:
+            return np.nan_to_num(label_values(pa.record_batch({"y": pa.array(values, type_)}), label), nan=-7.0).tolist()
+        except BadRowsError as error:
+            return str(error)
+
+    without, with_null = judged(values), judged([*values, None])
+    assert without == (with_null if isinstance(with_null, str) else with_null[:-1])

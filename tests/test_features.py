@@ -841,3 +841,32 @@ def test_a_vocabulary_file_can_be_read_by_others(tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "v.parquet")["id"].to_pylist() == [b"\xff"]
     Vocabulary("uint64", np.array([-1]), np.array([3])).save(tmp_path / "v.parquet")
     assert pq.read_table(tmp_path / "v.parquet")["id"].to_pylist() == [2**64 - 1]
+
+
+@given(
+    st.lists(st.floats(width=32), min_size=1, max_size=30),
+    st.sampled_from(["standardize", "minmax"]),
+    st.sampled_from([None, 0.5, 5.0]),
+)
+@FAST
+def test_numbers_without_nulls_are_scaled_as_those_with(values: list[float], scale: Any, clip_sd: float | None) -> None:
+    known = [value for value in values if math.isfinite(value)]
+    feature = Dense("x", scale=scale, clip_sd=clip_sd, missing_indicator=True)
+    encoder = fitted([feature], {"x": pa.array([*known, 0.0, 1.0], pa.float32())})
+    plain = encoder.encode(pa.record_batch({"x": pa.array(values, pa.float32())})).dense_BF
+    with_null = encoder.encode(pa.record_batch({"x": pa.array([*values, None], pa.float32())})).dense_BF
+    assert plain.tobytes() == with_null[:-1].tobytes()
+
+
+@given(st.lists(ELEMENTS[pa.int64()], min_size=1, max_size=30), st.sampled_from(["vocabulary", "hash", "identity"]), st.data())
+@FAST
+def test_ids_without_nulls_have_the_rows_of_those_with(values: list[int], encoding: Any, data: st.DataObject) -> None:
+    sizes = {"vocabulary": None, "hash": 11, "identity": 9}
+    by_words = encoding == "vocabulary"
+    feature = Categorical("x", encoding=encoding, num_embeddings=sizes[encoding], min_count=1 if by_words else None)
+    trained = data.draw(st.lists(st.sampled_from(values), min_size=1)) if by_words else [1, 2]
+    encoder = fitted([feature], {"x": pa.array(trained, pa.int64())})
+    plain = encoder.encode(pa.record_batch({"x": pa.array(values, pa.int64())})).values
+    with_null = encoder.encode(pa.record_batch({"x": pa.array([*values, None], pa.int64())})).values
+    assert plain.tolist() == with_null[:-1].tolist()
+    assert with_null[-1] == NULL_ROW

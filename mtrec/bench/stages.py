@@ -24,7 +24,7 @@ import torch
 
 from mtrec import parallel
 from mtrec.allocator import keep_freed_memory
-from mtrec.batch import Batch
+from mtrec.batch import Batch, Label
 from mtrec.bench import floor
 from mtrec.dataset import Dataset
 from mtrec.feed import feed
@@ -48,8 +48,11 @@ def _specs(run: Run) -> Any:
 
 
 def _batches(run: Run) -> Iterator[Batch]:
-    with_labels = labels_of(run.experiment, _specs(run))
-    for _, batch in feed(make_reader(run, _data(run), Progress()), run.encoder, with_labels, None):
+    yield from _batches_of(run, _data(run), labels_of(run.experiment, _specs(run)))
+
+
+def _batches_of(run: Run, data: Dataset, labels: dict[str, Label]) -> Iterator[Batch]:
+    for _, batch in feed(make_reader(run, data, Progress()), run.encoder, labels, None):
         yield batch
 
 
@@ -112,13 +115,14 @@ def read(run: Run, spec: Found) -> Found:
 def encode(run: Run, spec: Found) -> Found:
     """Reading and encoding to ready batches, as training does."""
     keep_freed_memory()
+    data, labels = _data(run), labels_of(run.experiment, _specs(run))
 
     def rows() -> Generator[int]:
-        for batch in _batches(run):
+        for batch in _batches_of(run, data, labels):
             yield batch.num_rows
 
     with parallel.process_group(torch.device("cpu")):  # of several workers each reads its streams
-        return _whole_pass(rows, _data(run).num_rows // parallel.world_size())
+        return _whole_pass(rows, data.num_rows // parallel.world_size())
 
 
 def yardstick(run: Run, spec: Found) -> Found:

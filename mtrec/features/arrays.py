@@ -51,6 +51,11 @@ def plain(column: Any) -> Any:
     return column
 
 
+def is_plain(type_: pa.DataType) -> bool:
+    """Whether `plain` gives arrays of this type back as they are."""
+    return not isinstance(type_, pa.BaseExtensionType) and type_ not in _VIEWS
+
+
 _VIEWS = (pa.string_view(), pa.binary_view())
 
 

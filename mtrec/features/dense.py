@@ -3,6 +3,7 @@
 Shapes: B rows, F columns of all dense features, W columns of this one.
 """
 
+import math
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from mtrec.kinds import PositiveFloat, PositiveInt
 
 _RANKS = np.linspace(0.0, 1.0, 257)  # of the points between which `scale: quantile` interpolates
 _SAMPLE = 1 << 16
+UNBOUNDED = (-np.inf, np.inf)
 
 
 class Dense:
@@ -209,6 +211,13 @@ class DenseEncoding:
         self._width: int | None = state["width"]
         self._fill_W = np.array(state["fill"])
         self._shift_W, self._factor_W = np.array(state.get("shift", 0.0)), np.array(state.get("factor", 1.0))
+        self._bounds = UNBOUNDED
+        if feature.scale == "minmax":
+            self._bounds = (0.0, 1.0)
+        elif feature.scale == "standardize" and feature.clip_sd is not None:
+            self._bounds = (-feature.clip_sd, feature.clip_sd)
+        plain = feature.transform == "none" and feature.clip is None and not feature.missing_values
+        self._plain = plain and self._width is None and feature.scale in ("standardize", "minmax")
         self._points = [np.array(points) for points in state.get("points", [])]
         self._deciles = np.array(state["deciles"])
         base = [feature.name] if self._width is None else [f"{feature.name}_{index}" for index in range(self._width)]
@@ -232,9 +241,12 @@ class DenseEncoding:
                 f"`features.{self.feature.name}.column` should hold {wish}, as in the training data. "
                 f"Found column '{self.feature.column}' of type {array.type}."
             )
-        raw_BW, missing_BW = _values(array, self.feature, self._width)
-        scaled_BW = self._scaled(_transformed(raw_BW, self.feature))
         missing_rows = 0
+        missing_BW: npt.NDArray[np.bool_] | None = None
+        scaled_BW = self._plainly_scaled(array)
+        if scaled_BW is None:
+            raw_BW, missing_BW = _values(array, self.feature, self._width)
+            scaled_BW = self._scaled(_transformed(raw_BW, self.feature))
         if missing_BW is not None:
             scaled_BW = np.where(missing_BW, self._fill_W, scaled_BW)
             missing_rows = int(missing_BW.any(axis=1).sum())
@@ -256,6 +268,21 @@ class DenseEncoding:
             counts = np.rint(counts * (values / len(sample))).astype(np.int64)
         return FeatureProfile(self.feature.name, self.bins, np.concatenate([[missing], counts]).astype(np.int64))
 
+    def _plainly_scaled(self, array: Any) -> npt.NDArray[np.float64] | None:
+        """The same as `_scaled` in half of the time, where all values are finite numbers that are only scaled; else None."""
+        if not self._plain or not types.is_floating(array.type) or array.null_count or not len(array):
+            return None
+        values_B = array.to_numpy(zero_copy_only=False)
+        scaled_BW: npt.NDArray[np.float64] = np.subtract(values_B, self._shift_W[0], dtype=np.float64)[:, None]
+        scaled_BW *= self._factor_W
+        low, high = float(np.minimum.reduce(scaled_BW, axis=None)), float(np.maximum.reduce(scaled_BW, axis=None))
+        if not (math.isfinite(low) and math.isfinite(high)):  # NaN where there is one
+            return None
+        least, largest = self._bounds
+        if not (least <= low and high <= largest):
+            np.clip(scaled_BW, least, largest, out=scaled_BW)
+        return scaled_BW
+
     def _scaled(self, values_BW: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         feature = self.feature
         if feature.scale == "quantile":
@@ -265,10 +292,8 @@ class DenseEncoding:
             return values_BW
         scaled_BW: npt.NDArray[np.float64] = values_BW - self._shift_W
         scaled_BW *= self._factor_W
-        if feature.scale == "minmax":
-            np.clip(scaled_BW, 0.0, 1.0, out=scaled_BW)
-        elif feature.clip_sd is not None:
-            np.clip(scaled_BW, -feature.clip_sd, feature.clip_sd, out=scaled_BW)
+        if self._bounds != UNBOUNDED:
+            np.clip(scaled_BW, *self._bounds, out=scaled_BW)
         return scaled_BW
 
 

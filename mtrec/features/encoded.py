@@ -3,7 +3,7 @@
 Shapes: B rows, F dense columns, K sparse keys, S those of them with one value a row.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -49,11 +49,12 @@ class Encoded:
 
 @dataclass(frozen=True, eq=False)
 class _Bags:
-    """A key with any number of values a row: those of row b are `values[offsets[b] : offsets[b + 1]]`."""
+    """A key with any number of values a row: those of row b, `lengths_B[b]`, are `values[offsets[b] : offsets[b + 1]]`."""
 
     values: Integers
     weights: Floats | None
     offsets: Int64s
+    lengths_B: npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +77,8 @@ class EncodedIds:
         for single in self.single:
             if single:
                 weights = None if self.weights_SB is None else self.weights_SB[of_single]
-                bags.append(_Bags(self.rows_SB[of_single], weights, np.arange(num_rows + 1)))
+                one_each = np.ones(num_rows, np.int32)
+                bags.append(_Bags(self.rows_SB[of_single], weights, np.arange(num_rows + 1), one_each))
                 of_single += 1
             else:
                 bags.append(next(given))
@@ -103,47 +105,58 @@ Part = tuple[EncodedRows, int, int]
 
 
 def encoded_ids(
-    keys: Sequence[Ids], num_rows: int, order: Int64s | None, *, weighted: bool, dtype: npt.DTypeLike = np.int64
+    keys: Iterable[Ids],
+    num_keys: int,
+    num_rows: int,
+    order: Int64s | None,
+    *,
+    weighted: bool,
+    dtype: npt.DTypeLike = np.int64,
 ) -> EncodedIds:
-    """The keys of one group together, rows as `dtype`; `order` (None: all, as they are) says which, and in which order."""
-    singles = [ids for ids in keys if ids.lengths_B is None]
+    """The keys of one group together, rows as `dtype`; `order` (None: all, as they are) says which, and in which order.
+
+    Each key is put in order before the next is asked for: what it is made from is then still in the cache.
+    """
     count = num_rows if order is None else len(order)
-    rows_SB = ordered([ids.values for ids in singles], count, order, dtype)
-    weights_SB = ordered([_weights(ids) for ids in singles], count, order, np.float32) if weighted else None
-    bags = tuple(_bags(ids, order, dtype) for ids in keys if ids.lengths_B is not None)
-    return EncodedIds(tuple(ids.lengths_B is None for ids in keys), rows_SB, weights_SB, bags)
+    rows_KB = np.empty((num_keys, count), dtype)
+    weights_KB = np.empty((num_keys, count), np.float32) if weighted else None
+    single: list[bool] = []
+    bags: list[_Bags] = []
+    for ids in keys:
+        place = len(single) - len(bags)  # among the single ones
+        single.append(ids.lengths_B is None)
+        if ids.lengths_B is not None:
+            bags.append(_bags(ids, order, dtype))
+            continue
+        _put(rows_KB[place], ids.values, order)
+        if weights_KB is not None:
+            assert ids.weights is not None
+            _put(weights_KB[place], ids.weights, order)
+    num_single = len(single) - len(bags)
+    return EncodedIds(
+        tuple(single), rows_KB[:num_single], None if weights_KB is None else weights_KB[:num_single], tuple(bags)
+    )
 
 
-def ordered(
-    rows: Sequence[npt.NDArray[Any]], count: int, order: Int64s | None, dtype: npt.DTypeLike
-) -> npt.NDArray[Any]:
-    """(rows, count): each row's numbers at the places `order` (None: all of them), in one pass."""
-    out = np.empty((len(rows), count), dtype)
-    for place, values in enumerate(rows):
-        if order is None:
-            out[place] = values
-        else:
-            # the default mode would go through a buffer
-            np.take(values.astype(dtype, copy=False), order, out=out[place], mode="clip")
-    return out
-
-
-def _weights(ids: Ids) -> Floats:
-    assert ids.weights is not None
-    return ids.weights
+def _put(out: npt.NDArray[Any], values: npt.NDArray[Any], order: Int64s | None) -> None:
+    if order is None:
+        out[:] = values
+    else:
+        np.take(values.astype(out.dtype, copy=False), order, out=out, mode="clip")  # the default mode goes through a buffer
 
 
 def _bags(ids: Ids, order: Int64s | None, dtype: npt.DTypeLike) -> _Bags:
     assert ids.lengths_B is not None
     values, offsets = ids.values.astype(dtype, copy=False), _offsets(ids.lengths_B)
     if order is None:
-        return _Bags(values, ids.weights, offsets)
-    lengths_B = ids.lengths_B[order]
+        return _Bags(values, ids.weights, offsets, ids.lengths_B.astype(np.int32))
+    lengths_B = ids.lengths_B.take(order)
     ordered = _offsets(lengths_B)
     # the k-th value kept is the (first of its row + k - first of its row among those kept)-th
-    places = np.repeat(offsets[order] - ordered[:-1], lengths_B)
+    places = np.repeat(offsets.take(order) - ordered[:-1], lengths_B)
     places += np.arange(len(places))
-    return _Bags(values[places], None if ids.weights is None else ids.weights[places], ordered)
+    weights = None if ids.weights is None else ids.weights.take(places, mode="clip")
+    return _Bags(values.take(places, mode="clip"), weights, ordered, lengths_B.astype(np.int32))
 
 
 def _offsets(lengths_B: Int64s) -> Int64s:
@@ -202,7 +215,7 @@ def _joined(parts: Sequence[tuple[EncodedIds, int, int]]) -> tuple[Int64s, npt.N
                 chosen = [_cut(ids.bags[run.first], i, j, lambda bags: bags.weights) for ids, i, j in parts]
                 _fill(weights[at : at + size], chosen)
             for ids, i, j in parts:
-                lengths_KB[run.key, place : place + j - i] = np.diff(ids.bags[run.first].offsets[i : j + 1])
+                lengths_KB[run.key, place : place + j - i] = ids.bags[run.first].lengths_B[i:j]
                 place += j - i
         at += size
     return values, lengths_KB, weights

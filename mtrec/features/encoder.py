@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mtrec.features.arrays import plain
+from mtrec.features.arrays import is_plain, plain
 from mtrec.features.categorical import Categorical, CategoricalEncoding
-from mtrec.features.encoded import Encoded, EncodedRows, Ids, encoded_ids, join
+from mtrec.features.encoded import Encoded, EncodedIds, EncodedRows, Ids, encoded_ids, join
 from mtrec.features.fit import Fitted, fit, rows_of_table
 from mtrec.features.kinds import FEATURES
 from mtrec.features.profile import FeatureCounts, FeatureProfile
@@ -27,6 +27,20 @@ from mtrec.kinds import check_options, nearest, option_types, resolve
 
 _VERSION = 1
 _FILE = "encoder.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Places:
+    """Where the features find their columns in batches of a schema.
+
+    Attributes:
+        columns: {column: (its number, whether `plain` would change nothing)} of those that are there.
+        plain_ids: features whose columns `CategoricalEncoding.plain_rows` takes, where they have no nulls.
+    """
+
+    schema: pa.Schema
+    columns: dict[str, tuple[int, bool]]
+    plain_ids: frozenset[str]
 
 
 class Encoder:
@@ -66,6 +80,7 @@ class Encoder:
         self.sparse_keys = tuple(name for table in self.tables if not table.weighted for name in table.features)
         self.weighted_keys = tuple(name for table in self.tables if table.weighted for name in table.features)
         self._rows_dtype = row_type(max((table.num_embeddings for table in self.tables), default=0))
+        self._known_places: _Places | None = None  # of the newest batch
         self._ids: dict[str, CategoricalEncoding] = {}
         self._others: dict[str, Any] = {}  # dense and bucketized
         for table in self.tables:
@@ -154,18 +169,21 @@ class Encoder:
 
         Raises as `encode` does; `counts` counts all rows.
         """
-        num_rows = batch.num_rows
-        dense_BF = np.empty((num_rows, self.num_dense), np.float32)
+        num_rows, places = batch.num_rows, self._places_in(batch.schema)
+        dense_FB = np.empty((self.num_dense, num_rows), np.float32)  # a column after the other: each is written in one go
         for feature, encoding, columns in self._dense:
-            missing = encoding.encode(self._column(batch, feature, 0), dense_BF[:, columns])
+            missing = encoding.encode(self._column(batch, feature, 0, places), dense_FB[columns].T)
             if counts is not None:
                 counts.add(self._index[feature.name], rows=num_rows, nulls=missing, values=num_rows, unseen=0)
-        ids = [self._encode_ids(name, batch, counts) for name in self.sparse_keys]
-        weighted = [self._encode_ids(name, batch, counts) for name in self.weighted_keys]
+
+        def ids(keys: Sequence[str], weighted: bool) -> EncodedIds:
+            encoded = (self._encode_ids(name, batch, counts, places) for name in keys)
+            return encoded_ids(encoded, len(keys), num_rows, order, weighted=weighted, dtype=self._rows_dtype)
+
         return EncodedRows(
-            dense_BF if order is None else dense_BF.take(order, axis=0),
-            encoded_ids(ids, num_rows, order, weighted=False, dtype=self._rows_dtype),
-            encoded_ids(weighted, num_rows, order, weighted=True, dtype=self._rows_dtype),
+            _row_by_row(dense_FB) if order is None else _row_by_row(dense_FB).take(order, axis=0),
+            ids(self.sparse_keys, weighted=False),
+            ids(self.weighted_keys, weighted=True),
         )
 
     def profile(self, batches: Iterable[pa.RecordBatch]) -> dict[str, FeatureProfile]:
@@ -173,7 +191,7 @@ class Encoder:
         totals = {name: np.zeros(len(profile.bins), np.int64) for name, profile in self.profiles.items()}
         for batch in batches:
             for feature in self.features:
-                array = self._column(batch, feature, 0)
+                array = self._column(batch, feature, 0, self._places_in(batch.schema))
                 name = feature.name
                 totals[name] += (
                     self._others[name].count(array).counts_P if name in self._others else self._count_ids(name, array)
@@ -249,11 +267,12 @@ class Encoder:
             "changes": list(fitted.changes),
         }
 
-    def _column(self, batch: pa.RecordBatch, feature: Feature, place: int) -> Any:
+    def _column(self, batch: pa.RecordBatch, feature: Feature, place: int, places: "_Places") -> Any:
         name = feature.columns[place]
-        index = batch.schema.get_field_index(name)
-        if index >= 0:
-            return plain(batch.column(index))
+        if name in places.columns:
+            index, as_it_is = places.columns[name]
+            column = batch.column(index)
+            return column if as_it_is and not isinstance(column, pa.ChunkedArray) else plain(column)
         if not feature.optional:
             option = "weights" if place else "column"
             raise ValueError(
@@ -262,21 +281,40 @@ class Encoder:
             )
         return pa.nulls(batch.num_rows)
 
-    def _encode_ids(self, name: str, batch: pa.RecordBatch, counts: FeatureCounts | None) -> Ids:
+    def _places_in(self, schema: pa.Schema) -> "_Places":
+        """Remembered for the newest schema: asking Arrow for each column again costs as much as converting thousands of ids."""
+        known = self._known_places
+        if known is None or not known.schema.equals(schema):
+            columns = {name: schema.get_field_index(name) for name in self.columns}
+            found = {name: (place, is_plain(schema.field(place).type)) for name, place in columns.items() if place >= 0}
+            plain = [
+                name
+                for name, encoding in self._ids.items()
+                if (place := columns[encoding.feature.column]) >= 0 and encoding.takes_plain(schema.field(place).type)
+            ]
+            known = self._known_places = _Places(schema, found, frozenset(plain))
+        return known
+
+    def _encode_ids(
+        self, name: str, batch: pa.RecordBatch, counts: FeatureCounts | None, places: "_Places"
+    ) -> Ids:
         feature = self.features[self._index[name]]
-        array = self._column(batch, feature, 0)
-        if name in self._others:
+        array = self._column(batch, feature, 0, places)
+        if name in places.plain_ids and not array.null_count:
+            ids = Ids(self._ids[name].plain_rows(array), None, None, 0)
+        elif name in self._others:
             rows_B = self._others[name].rows(array)
             ids = Ids(rows_B, None, None, int(np.count_nonzero(rows_B == NULL_ROW)) if counts is not None else 0)
         else:
-            weights = self._column(batch, feature, 1) if len(feature.columns) > 1 else None
+            weights = self._column(batch, feature, 1, places) if len(feature.columns) > 1 else None
             ids = self._ids[name].encode(array, weights)
+        self._count(ids, name, batch.num_rows, counts)
+        return ids
+
+    def _count(self, ids: Ids, name: str, num_rows: int, counts: FeatureCounts | None) -> None:
         if counts is not None:
             unseen = int(np.count_nonzero(ids.values == UNSEEN_ROW))
-            counts.add(
-                self._index[name], rows=batch.num_rows, nulls=ids.null_rows, values=len(ids.values), unseen=unseen
-            )
-        return ids
+            counts.add(self._index[name], rows=num_rows, nulls=ids.null_rows, values=len(ids.values), unseen=unseen)
 
     def _count_ids(self, name: str, array: Any) -> npt.NDArray[np.int64]:
         values = self._ids[name].encode_rows(array)
@@ -291,6 +329,14 @@ class Encoder:
             counts_P[2:-1] = np.bincount(order[place[hit]], minlength=len(top))
         counts_P[-1] = len(known) - counts_P[2:-1].sum()
         return counts_P
+
+
+def _row_by_row(dense_FB: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """dense_BF; a thousand rows at a time stay in the cache, which column after column of all rows would not."""
+    dense_BF = np.empty(dense_FB.shape[::-1], np.float32)
+    for start in range(0, len(dense_BF), 1024):
+        dense_BF[start : start + 1024] = dense_FB[:, start : start + 1024].T
+    return dense_BF
 
 
 def _file(table: str) -> str:

@@ -25,9 +25,12 @@ Key = Literal["int64", "uint64", "string"]
 Rows = npt.NDArray[Any]  # int32, or int64 where a table has 2^31 rows or more: `row_type`
 
 
+_INT32_MAX = int(np.iinfo(np.int32).max)  # asking numpy takes as long as converting a thousand ids
+
+
 def row_type(num_embeddings: int) -> type[np.signedinteger[Any]]:
     """The smallest type of numpy that holds the rows of a table with so many: half the memory for all but the largest."""
-    return np.int32 if num_embeddings <= np.iinfo(np.int32).max else np.int64
+    return np.int32 if num_embeddings <= _INT32_MAX else np.int64
 
 
 # Odd multipliers tried in turn: the first that keeps every word within _NEAR slots of its own is taken.
