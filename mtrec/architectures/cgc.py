@@ -46,7 +46,6 @@ class ExtractionLevel(nn.Module):
         self.task_gates = Gates(num_tasks, input_dim, gated, gate_dropout)
         self.shared_gate = None if last else Gates(1, input_dim, own + shared, gate_dropout)
         self._split = (num_task_experts, num_shared_experts)
-        self._shared_split = (own, shared)
         self._mix_flops = 2 * (num_tasks + (not last)) * (own + shared) * expert_layers[-1]
 
     def forward(self, tasks_x: Tensor, shared_x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
@@ -55,18 +54,17 @@ class ExtractionLevel(nn.Module):
         What is shared is None at the last level.
         """
         gates_KBE = self.task_gates(tasks_x)
-        own_KBM, seen_GBS = gates_KBE.split(self._split, dim=2)
+        own_KBM, seen_KBS = gates_KBE.split(self._split, dim=2)
         # Each task's weights stand in the columns of its own experts and are zero elsewhere, so that all tasks are
         # mixed by one product that reads every expert once.
-        own_GBE = torch.diag_embed(own_KBM.permute(1, 2, 0), dim1=0, dim2=2).flatten(2)
+        own_KBE = torch.diag_embed(own_KBM.permute(1, 2, 0), dim1=0, dim2=2).flatten(2)
+        gates_GBE = torch.cat([own_KBE, seen_KBS], dim=2)
         shared_1BE = None
         if self.shared_gate is not None:
             shared_1BE = self.shared_gate(shared_x)
-            all_1BE, all_1BS = shared_1BE.split(self._shared_split, dim=2)
-            own_GBE, seen_GBS = torch.cat([own_GBE, all_1BE]), torch.cat([seen_GBS, all_1BS])
-        own_BGH = mix(own_GBE, self.task_experts(tasks_x))
-        mixed_BGH = mix(seen_GBS, self.shared_experts(shared_x), onto_BGH=own_BGH)
-        if self.shared_gate is None:
+            gates_GBE = torch.cat([gates_GBE, shared_1BE])
+        mixed_BGH = mix(gates_GBE, self.task_experts(tasks_x), self.shared_experts(shared_x))
+        if shared_1BE is None:
             return mixed_BGH, None, gates_KBE, None
         tasks_BKH, shared_B1H = mixed_BGH.split((gates_KBE.shape[0], 1), dim=1)
         return tasks_BKH, shared_B1H.squeeze(1), gates_KBE, shared_1BE
