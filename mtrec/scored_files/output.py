@@ -17,6 +17,9 @@ import pyarrow.parquet as pq
 from mtrec.scored_files.inputs import UNIT_ROWS
 
 RECORDS = "_records"
+PLAIN_BYTES = {"INT32": 4, "INT64": 8, "FLOAT": 4, "DOUBLE": 8}
+WORTH_IT = 0.8  # of the plain size
+LOOKED_AT = 4  # row groups
 
 
 class Output:
@@ -122,12 +125,14 @@ class HashedSink:
 
 
 class ParquetSink:
-    """Writes record batches as row groups of at least `UNIT_ROWS` rows (but the last), in a thread of its own."""
+    """Writes record batches as row groups of at least `UNIT_ROWS` rows (but the last), in a thread of its own.
 
-    def __init__(self, sink: HashedSink, schema: pa.Schema) -> None:
+    `source`: the footer of the file that the rows come from.
+    """
+
+    def __init__(self, sink: HashedSink, schema: pa.Schema, source: pq.FileMetaData) -> None:
         self._schema = schema
-        # predictions hardly repeat: a dictionary of them costs time and saves nothing
-        repeating = [path for field in schema if field.name not in _made(schema) for path in _leaves(field)]
+        repeating = repeating_paths(schema, source)
         self._writer = pq.ParquetWriter(sink, schema, compression="zstd", compression_level=1, use_dictionary=repeating or False)
         self._pool = ThreadPoolExecutor(1, "mtrec-write")
         self._held: list[pa.RecordBatch] = []
@@ -170,6 +175,14 @@ class ParquetSink:
             self._writer.close()
 
 
+def repeating_paths(schema: pa.Schema, source: pq.FileMetaData) -> list[str]:
+    """Paths of the output's columns that are written with a dictionary. Predictions hardly repeat, nor do the numbers and ids
+    of which the input's file (whose footer `source` is) holds nearly all in full: a dictionary costs time there, and room.
+    """
+    made, wide = _made(schema), _hardly_repeating(source)
+    return [path for field in schema if field.name not in made for path in _leaves(field) if path not in wide]
+
+
 def _made(schema: pa.Schema) -> set[str]:
     """The columns that scoring added: those from the first float32 that cannot be null to `score`, the last one."""
     names: set[str] = set()
@@ -178,6 +191,20 @@ def _made(schema: pa.Schema) -> set[str]:
             break
         names.add(field.name)
     return names
+
+
+def _hardly_repeating(source: pq.FileMetaData) -> set[str]:
+    """Paths of the columns of numbers that take as much room in a file as their plain values would: no dictionary helps them."""
+    taken: dict[str, int] = {}
+    plain: dict[str, int] = {}
+    for index in range(min(source.num_row_groups, LOOKED_AT)):
+        group = source.row_group(index)
+        for place in range(group.num_columns):
+            column = group.column(place)
+            path = column.path_in_schema
+            taken[path] = taken.get(path, 0) + column.total_uncompressed_size
+            plain[path] = plain.get(path, 0) + column.num_values * PLAIN_BYTES.get(column.physical_type, 0)
+    return {path for path, size in plain.items() if size and taken[path] >= WORTH_IT * size}
 
 
 def _leaves(field: pa.Field) -> list[str]:

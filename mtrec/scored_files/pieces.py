@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from mtrec.batch import Batch
 from mtrec.features import BadRowsError
+from mtrec.files import open_file
 from mtrec.metrics import group_keys
 from mtrec.score import SCORE, NonFiniteError, Scorer, Tally
 from mtrec.scored_files.inputs import InputFile, Piece, Request, batches, named
@@ -72,7 +73,7 @@ def score_piece(scorer: Scorer, piece: Piece, request: Request) -> Generator[int
     try:
         with (
             output.beside(piece.target) as sink,
-            closing(ParquetSink(sink, schema)) as writer,
+            closing(ParquetSink(sink, schema, _footer(file))) as writer,
             closing(ahead(encoded(), AHEAD)) as source,
         ):
             for rows, batch in source:
@@ -105,6 +106,12 @@ def score_piece(scorer: Scorer, piece: Piece, request: Request) -> Generator[int
     except (ValueError, OSError, pa.ArrowException) as error:
         raise FileError(named(str(error), file.shown)) from error
     return record
+
+
+def _footer(file: InputFile) -> pq.FileMetaData:
+    stored = file.data.files[0]
+    with open_file(stored.location, stored.identity) as parquet:
+        return parquet.metadata
 
 
 def _make_way(output: Output, target: str, record: dict[str, Any]) -> None:
@@ -153,8 +160,8 @@ def join(
     records = [json.loads(output.read(f"{RECORDS}/{piece.target}.json")) for piece in pieces]
     written = 0
     with pq.ParquetFile(output.filesystem.open_input_file(output.path(pieces[0].target))) as first:
-        schema = first.schema_arrow
-    with output.beside(file.relative) as sink, closing(ParquetSink(sink, schema)) as writer:
+        schema, source = first.schema_arrow, first.metadata
+    with output.beside(file.relative) as sink, closing(ParquetSink(sink, schema, source)) as writer:
         for number, piece in enumerate(pieces):
             start = 0
             with pq.ParquetFile(output.filesystem.open_input_file(output.path(piece.target))) as parquet:

@@ -49,6 +49,7 @@ from mtrec.score import SCORE, open_scorer
 from mtrec.scored_files import Asked, Piece, score_files, score_here
 from mtrec.scored_files.inputs import UNIT_ROWS
 from mtrec.scored_files.job import Event, Progress, Work
+from mtrec.scored_files.output import repeating_paths
 from mtrec.synthetic import write_log
 from mtrec.yaml_tree import read_yaml
 
@@ -127,10 +128,12 @@ def score_with_bare_loop(run_folder: Path, data: Path, output: Path) -> Clocks:
         with pq.ParquetFile(data) as parquet:
             kept = [name for name in parquet.schema_arrow.names if name not in outcomes]
             schema = pa.schema([*(parquet.schema_arrow.field(name) for name in kept), *scorer.schema])
-            repeating = [field.name for field in schema if field.name in kept and not pa.types.is_list(field.type)]
-            repeating += [f"{field.name}.list.element" for field in schema if pa.types.is_list(field.type)]
             writer = pq.ParquetWriter(
-                output / data.name, schema, compression="zstd", compression_level=1, use_dictionary=repeating
+                output / data.name,
+                schema,
+                compression="zstd",
+                compression_level=1,
+                use_dictionary=repeating_paths(schema, parquet.metadata),
             )
             held: list[pa.RecordBatch] = []
             for rows in parquet.iter_batches(asked.batch_rows, columns=kept):
