@@ -14,8 +14,9 @@ export OMP_NUM_THREADS
 quickstart: install
 	bash pipelines/quickstart/run.sh
 
+# Two processes: what starts Ray clusters, which is waiting for the most part, beside all else (tests/conftest.py).
 test: lint
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=15
 
 lint: install-dev
 	.venv/bin/ruff check .

@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 HERE = str(Path(__file__).parent)
@@ -15,3 +16,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("explore", deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("MTREC_HYPOTHESIS", "repeatable"))
+
+
+def _starts_ray(item: pytest.Item) -> bool:
+    return Path(HERE) / "jobs" in item.path.parents
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """For `pytest -n 2 --dist loadgroup`: what starts Ray clusters runs in one of the processes, which mostly waits, the files of
+    the rest in the other.
+    """
+    item.add_marker(pytest.mark.xdist_group("ray" if _starts_ray(item) else str(item.path)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest group first."""
+    items.sort(key=lambda item: not _starts_ray(item))

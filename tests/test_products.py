@@ -100,9 +100,21 @@ def test_a_nan_stays_one_through_a_relu(library: bool, graded: bool) -> None:
     assert not bool(found[:, :3].isnan().any())
 
 
-def test_a_pass_towards_inputs_computes_no_gradient_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("several", [False, True])
+def test_a_pass_towards_inputs_computes_no_gradient_of_weights(several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_FP32", False)
     x, weight = drawn(300, 45).requires_grad_(), drawn(64, 45).requires_grad_()
-    y = linear(x, weight).sum()
+    if several:
+        with torch.no_grad():
+            products_of_maps = fan_out(x, weight.view(4, 16, 45))
+        monkeypatch.setattr(products, "_takes", lambda x, weight: True)
+        y = fan_out(x, weight.view(4, 16, 45))
+        assert torch.equal(y, products_of_maps)
+        assert y.grad_fn is not None
+        assert "FanOut" in type(y.grad_fn).__name__
+        y = y.sum()
+    else:
+        y = linear(x, weight).sum()
     (exact,) = torch.autograd.grad(y, x, retain_graph=True)
     shapes: list[tuple[int, ...]] = []
     real = products._product

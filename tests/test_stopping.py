@@ -36,7 +36,7 @@ def test_sigterm_stops_with_a_checkpoint_and_resume_ends_alike(tmp_path: Path) -
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGTERM)
-        said = process.communicate(timeout=60)[1]
+        said = process.communicate(timeout=120)[1]
     finally:
         process.kill()
     assert process.returncode == 75, said
@@ -44,7 +44,7 @@ def test_sigterm_stops_with_a_checkpoint_and_resume_ends_alike(tmp_path: Path) -
     stopped = find(Run(run).checkpoints)[0]
     assert 10 <= stopped.step < 188
 
-    again = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=120, check=False)
+    again = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=240, check=False)
     assert again.returncode == 0, again.stderr
     assert f"continues from step {stopped.step}" in again.stdout
     events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

@@ -15,7 +15,7 @@ from logs import experiment_tree, write_log
 from mtrec.compare.plan import load_plan
 from mtrec.compare.runs import final_specs, matching
 
-LIMIT_SECONDS = 150
+LIMIT_SECONDS = 300
 
 pytestmark = pytest.mark.slow
 

@@ -105,7 +105,7 @@ class Cluster:
         elif home.exists():
             shutil.rmtree(home)
         command = [str(BIN / "mtrec"), *arguments]
-        return subprocess.run(command, cwd=folder, env=environment(home, **changes), capture_output=True, text=True, timeout=150)
+        return subprocess.run(command, cwd=folder, env=environment(home, **changes), capture_output=True, text=True, timeout=300)
 
     def stop(self) -> None:
         """Ends at once whatever the two nodes started: all of it names this cluster's folder."""
@@ -118,7 +118,7 @@ class Cluster:
                 os.kill(int(entry.name), signal.SIGKILL)
         for node in self._nodes:
             node.kill()
-            node.wait(timeout=30)
+            node.wait(timeout=60)
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ def stopped_by_sigterm(command: list[str], run: Path, choose: Callable[[int], in
     with started(command) as driver:
         wait_for(lambda: step_of(run) >= begun + 15, driver)
         os.kill(choose(driver.pid), signal.SIGTERM)
-        said = driver.communicate(timeout=60)[0]
+        said = driver.communicate(timeout=120)[0]
     assert driver.returncode == 75, said
     ended = events(run, "ended")[-1]
     assert ended["reason"] == "stopped"
@@ -60,7 +60,7 @@ def test_sigterm_ends_with_a_checkpoint_and_exit_code_75_and_resume_goes_on(tmp_
     step = stopped_by_sigterm([*command, "--resume"], run, lambda driver: driver)
     assert step < ROWS / 128
     here = [*command[: command.index("--workers")], "--local", "--output", str(run), "--resume"]
-    last = subprocess.run(here, capture_output=True, text=True, timeout=150, check=False)
+    last = subprocess.run(here, capture_output=True, text=True, timeout=300, check=False)
     assert last.returncode == 0, last.stdout + last.stderr
     assert f"continues from step {step}" in last.stdout
     assert [event["step"] for event in events(run, "step")] == list(range(1, 126))

@@ -14,7 +14,7 @@ from logs import experiment_tree, write_log
 
 from mtrec.config import load_experiment
 
-LIMIT_SECONDS = 150
+LIMIT_SECONDS = 300
 
 pytestmark = pytest.mark.slow
 
