@@ -97,9 +97,9 @@ class Reader:
 
     Every rank gets the same number of pieces, `num_batches - start_batch`; the pieces may differ in rows, down to none.
     Reading goes on in background threads (pyarrow and numpy only) up to `prefetch` pieces ahead; they end with the
-    iteration, also when it is left early. What goes wrong there is raised at the piece it belongs to. Memory: for each
-    owned stream up to five windows of `shuffle_window` rows (as they are, or as `prepare` made them, or both), four being decoded
-    for each thread, and `prefetch` pieces.
+    iteration, also when it is left early. What goes wrong there is raised at the piece it belongs to, or where what was
+    decoded with it begins. Memory: for each owned stream up to five windows of `shuffle_window` rows (as they are, or as
+    `prepare` made them, or both), four being decoded for each thread, and `prefetch` pieces.
 
     Args:
         dataset: what to read.
