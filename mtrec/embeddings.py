@@ -111,9 +111,10 @@ class Embeddings(nn.Module):
         pooled = self._look_up(batch)
         if self.replicated_tables is not None:
             pooled.append(self.replicated_tables(batch.sparse if batch.num_rows else self._one_row(batch)))
-        columns = [
-            Columns(keyed.values()[: batch.num_rows], tuple(keyed.keys()), tuple(keyed.length_per_key())) for keyed in pooled
-        ]
+        columns = []
+        for keyed in pooled:
+            values = keyed.values() if batch.num_rows else keyed.values()[:0]  # a slice of all would cost a copy backward
+            columns.append(Columns(values, tuple(keyed.keys()), tuple(keyed.length_per_key())))
         x_BD = torch.cat([batch.dense_BF, *in_order(columns, tuple(self.feature_names))], dim=1)
         if self.clip_value is not None and x_BD.requires_grad:
             limit = self.clip_value
