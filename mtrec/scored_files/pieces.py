@@ -160,8 +160,9 @@ def join(
     records = [json.loads(output.read(f"{RECORDS}/{piece.target}.json")) for piece in pieces]
     written = 0
     with pq.ParquetFile(output.filesystem.open_input_file(output.path(pieces[0].target))) as first:
-        schema, source = first.schema_arrow, first.metadata
-    with output.beside(file.relative) as sink, closing(ParquetSink(sink, schema, source)) as writer:
+        schema = first.schema_arrow
+    # of the input, as for a file that is scored whole: the bytes are the same, however it was cut
+    with output.beside(file.relative) as sink, closing(ParquetSink(sink, schema, _footer(file))) as writer:
         for number, piece in enumerate(pieces):
             start = 0
             with pq.ParquetFile(output.filesystem.open_input_file(output.path(piece.target))) as parquet:
