@@ -133,14 +133,13 @@ def _finite_range(label: Label) -> tuple[float, float]:
 
 def _plain_values(array: Any, label: Label) -> npt.NDArray[np.float32] | None:
     """The same as `label_values` where nothing is to be converted or found fault with, as nearly always; else None."""
-    small = types.is_int8(array.type) or types.is_float32(array.type)  # what becomes a float32 as it is
+    # what becomes a float32 as it is
+    small = types.is_int8(array.type) or (types.is_float32(array.type) and not label.integer)
     if not small or label.scale != 1.0 or array.null_count or not len(array):
         return None
     values_B: npt.NDArray[Any] = array.to_numpy(zero_copy_only=False)
     low, high = _finite_range(label)
     if not (low <= np.minimum.reduce(values_B) and np.maximum.reduce(values_B) <= high):  # nor where one is NaN
-        return None
-    if label.integer and types.is_float32(array.type):
         return None
     return values_B.astype(np.float32)
 

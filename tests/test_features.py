@@ -870,3 +870,9 @@ def test_ids_without_nulls_have_the_rows_of_those_with(values: list[int], encodi
     with_null = encoder.encode(pa.record_batch({"x": pa.array([*values, None], pa.int64())})).values
     assert plain.tolist() == with_null[:-1].tolist()
     assert with_null[-1] == NULL_ROW
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_infinity_in_a_constant_column_is_missing_without_a_warning() -> None:
+    encoder = fitted([Dense("x", scale="minmax")], {"x": pa.array([2.0, 2.0], pa.float32())})
+    assert encoder.encode(pa.record_batch({"x": pa.array([2.0, math.inf], pa.float32())})).dense_BF[:, 0].tolist() == [0.0, 0.0]

@@ -273,8 +273,9 @@ class DenseEncoding:
         if not self._plain or not types.is_floating(array.type) or array.null_count or not len(array):
             return None
         values_B = array.to_numpy(zero_copy_only=False)
-        scaled_BW: npt.NDArray[np.float64] = np.subtract(values_B, self._shift_W[0], dtype=np.float64)[:, None]
-        scaled_BW *= self._factor_W
+        with np.errstate(invalid="ignore", over="ignore"):  # of what is missing; it is seen below
+            scaled_BW: npt.NDArray[np.float64] = np.subtract(values_B, self._shift_W[0], dtype=np.float64)[:, None]
+            scaled_BW *= self._factor_W
         low, high = float(np.minimum.reduce(scaled_BW, axis=None)), float(np.maximum.reduce(scaled_BW, axis=None))
         if not (math.isfinite(low) and math.isfinite(high)):  # NaN where there is one
             return None

@@ -190,8 +190,9 @@ class Encoder:
         """{feature: profile of its values in these batches}, in the bins of the fit; compare with `psi`."""
         totals = {name: np.zeros(len(profile.bins), np.int64) for name, profile in self.profiles.items()}
         for batch in batches:
+            places = self._places_in(batch.schema)
             for feature in self.features:
-                array = self._column(batch, feature, 0, self._places_in(batch.schema))
+                array = self._column(batch, feature, 0, places)
                 name = feature.name
                 totals[name] += (
                     self._others[name].count(array).counts_P if name in self._others else self._count_ids(name, array)
