@@ -218,6 +218,11 @@ class _Exchange:
         return found
 
 
+def _as_it_is(table: Tensor) -> Tensor:
+    """torchrec draws initial rows of its own; ours are drawn afterwards, by `write_initial_rows`."""
+    return table
+
+
 def _collection(tables: list[Table], device: torch.device, is_weighted: bool = False) -> EmbeddingBagCollection | None:
     if not tables:
         return None
@@ -228,6 +233,7 @@ def _collection(tables: list[Table], device: torch.device, is_weighted: bool = F
             embedding_dim=table.dim,
             feature_names=list(table.features),
             pooling=PoolingType.MEAN if table.pooling == "mean" else PoolingType.SUM,
+            init_fn=_as_it_is,
         )
         for table in tables
     ]

@@ -6,6 +6,7 @@ package (an entry in its module's dictionary) or outside of it (`kind: my_module
 """
 
 import difflib
+import functools
 import importlib
 import inspect
 import types
@@ -88,6 +89,7 @@ def option_types(cls: type) -> dict[str, tuple[Any, Any]]:
     }
 
 
+@functools.cache
 def options_model(cls: type) -> type[pydantic.BaseModel]:
     """A pydantic model with the options of a kind, which forbids any other key."""
     fields: dict[str, Any] = option_types(cls)

@@ -50,7 +50,7 @@ class Schedules:
 
 
 def table_optimizer(config: TableOptimizer) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """(class, its options) for `apply_optimizer_in_backward`."""
+    """(class, its options), as torch's own optimizers take them; what `parallel.shard` fuses into the backward pass."""
     options: dict[str, Any] = {"lr": config.learning_rate}
     if config.kind != "sgd":
         options["eps"] = config.eps

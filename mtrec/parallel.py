@@ -23,7 +23,6 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterCons
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import ShardingEnv, ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import KeyedOptimizer
 
 from mtrec import shared_memory
@@ -260,8 +259,7 @@ def shard(
     named = {name: getattr(embeddings, name) for name in ("tables", "weighted_tables")}
     collections = {name: collection for name, collection in named.items() if collection is not None}
     for collection in collections.values():
-        with torch.enable_grad():  # it looks at the parameters' place in the graph
-            apply_optimizer_in_backward(optimizer_class, collection.parameters(), dict(optimizer_options))
+        fuse(optimizer_class, optimizer_options, collection)
     sharder = EmbeddingBagCollectionSharder()
     tables = list(embeddings.specs.values())
     topology = topology_of(device.type, memory or memory_of(device))
@@ -274,6 +272,16 @@ def shard(
                 warnings.simplefilter("ignore")
                 setattr(embeddings, name, sharder.shard(collection, plans[name], environment, device=device))
     return ShardedTables(embeddings)
+
+
+def fuse(optimizer_class: type[torch.optim.Optimizer], options: Mapping[str, Any], collection: EmbeddingBagCollection) -> None:
+    """Names the optimizer that the tables' backward pass is to apply, where torchrec's planner and sharder look for it.
+
+    torch's `_apply_optimizer_in_backward` writes the same down, beside optimizers and hooks for parameters that are replaced
+    anyway, and its package compiles TorchScript for half a second when it is imported.
+    """
+    for parameter in collection.parameters():
+        parameter._optimizer_classes, parameter._optimizer_kwargs = [optimizer_class], [dict(options)]  # type: ignore[attr-defined]
 
 
 def topology_of(device_type: str, memory: Memory) -> Topology:

@@ -22,7 +22,7 @@ from mtrec.batch import Batch
 from mtrec.checkpoint import find
 from mtrec.embeddings import Embeddings
 from mtrec.features import Table
-from mtrec.parallel import Memory, memory_of, plan_tables, topology_of
+from mtrec.parallel import Memory, fuse, memory_of, plan_tables, topology_of
 from mtrec.train import train
 
 CPU = torch.device("cpu")
@@ -55,7 +55,7 @@ def planned(tables: Sequence[Table], topology: Topology, ids_a_row: Mapping[str,
     named = {"tables": embeddings.tables, "weighted_tables": embeddings.weighted_tables}
     collections = {name: each for name, each in named.items() if each is not None}
     for each in collections.values():
-        apply_optimizer_in_backward(torchrec.optim.RowWiseAdagrad, each.parameters(), {"lr": 0.1})
+        fuse(torchrec.optim.RowWiseAdagrad, {"lr": 0.1}, each)
     with parallel.process_group(CPU):
         plans = plan_tables(collections, tables, EmbeddingBagCollectionSharder(), topology, batch_size=64, ids_a_row=ids_a_row)
     return {name.removeprefix("table_"): each for plan in plans.values() for name, each in plan.items()}
@@ -70,6 +70,17 @@ def gpu(device: float, host: float, ranks: int = 1) -> Topology:
     """GPUs of so many megabytes each on one host, of so many for each of them."""
     caps = {"hbm_cap": int(device * MEGABYTE), "ddr_cap": int(host * MEGABYTE)}
     return Topology(world_size=ranks, compute_device="cuda", local_world_size=ranks, **caps)
+
+
+def test_the_fused_optimizer_is_named_as_torchs_own_function_names_it() -> None:
+    named, oracle = (Embeddings([table("a", 1)], 0, CPU).tables for _ in range(2))
+    assert named is not None
+    assert oracle is not None
+    fuse(torchrec.optim.RowWiseAdagrad, {"lr": 0.1, "eps": 1e-6}, named)
+    apply_optimizer_in_backward(torchrec.optim.RowWiseAdagrad, oracle.parameters(), {"lr": 0.1, "eps": 1e-6})
+    for found, expected in zip(named.parameters(), oracle.parameters(), strict=True):
+        for attribute in ("_optimizer_classes", "_optimizer_kwargs"):
+            assert getattr(found, attribute) == getattr(expected, attribute)
 
 
 def test_tables_that_fit_lie_on_the_gpu() -> None:

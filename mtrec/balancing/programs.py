@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import scipy.optimize
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -81,9 +80,11 @@ def nonnegative_quadratic(matrix_KK: Array, linear_K: Array) -> Array:
     """
     size = len(linear_K)
     if size > MOST_ENUMERATED:
+        from scipy.optimize import nnls  # here, not above: half a second that most trainings do without
+
         upper = np.linalg.cholesky(matrix_KK).T
         target = np.linalg.solve(upper.T, -linear_K)
-        return np.asarray(scipy.optimize.nnls(upper, target, maxiter=100 * size)[0])
+        return np.asarray(nnls(upper, target, maxiter=100 * size)[0])
     sets_SK = _sets(size)
     x_SK = -_solve_sets(matrix_KK, linear_K[:, None])[..., 0]
     slack_SK = np.where(sets_SK, x_SK, x_SK @ matrix_KK + linear_K)  # both should be >= 0 at the optimum
@@ -159,6 +160,7 @@ def _enumerate_ball(cosine_KK: Array, norm_K: Array, pull_K: Array, radius2: flo
 
 def _search_ball(cosine_KK: Array, norm_K: Array, pull_K: Array, radius2: float) -> Array:
     """As `_enumerate_ball` for many tasks: the length of y grows with the level, so the level is a root."""
+    from scipy.optimize import brentq
 
     def at(level: float) -> Array:
         return nonnegative_quadratic(cosine_KK, pull_K - level / norm_K)
@@ -173,7 +175,7 @@ def _search_ball(cosine_KK: Array, norm_K: Array, pull_K: Array, radius2: float)
     while excess(high) < 0.0:
         high += width
         width *= 2.0
-    return at(float(scipy.optimize.brentq(excess, low, high, xtol=1e-15 * max(abs(low), abs(high)), rtol=1e-14)))
+    return at(float(brentq(excess, low, high, xtol=1e-15 * max(abs(low), abs(high)), rtol=1e-14)))
 
 
 @functools.cache

@@ -4,11 +4,10 @@ One file of each kind lies in the run's folder while a job goes on, for it is wh
 `stop-requested` (the driver was asked to stop), `failure.json` (the last failure, written by Ray's controller), `mistake.json`
 (an error that a restart would only meet again), `workers.json` (how many there are).
 
-Ray's controller imports this module before it starts a worker: it brings in neither torchrec nor the training (3 s).
+Ray's controller imports this module before it starts a worker: it brings in neither torch nor the training (2 and 3 s).
 """
 
 import json
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 import ray.train
 from ray.exceptions import RayActorError
 from ray.train import UserCallback
-from ray.train.torch import TorchConfig
 
 from mtrec import hang
 from mtrec.atomic import write_atomically
-from mtrec.stopping import listen
+from mtrec.jobs.backend import terminated
 
 if TYPE_CHECKING:
     from mtrec.train import Restarted
@@ -39,34 +37,11 @@ LOST_PEER = (  # the words of gloo, of torch's store and of NCCL
     "remote process exited",
 )
 
-_terminated = threading.Event()  # SIGTERM to this worker process
-
 
 def clear(run_folder: Path) -> None:
     """Removes what an earlier job left."""
     for name in (STOP, FAILURE, MISTAKE, WORKERS):
         (run_folder / name).unlink(missing_ok=True)
-
-
-def _listen_in_worker() -> None:
-    _terminated.clear()
-    listen(_terminated.set)
-
-
-class _ListeningBackend(TorchConfig().backend_cls):  # type: ignore[misc]
-    """Ray's torch backend; the main thread of each worker also listens for SIGTERM (training runs in another thread)."""
-
-    def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
-        super().on_training_start(worker_group, backend_config)
-        worker_group.execute(_listen_in_worker)
-
-
-class ListeningTorchConfig(TorchConfig):  # type: ignore[misc]
-    """TorchConfig for workers that end with a checkpoint when they get SIGTERM."""
-
-    @property
-    def backend_cls(self) -> type:
-        return _ListeningBackend
 
 
 class StopRequest:
@@ -83,7 +58,7 @@ class StopRequest:
         if self._file is not None and time.monotonic() - self._looked > LOOK_EVERY_SECONDS:
             self._looked = time.monotonic()
             self._asked = self._asked or self._file.exists()
-        return self._asked or _terminated.is_set()
+        return self._asked or terminated.is_set()
 
 
 class FailureNotes(UserCallback):  # type: ignore[misc]
@@ -220,7 +195,6 @@ def mistake(run_folder: Path) -> str | None:
 
 __all__ = [
     "FailureNotes",
-    "ListeningTorchConfig",
     "StopRequest",
     "clear",
     "culprit",

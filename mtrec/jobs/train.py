@@ -65,6 +65,7 @@ def train_on_ray(
         raise ValueError(
             f"--workers {least} needs {least} {'GPUs' if use_gpu else 'CPUs'}. The Ray cluster has {cpus} CPUs and {gpus} GPUs."
         )
+    _start_coordinator()
     trainer = _trainer(run_folder, workers, use_gpu, max_failures)
     recovery.clear(run_folder)
     ended = threading.Event()
@@ -86,11 +87,25 @@ def train_on_ray(
         raise ValueError(found)
 
 
+def _start_coordinator() -> None:
+    """Starts the actor that shares a cluster's resources out, for which Ray's controller would wait (2 s) once it stands itself.
+
+    Not public in Ray: where another version has it elsewhere, its controller starts it.
+    """
+    try:
+        from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator
+    except ImportError:
+        return
+    if hasattr(coordinator, "get_or_create_autoscaling_coordinator"):
+        coordinator.get_or_create_autoscaling_coordinator()
+
+
 def _trainer(run_folder: Path, workers: int | tuple[int, int], use_gpu: bool, max_failures: int) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     from mtrec.jobs import recovery
+    from mtrec.jobs.backend import ListeningTorchConfig
 
     timeout = open_run(run_folder).experiment.training.collective_timeout_seconds
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(timeout)  # Ray hands both on to its controller and workers
@@ -103,7 +118,7 @@ def _trainer(run_folder: Path, workers: int | tuple[int, int], use_gpu: bool, ma
             use_gpu=use_gpu,
             resources_per_worker={"GPU": 1} if use_gpu else {"CPU": 1},
         ),
-        torch_config=recovery.ListeningTorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=timeout),
+        torch_config=ListeningTorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=timeout),
         run_config=RunConfig(
             name=run_folder.name,
             storage_path=str(run_folder / "ray"),
