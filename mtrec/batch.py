@@ -3,6 +3,7 @@
 Legend: B rows on this rank, F dense columns, K sparse keys.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ class Batch:
         labels: {task: (B,) float32}; NaN is unobserved.
         sample_weight_B: float32, or None.
         stream_rows: rows of each of this rank's streams, in order; they sum to B.
+        single: keys of `sparse` of which every row is known to have one id: their mean is their sum.
     """
 
     dense_BF: Tensor
@@ -39,6 +41,7 @@ class Batch:
     labels: dict[str, Tensor]
     sample_weight_B: Tensor | None
     stream_rows: tuple[int, ...]
+    single: frozenset[str] = frozenset()
 
     @property
     def num_rows(self) -> int:
@@ -56,6 +59,7 @@ class Batch:
             {name: label.to(device, non_blocking=non_blocking) for name, label in self.labels.items()},
             None if weight is None else weight.to(device, non_blocking=non_blocking),
             self.stream_rows,
+            self.single,
         )
 
     def pin_memory(self) -> "Batch":
@@ -68,6 +72,7 @@ class Batch:
             {name: label.pin_memory() for name, label in self.labels.items()},
             None if weight is None else weight.pin_memory(),
             self.stream_rows,
+            self.single,
         )
 
 
@@ -233,6 +238,7 @@ def join_examples(
         },
         sample_weight_B=torch.from_numpy(np.concatenate(weights)) if weights else None,
         stream_rows=of_streams,
+        single=frozenset(itertools.compress(encoder.sparse_keys, encoded.single)),
     )
 
 

@@ -73,7 +73,9 @@ class Embeddings(nn.Module):
                 else "tables"
             )
             groups[group].append(table)
-        self.tables = _collection(groups["tables"], device)
+        # means are sums, divided where the columns are put in order: one look-up for all tables, of whatever pooling
+        self.tables = _collection(groups["tables"], device, means_as_sums=True)
+        self._means = tuple(feature for table in groups["tables"] if table.pooling == "mean" for feature in table.features)
         self.weighted_tables = _collection(groups["weighted_tables"], device, is_weighted=True)
         self.replicated_tables = _collection(groups["replicated_tables"], device)
         self.feature_names = [feature for group in groups.values() for table in group for feature in table.features]
@@ -115,11 +117,24 @@ class Embeddings(nn.Module):
         for keyed in pooled:
             values = keyed.values() if batch.num_rows else keyed.values()[:0]  # a slice of all would cost a copy backward
             columns.append(Columns(values, tuple(keyed.keys()), tuple(keyed.length_per_key())))
-        x_BD = torch.cat([batch.dense_BF, *in_order(columns, tuple(self.feature_names))], dim=1)
+        features = in_order(columns, tuple(self.feature_names), self._shares(batch))
+        x_BD = torch.cat([batch.dense_BF, *features], dim=1)
         if self.clip_value is not None and x_BD.requires_grad:
             limit = self.clip_value
             x_BD.register_hook(lambda gradient: gradient.clamp(-limit, limit))
         return x_BD
+
+    def _shares(self, batch: Batch) -> dict[str, Tensor]:
+        """{feature that is pooled to its mean: (B, 1), what one id counts: 1 / ids of the row}; of a row without ids it is 1.
+
+        Features with one id in every row are left out.
+        """
+        names = [name for name in self._means if name not in batch.single]
+        if not names:
+            return {}
+        keys = batch.sparse.keys()
+        lengths_KB = batch.sparse.lengths().view(len(keys), -1)
+        return {name: lengths_KB[keys.index(name)].clamp(min=1).float().reciprocal_()[:, None] for name in names}
 
     @staticmethod
     def _one_row(batch: Batch) -> KeyedJaggedTensor:
@@ -136,59 +151,88 @@ class Columns(NamedTuple):
     widths: tuple[int, ...]
 
 
-def in_order(groups: Sequence[Columns], wanted: tuple[str, ...]) -> list[Tensor]:
+def in_order(
+    groups: Sequence[Columns], wanted: tuple[str, ...], factors: Mapping[str, Tensor] | None = None
+) -> list[Tensor]:
     """All columns, those of the first wanted key first: what `torch.cat` puts side by side.
+
+    Args:
+        factors: (B, 1), of some keys, by which their columns are multiplied; they get no gradient.
 
     >>> groups = [Columns(torch.tensor([[1.0, 2.0, 3.0]]), ("a", "b"), (2, 1))]
     >>> torch.cat(in_order(groups, ("b", "a")), dim=1).tolist()
     [[3.0, 1.0, 2.0]]
+    >>> torch.cat(in_order(groups, ("b", "a"), {"a": torch.tensor([[0.5]])}), dim=1).tolist()
+    [[3.0, 0.5, 1.0]]
     """
+    factors = factors or {}
     widths = tuple(width for group in groups for width in group.widths)
     block = math.gcd(*widths)
     if block >= LEAST_BLOCK and groups[0].values.device.type == "cpu":
         keys = tuple(key for group in groups for key in group.keys)
         side_by_side = groups[0].values if len(groups) == 1 else torch.cat([group.values for group in groups], dim=1)
-        reordered: Tensor = _Reordered.apply(side_by_side, *_block_order(keys, widths, wanted, block), block)
+        order = _block_order(keys, widths, wanted, block)
+        reordered: Tensor = _Reordered.apply(side_by_side, order, block, tuple(factors), *factors.values())
         return [reordered]
     columns: dict[str, Tensor] = {}
     for group in groups:
         # one split, whose backward is one copy; slices would each make a gradient of the whole width
         columns.update(zip(group.keys, group.values.split(group.widths, dim=1), strict=True))
-    return [columns[name] for name in wanted]
+    return [columns[name] * factors[name] if name in factors else columns[name] for name in wanted]
+
+
+class _Order(NamedTuple):
+    """Which block of columns goes to each place, where each block went, and the columns of each key there and before."""
+
+    forth: Tensor
+    back: Tensor
+    after: dict[str, slice]
+    before: dict[str, slice]
 
 
 @functools.lru_cache(maxsize=16)
-def _block_order(
-    keys: tuple[str, ...], widths: tuple[int, ...], wanted: tuple[str, ...], block: int
-) -> tuple[Tensor, Tensor]:
-    """Which block of columns goes to each place, and where each block went."""
-    ends = dict(zip(keys, itertools.accumulate(widths), strict=True))
+def _block_order(keys: tuple[str, ...], widths: tuple[int, ...], wanted: tuple[str, ...], block: int) -> _Order:
     width = dict(zip(keys, widths, strict=True))
-    order = torch.tensor(
-        [at // block for name in wanted for at in range(ends[name] - width[name], ends[name], block)], dtype=torch.int64
+    before, after = _spans(width, keys), _spans(width, wanted)
+    forth = torch.tensor(
+        [at // block for name in wanted for at in range(before[name].start, before[name].stop, block)], dtype=torch.int64
     )
-    return order, order.argsort()
+    return _Order(forth, forth.argsort(), after, before)
+
+
+def _spans(width: Mapping[str, int], names: Sequence[str]) -> dict[str, slice]:
+    ends = itertools.accumulate(width[name] for name in names)
+    return {name: slice(end - width[name], end) for name, end in zip(names, ends, strict=True)}
 
 
 class _Reordered(torch.autograd.Function):
     """Columns in another order, a block of them at a time: a quarter of what `torch.cat` of slices takes on a CPU."""
 
     @staticmethod
-    def forward(context: Any, x: Tensor, order: Tensor, back: Tensor, block: int) -> Tensor:
-        """(B, columns)."""
-        context.back, context.block = back, block
-        return _reordered(x, order, block)
+    def forward(context: Any, x: Tensor, order: _Order, block: int, names: tuple[str, ...], *factors_B1: Tensor) -> Tensor:
+        """(B, columns), those of the names times their factors."""
+        context.order, context.block, context.names = order, block, names
+        context.save_for_backward(*factors_B1)
+        return _times(_reordered(x, order.forth, block), order.after, names, factors_B1)
 
     @staticmethod
     @once_differentiable
     def backward(context: Any, dy: Tensor) -> Any:
         """The gradient of x."""
-        return _reordered(dy, context.back, context.block), None, None, None
+        dx = _reordered(dy, context.order.back, context.block)
+        return _times(dx, context.order.before, context.names, context.saved_tensors), *[None] * (3 + len(context.names))
 
 
 def _reordered(x: Tensor, order: Tensor, block: int) -> Tensor:
     blocks = x.contiguous().view(len(x), x.shape[1] // block, block)
     return blocks.index_select(1, order).view(x.shape)
+
+
+def _times(x: Tensor, spans: Mapping[str, slice], names: Sequence[str], factors_B1: Sequence[Tensor]) -> Tensor:
+    """The columns of the names times their factors, in place."""
+    for name, factor_B1 in zip(names, factors_B1, strict=True):
+        x[:, spans[name]] *= factor_B1
+    return x
 
 
 class _Exchange:
@@ -223,7 +267,9 @@ def _as_it_is(table: Tensor) -> Tensor:
     return table
 
 
-def _collection(tables: list[Table], device: torch.device, is_weighted: bool = False) -> EmbeddingBagCollection | None:
+def _collection(
+    tables: list[Table], device: torch.device, is_weighted: bool = False, means_as_sums: bool = False
+) -> EmbeddingBagCollection | None:
     if not tables:
         return None
     configs = [
@@ -232,7 +278,7 @@ def _collection(tables: list[Table], device: torch.device, is_weighted: bool = F
             num_embeddings=table.num_embeddings,
             embedding_dim=table.dim,
             feature_names=list(table.features),
-            pooling=PoolingType.MEAN if table.pooling == "mean" else PoolingType.SUM,
+            pooling=PoolingType.MEAN if table.pooling == "mean" and not means_as_sums else PoolingType.SUM,
             init_fn=_as_it_is,
         )
         for table in tables

@@ -232,6 +232,7 @@ def _select(batch: Batch, rows: torch.Tensor) -> Batch:
         labels={name: label[rows] for name, label in batch.labels.items()},
         sample_weight_B=None if weight is None else weight[rows],
         stream_rows=(len(rows),),
+        single=batch.single,
     )
 
 

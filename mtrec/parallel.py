@@ -183,6 +183,7 @@ class ShardedTables:
 
     def __init__(self, embeddings: Embeddings) -> None:
         self._embeddings = embeddings
+        self._learning_rate: float | None = None  # that the kernels were told last
 
     def _modules(self) -> list[tuple[str, Any]]:
         named = [("tables", self._embeddings.tables), ("weighted_tables", self._embeddings.weighted_tables)]
@@ -193,6 +194,9 @@ class ShardedTables:
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """The rate of the next backward pass. The kernel sees it only through `step()`, which updates nothing else."""
+        if learning_rate == self._learning_rate:
+            return
+        self._learning_rate = learning_rate
         for optimizer in self.optimizers():
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate

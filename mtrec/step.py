@@ -45,10 +45,34 @@ class FlatGradients:
         self.parameters = list(parameters)
         device = self.parameters[0].device if self.parameters else torch.device("cpu")
         self.buffer = torch.zeros(sum(p.numel() for p in self.parameters), device=device)
-        start = 0
-        for parameter in self.parameters:
-            parameter.grad = self.buffer[start : start + parameter.numel()].view_as(parameter)
-            start += parameter.numel()
+        for parameter, part in zip(self.parameters, self.parts(self.buffer), strict=True):
+            parameter.grad = part
+
+    def parts(self, buffer: Tensor) -> list[Tensor]:
+        """Of (P,): what belongs to each parameter, in its shape."""
+        sizes = [parameter.numel() for parameter in self.parameters]
+        return [part.view_as(p) for part, p in zip(buffer.split(sizes), self.parameters, strict=True)]
+
+
+class FlatParameters(FlatGradients):
+    """The parameters in one buffer, too: `whole` (P,) is all that their optimizer sees, which spares it 20 of everything.
+
+    It is for optimizers that treat each number by itself.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        super().__init__(parameters)
+        self.whole = nn.Parameter(torch.zeros_like(self.buffer))
+        self.whole.grad = self.buffer
+        for parameter, part in zip(self.parameters, self.parts(self.whole.data), strict=True):
+            parameter.data = part.copy_(parameter.data)
+
+    def states(self, optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
+        """Of each parameter: its part of what the optimizer of `whole` keeps; a number that it keeps once is that of each."""
+        kept = optimizer.state[self.whole]
+        parts = {name: self.parts(value) for name, value in kept.items() if value.dim()}
+        once = {name: value for name, value in kept.items() if not value.dim()}
+        return [{name: each[index] for name, each in parts.items()} | once for index in range(len(self.parameters))]
 
 
 @dataclasses.dataclass
@@ -72,7 +96,7 @@ class TrainState:
     balancer: Balancer
     balancing: Balancing
     schedules: Schedules
-    dense_gradients: FlatGradients
+    dense_parameters: FlatParameters
     replicated_gradients: FlatGradients
     task_weights_K: Tensor
     expected_rates_K: Tensor
@@ -117,7 +141,9 @@ class TrainState:
             )
         dense = dict(self.model.dense.named_parameters())
         found.update({f"dense.{name}": value.data for name, value in dense.items()})
-        found.update(_optimizer_tensors(self.dense_optimizer, dense, "dense_state"))
+        states = dict(zip(self.dense_parameters.parameters, self.dense_parameters.states(self.dense_optimizer), strict=True))
+        for name, parameter in dense.items():
+            found.update({f"dense_state.{name}.{state}": value for state, value in states[parameter].items()})
         found.update({f"balancer.{name}": value for name, value in self.balancer.state_dict().items()})
         return found
 
@@ -152,9 +178,9 @@ def build_state(
     tables.initialise(experiment.seed)
     replicated = _make_replicated(model, experiment.seed, device)
     schedules = Schedules(experiment, batch_size, total_steps)
-    dense = list(model.dense.parameters())
-    parallel.broadcast([parameter.data for parameter in dense])
-    optimizer = dense_optimizer(experiment.optimizer.dense, dense, schedules.dense_learning_rate(0))
+    dense = FlatParameters(list(model.dense.parameters()))
+    parallel.broadcast([dense.whole.data])
+    optimizer = dense_optimizer(experiment.optimizer.dense, [dense.whole], schedules.dense_learning_rate(0))
     names = list(model.specs)
     auxiliary = [name for name in names if experiment.tasks[name].auxiliary]
     balancing = experiment.balancing
@@ -168,7 +194,7 @@ def build_state(
         balancer=balancer,
         balancing=balancing,
         schedules=schedules,
-        dense_gradients=FlatGradients(dense),
+        dense_parameters=dense,
         replicated_gradients=FlatGradients(replicated),
         task_weights_K=_per_task(loss_weights(experiment, model.objectives, labels), names, device),
         expected_rates_K=_per_task(
@@ -281,26 +307,25 @@ def train_step(
     if upcoming is not None:
         model.embeddings.begin(upcoming)
     state.mark("lookup")
-    share_K, counts_K = _shares(state, leaf_BD, batch.labels, batch.stream_rows, counting)
+    share_K, counts_K = _shares(state, leaf_BD, batch.stream_rows, counting)
     model.embeddings.proceed()
     state.mark("forward")
 
     active_K = counts_K > 0
     weights_K, gradients = _balance(state, batch, share_K, leaf_BD, active_K)
     if gradients is None:
-        state.dense_gradients.buffer.zero_()
-        torch.dot(weights_K, share_K).backward()
-        assert leaf_BD.grad is not None
-        x_gradient_BD = leaf_BD.grad
+        wanted = [leaf_BD, *state.dense_parameters.parameters]
+        x_gradient_BD, *found = torch.autograd.grad(torch.dot(weights_K, share_K), wanted, materialize_grads=True)
+        torch.cat([gradient.flatten() for gradient in found], out=state.dense_parameters.buffer)
     else:
         dense_gradient, x_gradient_BD = gradients.weighted(weights_K)
-        state.dense_gradients.buffer.copy_(dense_gradient)
+        state.dense_parameters.buffer.copy_(dense_gradient)
     state.mark("backward")
 
-    bad = ~(torch.isfinite(state.dense_gradients.buffer.sum()) & torch.isfinite(x_gradient_BD.sum()))
+    bad = ~(torch.isfinite(state.dense_parameters.buffer.sum()) & torch.isfinite(x_gradient_BD.sum()))
     flags = torch.cat([share_K.detach(), bad[None].to(share_K.dtype), share_K.new_full((1,), float(stop))])
     parallel.all_reduce_sum(flags)
-    dense_work = parallel.start_all_reduce_sum(state.dense_gradients.buffer)
+    dense_work = parallel.start_all_reduce_sum(state.dense_parameters.buffer)
     all_finite = (flags[-2] == 0) & torch.isfinite(flags[:-2]).all()  # an infinite loss can have a gradient of 0
     state.flags.put(state.step + 1, all_finite, flags[-1] > 0, active_K)
     state.read_flags()
@@ -339,8 +364,10 @@ def _optimizer_steps(state: TrainState, finite: Tensor | bool) -> None:
     elif not finite:
         return
     if state.clip_norm is not None:
-        buffer = state.dense_gradients.buffer
-        buffer.mul_((state.clip_norm / (torch.linalg.vector_norm(buffer) + 1e-6)).clamp(max=1.0))
+        buffer = state.dense_parameters.buffer
+        factor = (state.clip_norm / (torch.linalg.vector_norm(buffer) + 1e-6)).clamp(max=1.0)
+        if buffer.device.type != "cpu" or factor < 1.0:  # a GPU is not waited for
+            buffer.mul_(factor)
     for group in state.dense_optimizer.param_groups:
         group["lr"] = state.schedules.dense_learning_rate(state.step)
     state.dense_optimizer.step()
@@ -352,8 +379,11 @@ def _optimizer_steps(state: TrainState, finite: Tensor | bool) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Counting:
-    """How many rows count for each task: `row_weight_BK` here; `counts` (K + 1, the last of all rows) once `work` is done."""
+    """What the losses see, and how many rows count for each task: `row_weight_BK` of these rows; of all ranks,
+    once `work` is done, `counts` (K + 1, the last of all rows).
+    """
 
+    target_BK: Tensor
     row_weight_BK: Tensor
     counts: Tensor
     work: parallel.Pending
@@ -361,16 +391,17 @@ class _Counting:
 
 def _start_counting(state: TrainState, labels: Mapping[str, Tensor], sample_weight_B: Tensor | None) -> _Counting:
     """Begins the sum over ranks; a property of the labels, so that it runs beside the forward pass."""
-    row_weight_BK = state.model.objectives.mask(labels).float()
+    target_BK = state.model.objectives.targets(labels)
+    row_weight_BK = (~target_BK.isnan()).float()
     if sample_weight_B is not None:
         row_weight_BK = row_weight_BK * sample_weight_B[:, None]
     rows = row_weight_BK.new_full((1,), float(len(row_weight_BK))) if sample_weight_B is None else sample_weight_B.sum()[None]
     counts = torch.cat([row_weight_BK.sum(0), rows])
-    return _Counting(row_weight_BK, counts, parallel.start_all_reduce_sum(counts))
+    return _Counting(target_BK, row_weight_BK, counts, parallel.start_all_reduce_sum(counts))
 
 
 def _shares(
-    state: TrainState, leaf_BD: Tensor, labels: Mapping[str, Tensor], stream_rows: Sequence[int], counting: _Counting
+    state: TrainState, leaf_BD: Tensor, stream_rows: Sequence[int], counting: _Counting
 ) -> tuple[Tensor, Tensor]:
     """(share_K, counts_K): this rank's share of each task's global mean loss times its weight, and the global counts."""
     model, device = state.model, state.device
@@ -379,7 +410,7 @@ def _shares(
         torch.autocast(device.type, dtype=torch.bfloat16, enabled=state.bf16),
     ):
         logits = model.dense(leaf_BD)
-    loss_BK, _ = model.objectives.losses(logits, labels)
+    loss_BK = model.objectives.losses_at(logits, counting.target_BK)
     counting.work.wait()
     counts_K = counting.counts[:-1]
     expected_K = state.expected_rates_K * counting.counts[-1]
@@ -416,7 +447,7 @@ def _gramian(
     whole = config.rows == 1.0
     if not whole:
         share_K, leaf_BD = _sampled_shares(state, batch, leaf_BD)
-    parameters = state.dense_gradients.parameters if whole else dense.shared_parameters()
+    parameters = state.dense_parameters.parameters if whole else dense.shared_parameters()
     if config.at != "parameters":
         gradients = representation_gradients(share_K, leaf_BD, parameters)
         assert gradients.x_KBD is not None
@@ -437,7 +468,7 @@ def _sampled_shares(state: TrainState, batch: Batch, leaf_BD: Tensor) -> tuple[T
     weight_B = None if batch.sample_weight_B is None else batch.sample_weight_B[rows]
     counting = _start_counting(state, labels, weight_B)
     sampled_BD = leaf_BD.detach()[rows].requires_grad_()
-    share_K, _ = _shares(state, sampled_BD, labels, [len(index) for index in chosen], counting)
+    share_K, _ = _shares(state, sampled_BD, [len(index) for index in chosen], counting)
     return share_K, sampled_BD
 
 

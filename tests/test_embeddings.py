@@ -16,9 +16,12 @@ KEYS = tuple("abcdefg")
     st.lists(st.sampled_from([4, 8, 12, 16, 3, 1]), min_size=1, max_size=len(KEYS)),
     st.integers(1, 3),
     st.sampled_from([0, 1, 5]),
+    st.sets(st.sampled_from(KEYS)),
     st.randoms(use_true_random=False),
 )
-def test_columns_and_their_gradients_are_those_of_slices(widths: list[int], num_groups: int, rows: int, random: object) -> None:
+def test_columns_and_their_gradients_are_those_of_slices(
+    widths: list[int], num_groups: int, rows: int, scaled: set[str], random: object
+) -> None:
     wanted = list(KEYS[: len(widths)])
     random.shuffle(wanted)  # type: ignore[attr-defined]
     per_group = -(-len(widths) // num_groups)
@@ -30,8 +33,9 @@ def test_columns_and_their_gradients_are_those_of_slices(widths: list[int], num_
     slices: dict[str, Tensor] = {}
     for group in groups:
         slices.update(zip(group.keys, group.values.split(group.widths, dim=1), strict=True))
-    expected = torch.cat([slices[name] for name in wanted], dim=1)
-    found = torch.cat(in_order(groups, tuple(wanted)), dim=1)
+    factors = {name: torch.rand(rows, 1) for name in sorted(scaled & slices.keys())}
+    expected = torch.cat([slices[name] * factors.get(name, 1.0) for name in wanted], dim=1)
+    found = torch.cat(in_order(groups, tuple(wanted), factors), dim=1)
     assert torch.equal(found, expected)
     gradient = torch.randn(found.shape)
     leaves = [group.values for group in groups]

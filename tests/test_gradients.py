@@ -122,7 +122,7 @@ def test_a_step_with_a_gramian_is_the_step_of_the_weighted_losses(run: Run, at: 
             before = {name: table.local_shards()[0].tensor.clone() for name, table in state.tables.weights().items()}
             result = train_step(state, batch)
             tables = [t.local_shards()[0].tensor - before[name] for name, t in state.tables.weights().items()]
-            found.append((result, state.dense_gradients.buffer.clone(), tables))
+            found.append((result, state.dense_parameters.buffer.clone(), tables))
     (with_gramian, gradient, tables), (without, plain_gradient, plain_tables) = found
     assert_close(with_gramian.weights_K, without.weights_K)
     assert_close(gradient, plain_gradient, rtol=1e-4, atol=1e-6)

@@ -456,7 +456,7 @@ def test_observed_space_counts_rows_whose_given_is_observed_and_1():
     loss_BK, mask_BK = objectives.losses(logits, labels)
     expected_BK = [[True, True, True], [True, False, True], [True, False, False], [False, False, False]]
     assert mask_BK.tolist() == expected_BK
-    assert torch.equal(mask_BK, objectives.mask(labels))
+    assert torch.equal(mask_BK, ~objectives.targets(labels).isnan())
     assert (loss_BK[~mask_BK] == 0.0).all()
     assert loss_BK[0, 1] == Binary("c").loss(logits["conversion"][:1], torch.ones(1))[0]
     assert loss_BK[1, 2] == Dwell("d").loss(logits["dwell"][1:2], torch.tensor([5.0]))[0]
@@ -564,7 +564,7 @@ def test_observed_chain_needs_every_link():
         "cart": torch.tensor([1.0, 0.0, 1.0, 1.0]),
         "buy": torch.tensor([0.0, 1.0, 1.0, 1.0]),
     }
-    assert chain("observed").mask(labels)[:, 0].tolist() == [True, False, False, False]
+    assert chain("observed").targets(labels)[:, 0].isnan().tolist() == [False, True, True, True]
     np.testing.assert_array_equal(chain("observed").reached("buy", labels).numpy(), [1.0, 0.0, 0.0, NAN])
 
 

@@ -30,13 +30,14 @@ class Ids:
 class Encoded:
     """A batch as arrays. Values lie key after key (in the order of the encoder's keys), and row after row within a key.
 
-    `dense_BF` float32; `values` int64 rows and `lengths_KB` int32 of the unweighted keys; `weighted_values`,
-    `weighted_lengths_KB` and `weights` (float32, one a value) of the weighted ones.
+    `dense_BF` float32; `values` int64 rows and `lengths_KB` int32 of the unweighted keys, `single` whether every row is known to
+    have one value of a key; `weighted_values`, `weighted_lengths_KB` and `weights` (float32, one a value) of the weighted ones.
     """
 
     dense_BF: Floats
     values: Int64s
     lengths_KB: npt.NDArray[np.int32]
+    single: tuple[bool, ...]
     weighted_values: Int64s
     weighted_lengths_KB: npt.NDArray[np.int32]
     weights: Floats
@@ -175,11 +176,13 @@ def join(parts: Sequence[Part]) -> Encoded:
     [6, 7, 5]
     """
     values, lengths_KB, _ = _joined([(rows.ids, start, stop) for rows, start, stop in parts])
+    kinds = zip(*(rows.ids.single for rows, _, _ in parts), strict=True)
     weighted_values, weighted_lengths_KB, weights = _joined([(rows.weighted, start, stop) for rows, start, stop in parts])
     return Encoded(
         dense_BF=np.concatenate([rows.dense_BF[start:stop] for rows, start, stop in parts]),
         values=values,
         lengths_KB=lengths_KB,
+        single=tuple(all(each) for each in kinds),
         weighted_values=weighted_values,
         weighted_lengths_KB=weighted_lengths_KB,
         weights=weights,

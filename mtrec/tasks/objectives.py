@@ -5,8 +5,9 @@ link counts as 1 only where the links before it do; one observed 0 settles all t
 B rows of this rank, K tasks, C logits of a head, G tasks that one is given, N rows of a sample.
 """
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -92,23 +93,25 @@ class Objectives:
 
         A masked row has loss 0 and a gradient of exactly 0, whatever its label.
         """
-        losses, masks = [], []
-        for name, spec in self.specs.items():
-            target_B = self.target(name, labels)
-            mask_B = ~target_B.isnan()
-            # Of what is masked, NaN would come back through the gradient of `where`; an allowed label does not.
-            target_B = torch.where(mask_B, target_B, _allowed_label(spec.task))
-            if spec.space == "entire":
-                loss_B = self._entire_loss(name, logits, target_B)
-            else:
-                loss_B = spec.task.loss(logits[name], target_B)
-            losses.append(torch.where(mask_B, loss_B, 0.0))
-            masks.append(mask_B)
-        return torch.stack(losses, dim=1), torch.stack(masks, dim=1)
+        target_BK = self.targets(labels)
+        return self.losses_at(logits, target_BK), ~target_BK.isnan()
 
-    def mask(self, labels: Mapping[str, Tensor]) -> Tensor:
-        """mask_BK: which rows count for which task; the same as `losses` returns, without logits."""
-        return torch.stack([~self.target(name, labels).isnan() for name in self.names], dim=1)
+    def losses_at(self, logits: Mapping[str, Tensor], target_BK: Tensor) -> Tensor:
+        """loss_BK, of the `targets` of the same rows."""
+        masked_BK = target_BK.isnan()
+        # of what is masked, NaN would come back through the gradient of the loss; an allowed label does not
+        target_BK = torch.where(masked_BK, _allowed_labels(self.specs.values(), target_BK), target_BK)
+        losses = [
+            self._entire_loss(name, logits, target_B)
+            if spec.space == "entire"
+            else spec.task.loss(logits[name], target_B)
+            for (name, spec), target_B in zip(self.specs.items(), target_BK.unbind(1), strict=True)
+        ]
+        return torch.stack(losses, dim=1).masked_fill(masked_BK, 0.0)
+
+    def targets(self, labels: Mapping[str, Tensor]) -> Tensor:
+        """target_BK: the labels that the losses see, NaN where the row does not count for the task."""
+        return torch.stack([self.target(name, labels) for name in self.names], dim=1)
 
     def target(self, name: str, labels: Mapping[str, Tensor]) -> Tensor:
         """(B,) labels the loss of a task sees, NaN where the row does not count."""
@@ -118,18 +121,18 @@ class Objectives:
 
     def reached_label(self, name: str, labels: Mapping[str, Tensor]) -> Tensor:
         """(B,) labels of a task where all it is given has happened, NaN elsewhere: what its own prediction is held against."""
+        if not self.chains[name]:
+            return labels[name]
         return torch.where(self.reached(name, labels) == 1.0, labels[name], math.nan)
 
     def joint_label(self, name: str, labels: Mapping[str, Tensor]) -> Tensor:
         """(B,) labels of a task over all rows: 0 where what it is given did not happen, NaN where that is not settled."""
-        return _and(self.reached(name, labels), labels[name])
+        return _and(self.reached(name, labels), labels[name]) if self.chains[name] else labels[name]
 
     def reached(self, name: str, labels: Mapping[str, Tensor]) -> Tensor:
         """(B,) 1 where all that the task is given has happened, 0 where not, NaN where unknown; 1 without a `given`."""
-        reached_B = torch.ones_like(labels[name])
-        for link in self.chains[name]:
-            reached_B = _and(reached_B, labels[link])
-        return reached_B
+        links = [labels[link] for link in self.chains[name]]
+        return functools.reduce(_and, links) if links else torch.ones_like(labels[name])
 
     def predictions(self, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """{column: (B,)} in natural units, in the order of `prediction_names`.
@@ -169,7 +172,7 @@ class Objectives:
         rates = {}
         for name, spec in self.specs.items():
             # A head predicts the conditional label in both spaces; only the loss of `entire` is on the joint one.
-            head_N = torch.where(self.reached(name, labels) == 1.0, labels[name], math.nan)
+            head_N = self.reached_label(name, labels)
             head_N = head_N[~head_N.isnan()].double()
             if len(head_N) == 0:
                 given = f" on a row where its given, '{spec.given}', is 1" if spec.given is not None else ""
@@ -280,6 +283,12 @@ def automatic_weight(base_loss: float) -> float:
 def _and(reached_B: Tensor, label_B: Tensor) -> Tensor:
     """Three-valued and: an observed 0 on either side settles it, else NaN is contagious."""
     return torch.where((reached_B == 0.0) | (label_B == 0.0), 0.0, reached_B * label_B)
+
+
+def _allowed_labels(specs: Iterable[TaskSpec], like: Tensor) -> float | Tensor:
+    """One number that is allowed for all tasks, or (K,)."""
+    allowed = [_allowed_label(spec.task) for spec in specs]
+    return allowed[0] if len(set(allowed)) == 1 else like.new_tensor(allowed)
 
 
 def _allowed_label(task: Task) -> float:
