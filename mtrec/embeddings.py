@@ -26,6 +26,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from mtrec.ahead import arrive, beside
 from mtrec.batch import Batch
 from mtrec.features import Table
+from mtrec.pooled_exchange import Layout, layout_of, side_by_side
+from mtrec.shared_memory import SharedMemoryGroup
 
 LEAST_BLOCK = 4  # floats that are moved at once
 INIT_BLOCK_ROWS = 65_536  # initial rows are drawn block by block, so that a shard draws only what it holds
@@ -82,7 +84,17 @@ class Embeddings(nn.Module):
         self.feature_dims = [table.dim for group in groups.values() for table in group for _ in table.features]
         self.num_dense = num_dense
         self.output_dim = num_dense + sum(self.feature_dims)
+        self.layouts: dict[str, Layout] = {}  # {group of tables: where its columns lie}, for `side_by_side`
         self._begun: tuple[Batch, list[_Exchange]] | None = None
+
+    def share(self, group: SharedMemoryGroup) -> None:
+        """Lets what the sharded tables pool travel through the shared memory of the group."""
+        width = dict(zip(self.feature_names, self.feature_dims, strict=True))
+        for name in ("tables", "weighted_tables"):
+            module = getattr(self, name)
+            layout = None if module is None else layout_of(module, group, width)
+            if layout is not None:
+                self.layouts[name] = layout
 
     def begin(self, batch: Batch) -> None:
         """Starts to send the ids of a batch to the ranks that hold their rows, ahead of its `forward`; all ranks do, or none.
@@ -91,32 +103,36 @@ class Embeddings(nn.Module):
         a GPU was copied there by `copy_ahead`, or the host has waited for its copy: the exchange does not wait for computations.
         """
         device = batch.dense_BF.device
-        self._begun = (batch, [_Exchange(module, ids, device) for module, ids in self._sharded(batch)])
+        self._begun = (batch, self._exchanges(batch, device))
+
+    def _exchanges(self, batch: Batch, device: torch.device) -> "list[_Exchange]":
+        return [_Exchange(module, ids, device, self.layouts.get(name)) for name, module, ids in self._sharded(batch)]
 
     def proceed(self) -> None:
         """Sends the ids of the batch that was begun, if there is one."""
         for exchange in self._begun[1] if self._begun is not None else ():
             exchange.proceed()
 
-    def _sharded(self, batch: Batch) -> list[tuple[Any, KeyedJaggedTensor | None]]:
-        pairs = ((self.tables, batch.sparse), (self.weighted_tables, batch.weighted))
-        return [(module, ids) for module, ids in pairs if module is not None]
+    def _sharded(self, batch: Batch) -> list[tuple[str, Any, KeyedJaggedTensor | None]]:
+        groups = (("tables", self.tables, batch.sparse), ("weighted_tables", self.weighted_tables, batch.weighted))
+        return [each for each in groups if each[1] is not None]
 
-    def _look_up(self, batch: Batch) -> list[KeyedTensor]:
+    def _look_up(self, batch: Batch) -> "list[Columns]":
         """The pooled embeddings of the sharded (or not yet sharded) tables."""
         if self._begun is not None and self._begun[0] is batch:
             exchanges, self._begun = self._begun[1], None
-            return [exchange.pooled() for exchange in exchanges]
-        return [module(ids) for module, ids in self._sharded(batch)]
+        elif self.layouts:
+            exchanges = self._exchanges(batch, batch.dense_BF.device)
+        else:
+            return [_columns(module(ids)) for _, module, ids in self._sharded(batch)]
+        return [exchange.pooled() for exchange in exchanges]
 
     def forward(self, batch: Batch) -> Tensor:
-        pooled = self._look_up(batch)
+        columns = self._look_up(batch)
         if self.replicated_tables is not None:
-            pooled.append(self.replicated_tables(batch.sparse if batch.num_rows else self._one_row(batch)))
-        columns = []
-        for keyed in pooled:
-            values = keyed.values() if batch.num_rows else keyed.values()[:0]  # a slice of all would cost a copy backward
-            columns.append(Columns(values, tuple(keyed.keys()), tuple(keyed.length_per_key())))
+            columns.append(_columns(self.replicated_tables(batch.sparse if batch.num_rows else self._one_row(batch))))
+        if not batch.num_rows:  # a slice of all rows would cost a copy backward
+            columns = [each._replace(values=each.values[:0]) for each in columns]
         features = in_order(columns, tuple(self.feature_names), self._shares(batch))
         x_BD = torch.cat([batch.dense_BF, *features], dim=1)
         if self.clip_value is not None and x_BD.requires_grad:
@@ -149,6 +165,10 @@ class Columns(NamedTuple):
     values: Tensor
     keys: tuple[str, ...]
     widths: tuple[int, ...]
+
+
+def _columns(pooled: KeyedTensor) -> Columns:
+    return Columns(pooled.values(), tuple(pooled.keys()), tuple(pooled.length_per_key()))
 
 
 def in_order(
@@ -238,8 +258,8 @@ def _times(x: Tensor, spans: Mapping[str, slice], names: Sequence[str], factors_
 class _Exchange:
     """The ids of one batch on their way between ranks, in the steps that a sharded collection takes them."""
 
-    def __init__(self, module: Any, ids: KeyedJaggedTensor | None, device: torch.device) -> None:
-        self._module, self._device = module, device
+    def __init__(self, module: Any, ids: KeyedJaggedTensor | None, device: torch.device, layout: Layout | None) -> None:
+        self._module, self._device, self._layout = module, device, layout
         self._context = module.create_context()
         with beside(device):
             self._lengths_sent = module.input_dist(self._context, ids)
@@ -250,7 +270,7 @@ class _Exchange:
             with beside(self._device):
                 self._ids_sent = self._lengths_sent.wait()
 
-    def pooled(self) -> KeyedTensor:
+    def pooled(self) -> Columns:
         self.proceed()
         with beside(self._device):
             ids = self._ids_sent.wait()
@@ -258,8 +278,11 @@ class _Exchange:
         if computing is not None:
             ids.record_stream(computing)
             self._context.record_stream(computing)
-        found: KeyedTensor = self._module.compute_and_output_dist(self._context, ids)
-        return found
+        if self._layout is None:
+            return _columns(self._module.compute_and_output_dist(self._context, ids))
+        [pooled_AH] = self._module.compute(self._context, ids)
+        rows = self._context.sharding_contexts[0].batch_size_per_rank
+        return Columns(side_by_side(pooled_AH, rows, self._layout), self._layout.keys, self._layout.widths)
 
 
 def _as_it_is(table: Tensor) -> Tensor:

@@ -95,8 +95,7 @@ def world_size() -> int:
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sums a tensor over all ranks, in place."""
-    if world_size() > 1:
-        dist.all_reduce(tensor, group=_within_host)
+    start_all_reduce_sum(tensor).wait()
     return tensor
 
 
@@ -113,7 +112,9 @@ class Pending:
 
 def start_all_reduce_sum(tensor: Tensor) -> Pending:
     """Starts to sum a tensor over all ranks, in place, beside what is computed until `wait`."""
-    return Pending(dist.all_reduce(tensor, group=_within_host, async_op=True)) if world_size() > 1 else Pending()
+    if _within_host is not None:  # without the layers of torch.distributed above it
+        return Pending(_within_host.allreduce([tensor]))
+    return Pending(dist.all_reduce(tensor, async_op=True)) if world_size() > 1 else Pending()
 
 
 def broadcast(tensors: Sequence[Tensor], source: int = 0) -> None:
@@ -275,6 +276,8 @@ def shard(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 setattr(embeddings, name, sharder.shard(collection, plans[name], environment, device=device))
+    if _within_host is not None:
+        embeddings.share(_within_host)
     return ShardedTables(embeddings)
 
 

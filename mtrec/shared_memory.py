@@ -207,9 +207,18 @@ class SharedMemoryGroup(dist.ProcessGroup):
                 output, source, list(output_split_sizes or []), list(input_split_sizes or []), opts or dist.AllToAllOptions()
             )
             return work
-        me, output = self.rank(), output.detach()
         sent = source.detach().split(_sizes(source, input_split_sizes, self.size()))
-        received = output.split(_sizes(output, output_split_sizes, self.size()))
+        received = output.detach().split(_sizes(output, output_split_sizes, self.size()))
+        return self._exchanging(sent, received)
+
+    alltoall_base = all_to_all_single  # type: ignore[assignment]  # its name up to torch 2.12
+
+    def exchange(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> None:
+        """Part r of `sent` is written to part `rank` of rank r's `received`, which has its shape; of any strides, both."""
+        self._exchanging([part.detach() for part in sent], [part.detach() for part in received]).wait()
+
+    def _exchanging(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> dist.Work:
+        me = self.rank()
         number, places = self._place([sent[peer.rank].nbytes for peer in self._peers])
         posts = {}
         for peer, place in zip(self._peers, places, strict=True):
@@ -226,8 +235,6 @@ class SharedMemoryGroup(dist.ProcessGroup):
             self._tell_read(operation)
 
         return self._begun(operation, end)
-
-    alltoall_base = all_to_all_single  # type: ignore[assignment]  # its name up to torch 2.12
 
     def _place(self, sizes: Sequence[int]) -> tuple[int, list[int]]:
         """A free buffer that holds parts of these sizes in bytes, and where each begins in it."""

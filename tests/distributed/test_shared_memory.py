@@ -16,7 +16,10 @@ from runs import small_run, trained
 from torch import Tensor
 
 from mtrec import hang, parallel, shared_memory
+from mtrec.model import MultiTaskModel
+from mtrec.pooled_exchange import Layout, side_by_side
 from mtrec.run import Run
+from mtrec.step import build_state
 from mtrec.train import train
 
 CPU = torch.device("cpu")
@@ -263,10 +266,51 @@ def losses(folder: str, exchange: str) -> Tensor:
     return found
 
 
-def test_training_has_the_same_losses_to_the_bit_either_way(tmp_path: Path) -> None:
+ROWS, WIDTHS = [2, 0, 3], [4, 1, 0]  # a rank without rows, one without tables
+
+
+def pooled_side_by_side() -> tuple[Tensor, Tensor]:
+    """(columns of all ranks, gradient of the own ones)."""
+    with parallel.process_group(CPU):
+        assert parallel._within_host is not None
+        me = dist.get_rank()
+        layout = Layout(parallel._within_host, ("a", "b", "c"), (1, 3, 1), tuple(WIDTHS))
+        pooled_AH = numbers(me, sum(ROWS), WIDTHS[me]).requires_grad_()
+        found_BD = side_by_side(pooled_AH, ROWS, layout)
+        (gradient_AH,) = torch.autograd.grad(found_BD, pooled_AH, numbers(50 + me, *found_BD.shape))
+        return found_BD.detach(), gradient_AH
+
+
+def test_pooled_embeddings_and_their_gradients_come_to_their_places(tmp_path: Path) -> None:
+    found = run_ranks(3, pooled_side_by_side, folder=tmp_path)
+    pooled = torch.cat([numbers(rank, sum(ROWS), width) for rank, width in enumerate(WIDTHS)], dim=1)
+    gradient = torch.cat([numbers(50 + rank, rows, sum(WIDTHS)) for rank, rows in enumerate(ROWS)])
+    for (columns, own), expected, expected_own in zip(
+        found, pooled.split(ROWS), gradient.split(WIDTHS, dim=1), strict=True
+    ):
+        assert torch.equal(columns, expected)
+        assert torch.equal(own, expected_own)
+
+
+def layouts_of(folder: str) -> set[str]:
+    with parallel.process_group(CPU):
+        run = Run(Path(folder))
+        model = MultiTaskModel(run.experiment, run.encoder, run.labels, CPU)
+        build_state(run.experiment, model, run.labels, batch_size=128, total_steps=1, device=CPU)
+        return set(model.embeddings.layouts)
+
+
+@pytest.mark.parametrize(("sharding", "expected"), [("table_wise", {"tables"}), ("column_wise", set())])
+def test_only_whole_tables_take_the_way_through_shared_memory(tmp_path: Path, sharding: str, expected: set[str]) -> None:
+    run = small_run(tmp_path, f"features.item_id.sharding={sharding}")
+    assert run_ranks(2, layouts_of, str(run.folder), folder=tmp_path) == [expected] * 2
+
+
+@pytest.mark.parametrize("sharding", ["table_wise", "column_wise"])
+def test_training_has_the_same_losses_to_the_bit_either_way(tmp_path: Path, sharding: str) -> None:
     found = {}
     for exchange in ("auto", "gloo"):
-        options = (f"training.exchange={exchange}", "training.log_every=1", "features.user_id.sharding=column_wise")
+        options = (f"training.exchange={exchange}", "training.log_every=1", f"features.user_id.sharding={sharding}")
         run = small_run(tmp_path, *options)
         found[exchange] = run_ranks(2, losses, str(run.folder), exchange, folder=run.folder / "ranks")[0]
     assert len(found["auto"]) > 10
