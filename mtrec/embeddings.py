@@ -26,8 +26,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from mtrec.ahead import arrive, beside
 from mtrec.batch import Batch
 from mtrec.features import Table
-from mtrec.pooled_exchange import Layout, layout_of, side_by_side
-from mtrec.shared_memory import SharedMemoryGroup
+from mtrec.pooled_exchange import Layout, side_by_side
 
 LEAST_BLOCK = 4  # floats that are moved at once
 INIT_BLOCK_ROWS = 65_536  # initial rows are drawn block by block, so that a shard draws only what it holds
@@ -84,17 +83,8 @@ class Embeddings(nn.Module):
         self.feature_dims = [table.dim for group in groups.values() for table in group for _ in table.features]
         self.num_dense = num_dense
         self.output_dim = num_dense + sum(self.feature_dims)
-        self.layouts: dict[str, Layout] = {}  # {group of tables: where its columns lie}, for `side_by_side`
+        self.layouts: dict[str, Layout] = {}  # {group of tables: where its columns lie}, where `side_by_side` brings them there
         self._begun: tuple[Batch, list[_Exchange]] | None = None
-
-    def share(self, group: SharedMemoryGroup) -> None:
-        """Lets what the sharded tables pool travel through the shared memory of the group."""
-        width = dict(zip(self.feature_names, self.feature_dims, strict=True))
-        for name in ("tables", "weighted_tables"):
-            module = getattr(self, name)
-            layout = None if module is None else layout_of(module, group, width)
-            if layout is not None:
-                self.layouts[name] = layout
 
     def begin(self, batch: Batch) -> None:
         """Starts to send the ids of a batch to the ranks that hold their rows, ahead of its `forward`; all ranks do, or none.
@@ -190,9 +180,9 @@ def in_order(
     block = math.gcd(*widths)
     if block >= LEAST_BLOCK and groups[0].values.device.type == "cpu":
         keys = tuple(key for group in groups for key in group.keys)
-        side_by_side = groups[0].values if len(groups) == 1 else torch.cat([group.values for group in groups], dim=1)
+        together = groups[0].values if len(groups) == 1 else torch.cat([group.values for group in groups], dim=1)
         order = _block_order(keys, widths, wanted, block)
-        reordered: Tensor = _Reordered.apply(side_by_side, order, block, tuple(factors), *factors.values())
+        reordered: Tensor = _Reordered.apply(together, order, block, tuple(factors), *factors.values())
         return [reordered]
     columns: dict[str, Tensor] = {}
     for group in groups:

@@ -5,6 +5,7 @@ call the functions below in the same order, every step, whatever their number of
 """
 
 import datetime
+import itertools
 import logging
 import os
 import warnings
@@ -21,6 +22,7 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.types import PlannerError
+from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingSharding
 from torchrec.distributed.types import ShardingEnv, ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.keyed import KeyedOptimizer
@@ -28,6 +30,7 @@ from torchrec.optim.keyed import KeyedOptimizer
 from mtrec import shared_memory
 from mtrec.embeddings import Embeddings, module_name, table_name, write_initial_rows
 from mtrec.features import Table
+from mtrec.pooled_exchange import Layout
 
 for _name in ("torchrec.distributed.planner", "torch.fx"):
     logging.getLogger(_name).setLevel(logging.ERROR)  # advice on topologies that users of mtrec cannot follow
@@ -277,8 +280,21 @@ def shard(
                 warnings.simplefilter("ignore")
                 setattr(embeddings, name, sharder.shard(collection, plans[name], environment, device=device))
     if _within_host is not None:
-        embeddings.share(_within_host)
+        found = {name: _layout(getattr(embeddings, name), _within_host) for name in collections}
+        embeddings.layouts = {name: layout for name, layout in found.items() if layout is not None}
     return ShardedTables(embeddings)
+
+
+def _layout(module: Any, group: shared_memory.SharedMemoryGroup) -> Layout | None:
+    """Where the columns of a sharded collection lie; None where a table is cut (torchrec's own all-to-all knows the others)."""
+    shardings = module._embedding_shardings
+    if len(shardings) != 1 or type(shardings[0]) is not TwPooledEmbeddingSharding:
+        return None
+    [sharding] = shardings
+    widths, of_ranks = sharding.embedding_dims(), [len(names) for names in sharding.embedding_names_per_rank()]
+    ends = list(itertools.accumulate(of_ranks))
+    per_rank = tuple(sum(widths[end - count : end]) for end, count in zip(ends, of_ranks, strict=True))
+    return Layout(group, tuple(sharding.embedding_names()), tuple(widths), per_rank)
 
 
 def fuse(optimizer_class: type[torch.optim.Optimizer], options: Mapping[str, Any], collection: EmbeddingBagCollection) -> None:

@@ -7,14 +7,12 @@ to their place.
 Legend: B rows of this rank, A rows of all ranks (those of rank 0 first), H columns that this rank holds, D those of all.
 """
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingSharding
 
 from mtrec.shared_memory import SharedMemoryGroup
 
@@ -30,20 +28,6 @@ class Layout(NamedTuple):
     keys: tuple[str, ...]
     widths: tuple[int, ...]
     per_rank: tuple[int, ...]
-
-
-def layout_of(module: Any, group: SharedMemoryGroup, width: Mapping[str, int]) -> Layout | None:
-    """Of torchrec's sharded collection; None where not every table lies whole on one rank (its own all-to-all knows the others).
-
-    `width` is that of each feature.
-    """
-    shardings = module._embedding_shardings
-    if len(shardings) != 1 or type(shardings[0]) is not TwPooledEmbeddingSharding:
-        return None
-    of_ranks = shardings[0].embedding_names_per_rank()
-    keys = tuple(itertools.chain.from_iterable(of_ranks))
-    per_rank = tuple(sum(width[key] for key in names) for names in of_ranks)
-    return Layout(group, keys, tuple(width[key] for key in keys), per_rank)
 
 
 def side_by_side(pooled_AH: Tensor, rows: Sequence[int], layout: Layout) -> Tensor:
@@ -76,4 +60,4 @@ class _SideBySide(torch.autograd.Function):
         return gradient_AH, None, None
 
 
-__all__ = ["Layout", "layout_of", "side_by_side"]
+__all__ = ["Layout", "side_by_side"]

@@ -45,34 +45,10 @@ class FlatGradients:
         self.parameters = list(parameters)
         device = self.parameters[0].device if self.parameters else torch.device("cpu")
         self.buffer = torch.zeros(sum(p.numel() for p in self.parameters), device=device)
-        for parameter, part in zip(self.parameters, self.parts(self.buffer), strict=True):
-            parameter.grad = part
-
-    def parts(self, buffer: Tensor) -> list[Tensor]:
-        """Of (P,): what belongs to each parameter, in its shape."""
-        sizes = [parameter.numel() for parameter in self.parameters]
-        return [part.view_as(p) for part, p in zip(buffer.split(sizes), self.parameters, strict=True)]
-
-
-class FlatParameters(FlatGradients):
-    """The parameters in one buffer, too: `whole` (P,) is all that their optimizer sees, which spares it 20 of everything.
-
-    It is for optimizers that treat each number by itself.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        super().__init__(parameters)
-        self.whole = nn.Parameter(torch.zeros_like(self.buffer))
-        self.whole.grad = self.buffer
-        for parameter, part in zip(self.parameters, self.parts(self.whole.data), strict=True):
-            parameter.data = part.copy_(parameter.data)
-
-    def states(self, optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
-        """Of each parameter: its part of what the optimizer of `whole` keeps; a number that it keeps once is that of each."""
-        kept = optimizer.state[self.whole]
-        parts = {name: self.parts(value) for name, value in kept.items() if value.dim()}
-        once = {name: value for name, value in kept.items() if not value.dim()}
-        return [{name: each[index] for name, each in parts.items()} | once for index in range(len(self.parameters))]
+        start = 0
+        for parameter in self.parameters:
+            parameter.grad = self.buffer[start : start + parameter.numel()].view_as(parameter)
+            start += parameter.numel()
 
 
 @dataclasses.dataclass
@@ -96,7 +72,7 @@ class TrainState:
     balancer: Balancer
     balancing: Balancing
     schedules: Schedules
-    dense_parameters: FlatParameters
+    dense_gradients: FlatGradients
     replicated_gradients: FlatGradients
     task_weights_K: Tensor
     expected_rates_K: Tensor
@@ -141,9 +117,7 @@ class TrainState:
             )
         dense = dict(self.model.dense.named_parameters())
         found.update({f"dense.{name}": value.data for name, value in dense.items()})
-        states = dict(zip(self.dense_parameters.parameters, self.dense_parameters.states(self.dense_optimizer), strict=True))
-        for name, parameter in dense.items():
-            found.update({f"dense_state.{name}.{state}": value for state, value in states[parameter].items()})
+        found.update(_optimizer_tensors(self.dense_optimizer, dense, "dense_state"))
         found.update({f"balancer.{name}": value for name, value in self.balancer.state_dict().items()})
         return found
 
@@ -178,9 +152,9 @@ def build_state(
     tables.initialise(experiment.seed)
     replicated = _make_replicated(model, experiment.seed, device)
     schedules = Schedules(experiment, batch_size, total_steps)
-    dense = FlatParameters(list(model.dense.parameters()))
-    parallel.broadcast([dense.whole.data])
-    optimizer = dense_optimizer(experiment.optimizer.dense, [dense.whole], schedules.dense_learning_rate(0))
+    parallel.broadcast([parameter.data for parameter in model.dense.parameters()])
+    dense = [parameter for parameter in model.dense.parameters() if parameter.requires_grad]  # kinds may freeze some
+    optimizer = dense_optimizer(experiment.optimizer.dense, dense, schedules.dense_learning_rate(0))
     names = list(model.specs)
     auxiliary = [name for name in names if experiment.tasks[name].auxiliary]
     balancing = experiment.balancing
@@ -194,7 +168,7 @@ def build_state(
         balancer=balancer,
         balancing=balancing,
         schedules=schedules,
-        dense_parameters=dense,
+        dense_gradients=FlatGradients(dense),
         replicated_gradients=FlatGradients(replicated),
         task_weights_K=_per_task(loss_weights(experiment, model.objectives, labels), names, device),
         expected_rates_K=_per_task(
@@ -314,18 +288,18 @@ def train_step(
     active_K = counts_K > 0
     weights_K, gradients = _balance(state, batch, share_K, leaf_BD, active_K)
     if gradients is None:
-        wanted = [leaf_BD, *state.dense_parameters.parameters]
+        wanted = [leaf_BD, *state.dense_gradients.parameters]
         x_gradient_BD, *found = torch.autograd.grad(torch.dot(weights_K, share_K), wanted, materialize_grads=True)
-        torch.cat([gradient.flatten() for gradient in found], out=state.dense_parameters.buffer)
+        torch.cat([gradient.flatten() for gradient in found], out=state.dense_gradients.buffer)
     else:
         dense_gradient, x_gradient_BD = gradients.weighted(weights_K)
-        state.dense_parameters.buffer.copy_(dense_gradient)
+        state.dense_gradients.buffer.copy_(dense_gradient)
     state.mark("backward")
 
-    bad = ~(torch.isfinite(state.dense_parameters.buffer.sum()) & torch.isfinite(x_gradient_BD.sum()))
+    bad = ~(torch.isfinite(state.dense_gradients.buffer.sum()) & torch.isfinite(x_gradient_BD.sum()))
     flags = torch.cat([share_K.detach(), bad[None].to(share_K.dtype), share_K.new_full((1,), float(stop))])
     parallel.all_reduce_sum(flags)
-    dense_work = parallel.start_all_reduce_sum(state.dense_parameters.buffer)
+    dense_work = parallel.start_all_reduce_sum(state.dense_gradients.buffer)
     all_finite = (flags[-2] == 0) & torch.isfinite(flags[:-2]).all()  # an infinite loss can have a gradient of 0
     state.flags.put(state.step + 1, all_finite, flags[-1] > 0, active_K)
     state.read_flags()
@@ -348,9 +322,9 @@ def train_step(
 
 
 def _zero_unless(finite: Tensor | bool, gradient_BD: Tensor) -> Tensor:
-    """The gradient (which may be overwritten), or zeros; a tensor `finite` is looked at by the device only."""
+    """The gradient, or zeros; a tensor `finite` is looked at by the device only."""
     if isinstance(finite, Tensor):
-        return gradient_BD.masked_fill_(~finite, 0.0)
+        return gradient_BD.masked_fill(~finite, 0.0)
     return gradient_BD if finite else torch.zeros_like(gradient_BD)
 
 
@@ -364,7 +338,7 @@ def _optimizer_steps(state: TrainState, finite: Tensor | bool) -> None:
     elif not finite:
         return
     if state.clip_norm is not None:
-        buffer = state.dense_parameters.buffer
+        buffer = state.dense_gradients.buffer
         factor = (state.clip_norm / (torch.linalg.vector_norm(buffer) + 1e-6)).clamp(max=1.0)
         if buffer.device.type != "cpu" or factor < 1.0:  # a GPU is not waited for
             buffer.mul_(factor)
@@ -447,7 +421,7 @@ def _gramian(
     whole = config.rows == 1.0
     if not whole:
         share_K, leaf_BD = _sampled_shares(state, batch, leaf_BD)
-    parameters = state.dense_parameters.parameters if whole else dense.shared_parameters()
+    parameters = state.dense_gradients.parameters if whole else dense.shared_parameters()
     if config.at != "parameters":
         gradients = representation_gradients(share_K, leaf_BD, parameters)
         assert gradients.x_KBD is not None

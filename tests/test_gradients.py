@@ -122,7 +122,7 @@ def test_a_step_with_a_gramian_is_the_step_of_the_weighted_losses(run: Run, at: 
             before = {name: table.local_shards()[0].tensor.clone() for name, table in state.tables.weights().items()}
             result = train_step(state, batch)
             tables = [t.local_shards()[0].tensor - before[name] for name, t in state.tables.weights().items()]
-            found.append((result, state.dense_parameters.buffer.clone(), tables))
+            found.append((result, state.dense_gradients.buffer.clone(), tables))
     (with_gramian, gradient, tables), (without, plain_gradient, plain_tables) = found
     assert_close(with_gramian.weights_K, without.weights_K)
     assert_close(gradient, plain_gradient, rtol=1e-4, atol=1e-6)
@@ -263,3 +263,16 @@ def test_a_killed_and_resumed_run_goes_on_with_the_same_weights(run: Run, tmp_pa
     assert killed == {step: whole[step] for step in range(1, 6)}
     assert resumed == {step: whole[step] for step in resumed}
     assert len({tuple(w.values()) for w, _ in whole.values()}) > 2, "the weights do not change in this test"
+
+
+def test_a_frozen_parameter_stays_as_it_is(run: Run) -> None:
+    with parallel.process_group(CPU):
+        model = MultiTaskModel(run.experiment, run.encoder, run.labels, CPU)
+        frozen, *others = model.dense.parameters()
+        frozen.requires_grad_(False)
+        state = build_state(run.experiment, model, run.labels, batch_size=128, total_steps=50, device=CPU)
+        before = [each.detach().clone() for each in (frozen, *others)]
+        train_step(state, state_and_batch(run)[1])
+        assert torch.equal(frozen, before[0])
+        assert any(not torch.equal(now, then) for now, then in zip(others, before[1:], strict=True))
+        assert {key for key in state.tensors() if key.startswith("dense_state.")}

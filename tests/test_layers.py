@@ -32,7 +32,7 @@ LAYERS = [
     ["balancing"],
     ["metrics"],
     ["config"],
-    ["feed", "ahead"],
+    ["feed", "ahead", "pooled_exchange"],
     ["labels"],
     ["embeddings"],
     ["model"],

@@ -494,6 +494,13 @@ def test_masked_labels_are_replaced_by_allowed_ones():
         objectives = Objectives({"price": TaskSpec(Picky("price", low=low, high=high))})
         objectives.losses({"price": torch.zeros(1, 1)}, {"price": torch.tensor([NAN])})
     assert torch.cat(seen).tolist() == [2.0, -2.0, 2.0, 0.0]
+    seen.clear()
+    several = {"price": TaskSpec(Picky("price", low=2.0)), "gain": TaskSpec(Picky("gain", low=-1.0, high=1.0))}
+    logits, labels = dict.fromkeys(several, torch.zeros(2, 1)), dict.fromkeys(several, torch.tensor([NAN, 3.0]))
+    loss_BK, mask_BK = Objectives(several).losses(logits, labels)
+    assert torch.stack(seen).tolist() == [[2.0, 3.0], [0.0, 3.0]]
+    assert mask_BK.tolist() == [[False, False], [True, True]]
+    assert (loss_BK[0] == 0.0).all()
 
 
 def direct_joint_loss(links_BG: Tensor, joint_B: Tensor) -> Tensor:

@@ -27,12 +27,6 @@ def _listen_in_worker() -> None:
     listen(terminated.set)
 
 
-def _rays_own() -> Any:
-    from ray.train.torch import TorchConfig
-
-    return TorchConfig().backend_cls()
-
-
 class ListeningBackend(Backend):  # type: ignore[misc]
     """Ray's torch backend; the main thread of each worker also listens for SIGTERM (training runs in another thread)."""
 
@@ -40,14 +34,17 @@ class ListeningBackend(Backend):  # type: ignore[misc]
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         worker_group.execute_async(_import_training)
-        _rays_own().on_start(worker_group, backend_config)
+        config = backend_config.rays_own()
+        config.backend_cls().on_start(worker_group, config)
 
     def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
-        _rays_own().on_training_start(worker_group, backend_config)
+        config = backend_config.rays_own()
+        config.backend_cls().on_training_start(worker_group, config)
         worker_group.execute(_listen_in_worker)
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
-        _rays_own().on_shutdown(worker_group, backend_config)
+        config = backend_config.rays_own()
+        config.backend_cls().on_shutdown(worker_group, config)
 
 
 @dataclasses.dataclass
@@ -70,17 +67,18 @@ class ListeningTorchConfig(BackendConfig):  # type: ignore[misc]
     @property
     def train_func_context(self) -> Any:
         """Sets the worker's GPU; asked for by the driver."""
-        return self._rays_own().train_func_context
+        return self.rays_own().train_func_context
 
     @property
     def framework(self) -> Any:
         """For Ray's record of its runs, where that is switched on."""
-        return self._rays_own().framework
+        return self.rays_own().framework
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    def _rays_own(self) -> Any:
+    def rays_own(self) -> Any:
+        """Ray's configuration of the same values; imports torch."""
         from ray.train.torch import TorchConfig
 
         return TorchConfig(**dataclasses.asdict(self))

@@ -90,14 +90,14 @@ def train_on_ray(
 def _start_coordinator() -> None:
     """Starts the actor that shares a cluster's resources out, for which Ray's controller would wait (2 s) once it stands itself.
 
-    Not public in Ray: where another version has it elsewhere, its controller starts it.
+    It is not public in Ray: whatever goes wrong here, in another version say, the controller starts it, as without this.
     """
     try:
-        from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator
-    except ImportError:
-        return
-    if hasattr(coordinator, "get_or_create_autoscaling_coordinator"):
-        coordinator.get_or_create_autoscaling_coordinator()
+        from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+
+        get_or_create_autoscaling_coordinator()
+    except Exception:
+        logging.getLogger(__name__).debug("Ray's controller will start its coordinator itself", exc_info=True)
 
 
 def _trainer(run_folder: Path, workers: int | tuple[int, int], use_gpu: bool, max_failures: int) -> Any:

@@ -7,7 +7,7 @@ B rows of this rank, K tasks, C logits of a head, G tasks that one is given, N r
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -100,12 +100,17 @@ class Objectives:
         """loss_BK, of the `targets` of the same rows."""
         masked_BK = target_BK.isnan()
         # of what is masked, NaN would come back through the gradient of the loss; an allowed label does not
-        target_BK = torch.where(masked_BK, _allowed_labels(self.specs.values(), target_BK), target_BK)
+        allowed = [_allowed_label(spec.task) for spec in self.specs.values()]
+        if len(set(allowed)) == 1:
+            targets = target_BK.masked_fill(masked_BK, allowed[0]).unbind(1)
+        else:
+            columns = zip(target_BK.unbind(1), masked_BK.unbind(1), allowed, strict=True)
+            targets = tuple(target_B.masked_fill(masked_B, label) for target_B, masked_B, label in columns)
         losses = [
             self._entire_loss(name, logits, target_B)
             if spec.space == "entire"
             else spec.task.loss(logits[name], target_B)
-            for (name, spec), target_B in zip(self.specs.items(), target_BK.unbind(1), strict=True)
+            for (name, spec), target_B in zip(self.specs.items(), targets, strict=True)
         ]
         return torch.stack(losses, dim=1).masked_fill(masked_BK, 0.0)
 
@@ -283,12 +288,6 @@ def automatic_weight(base_loss: float) -> float:
 def _and(reached_B: Tensor, label_B: Tensor) -> Tensor:
     """Three-valued and: an observed 0 on either side settles it, else NaN is contagious."""
     return torch.where((reached_B == 0.0) | (label_B == 0.0), 0.0, reached_B * label_B)
-
-
-def _allowed_labels(specs: Iterable[TaskSpec], like: Tensor) -> float | Tensor:
-    """One number that is allowed for all tasks, or (K,)."""
-    allowed = [_allowed_label(spec.task) for spec in specs]
-    return allowed[0] if len(set(allowed)) == 1 else like.new_tensor(allowed)
 
 
 def _allowed_label(task: Task) -> float:

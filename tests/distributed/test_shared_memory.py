@@ -306,11 +306,18 @@ def test_only_whole_tables_take_the_way_through_shared_memory(tmp_path: Path, sh
     assert run_ranks(2, layouts_of, str(run.folder), folder=tmp_path) == [expected] * 2
 
 
-@pytest.mark.parametrize("sharding", ["table_wise", "column_wise"])
-def test_training_has_the_same_losses_to_the_bit_either_way(tmp_path: Path, sharding: str) -> None:
+@pytest.mark.parametrize(
+    "features",
+    [
+        ("features.user_id.sharding=table_wise",),
+        ("features.user_id.sharding=column_wise",),
+        ("features.item_id.weights=price", "features.item_id.pooling=sum"),  # two groups of tables, each with its exchange
+    ],
+)
+def test_training_has_the_same_losses_to_the_bit_either_way(tmp_path: Path, features: tuple[str, ...]) -> None:
     found = {}
     for exchange in ("auto", "gloo"):
-        options = (f"training.exchange={exchange}", "training.log_every=1", f"features.user_id.sharding={sharding}")
+        options = (f"training.exchange={exchange}", "training.log_every=1", *features)
         run = small_run(tmp_path, *options)
         found[exchange] = run_ranks(2, losses, str(run.folder), exchange, folder=run.folder / "ranks")[0]
     assert len(found["auto"]) > 10

@@ -14,25 +14,27 @@ from mtrec.jobs.backend import ListeningBackend, ListeningTorchConfig
 
 
 class Workers:
-    """Records what is executed on the workers."""
+    """Records what is executed on the workers, and what is not waited for."""
 
     def __init__(self) -> None:
         self.executed: list[Any] = []
+        self.begun: list[Any] = []
 
     def execute(self, function: Callable[..., Any]) -> None:
         self.executed.append(function)
 
-    execute_async = execute
+    def execute_async(self, function: Callable[..., Any]) -> None:
+        self.begun.append(function)
 
 
 class RaysOwn:
-    """Records what Ray's own backend is asked for."""
+    """Records what Ray's own backend is asked for, and with which configuration."""
 
     def __init__(self, asked: list[Any]) -> None:
         self._asked = asked
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda workers, config: self._asked.append(name)
+        return lambda workers, config: self._asked.append((name, config))
 
 
 def test_what_rays_controller_unpickles_imports_no_torch() -> None:
@@ -55,16 +57,17 @@ def test_the_configuration_says_what_rays_own_says() -> None:
         assert getattr(ours.backend_cls(), flag) == getattr(rays.backend_cls(), flag)
 
 
-def test_every_stage_is_rays_own_between_what_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_stage_is_rays_own_with_its_own_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     workers = Workers()
-    monkeypatch.setattr(backend, "_rays_own", lambda: RaysOwn(workers.executed))
-    config = ListeningTorchConfig(backend="gloo", timeout_s=7)
+    monkeypatch.setattr(TorchConfig, "backend_cls", property(lambda config: lambda: RaysOwn(workers.executed)))
+    config, rays = ListeningTorchConfig(backend="gloo", timeout_s=7), TorchConfig(backend="gloo", timeout_s=7)
     ListeningBackend().on_start(workers, config)
-    assert workers.executed == [backend._import_training, "on_start"]
+    assert workers.begun == [backend._import_training]
+    assert workers.executed == [("on_start", rays)]
     ListeningBackend().on_training_start(workers, config)
-    assert workers.executed[2:] == ["on_training_start", backend._listen_in_worker]
+    assert workers.executed[1:] == [("on_training_start", rays), backend._listen_in_worker]
     ListeningBackend().on_shutdown(workers, config)
-    assert workers.executed[4:] == ["on_shutdown"]
+    assert workers.executed[3:] == [("on_shutdown", rays)]
 
 
 def test_this_ray_has_the_coordinator_where_it_is_looked_for() -> None:
