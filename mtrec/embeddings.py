@@ -74,11 +74,10 @@ class Embeddings(nn.Module):
                 else "tables"
             )
             groups[group].append(table)
-        # means are sums, divided where the columns are put in order: one look-up for all tables, of whatever pooling
-        self.tables = _collection(groups["tables"], device, means_as_sums=True)
-        self._means = tuple(feature for table in groups["tables"] if table.pooling == "mean" for feature in table.features)
+        self.tables = _collection(groups["tables"], device)
         self.weighted_tables = _collection(groups["weighted_tables"], device, is_weighted=True)
         self.replicated_tables = _collection(groups["replicated_tables"], device)
+        self._means = [feature for table in tables if table.pooling == "mean" for feature in table.features]  # none has weights
         self.feature_names = [feature for group in groups.values() for table in group for feature in table.features]
         self.feature_dims = [table.dim for group in groups.values() for table in group for _ in table.features]
         self.num_dense = num_dense
@@ -280,9 +279,8 @@ def _as_it_is(table: Tensor) -> Tensor:
     return table
 
 
-def _collection(
-    tables: list[Table], device: torch.device, is_weighted: bool = False, means_as_sums: bool = False
-) -> EmbeddingBagCollection | None:
+def _collection(tables: list[Table], device: torch.device, is_weighted: bool = False) -> EmbeddingBagCollection | None:
+    """All are summed: one look-up for tables of whatever pooling. Means are divided where the columns are put in order."""
     if not tables:
         return None
     configs = [
@@ -291,7 +289,7 @@ def _collection(
             num_embeddings=table.num_embeddings,
             embedding_dim=table.dim,
             feature_names=list(table.features),
-            pooling=PoolingType.MEAN if table.pooling == "mean" and not means_as_sums else PoolingType.SUM,
+            pooling=PoolingType.SUM,
             init_fn=_as_it_is,
         )
         for table in tables

@@ -5,7 +5,6 @@ call the functions below in the same order, every step, whatever their number of
 """
 
 import datetime
-import itertools
 import logging
 import os
 import warnings
@@ -291,10 +290,8 @@ def _layout(module: Any, group: shared_memory.SharedMemoryGroup) -> Layout | Non
     if len(shardings) != 1 or type(shardings[0]) is not TwPooledEmbeddingSharding:
         return None
     [sharding] = shardings
-    widths, of_ranks = sharding.embedding_dims(), [len(names) for names in sharding.embedding_names_per_rank()]
-    ends = list(itertools.accumulate(of_ranks))
-    per_rank = tuple(sum(widths[end - count : end]) for end, count in zip(ends, of_ranks, strict=True))
-    return Layout(group, tuple(sharding.embedding_names()), tuple(widths), per_rank)
+    keys, widths = tuple(sharding.embedding_names()), tuple(sharding.embedding_dims())
+    return Layout(group, keys, widths, tuple(sharding._dim_sum_per_rank()))
 
 
 def fuse(optimizer_class: type[torch.optim.Optimizer], options: Mapping[str, Any], collection: EmbeddingBagCollection) -> None:

@@ -99,19 +99,14 @@ class Objectives:
     def losses_at(self, logits: Mapping[str, Tensor], target_BK: Tensor) -> Tensor:
         """loss_BK, of the `targets` of the same rows."""
         masked_BK = target_BK.isnan()
-        # of what is masked, NaN would come back through the gradient of the loss; an allowed label does not
-        allowed = [_allowed_label(spec.task) for spec in self.specs.values()]
-        if len(set(allowed)) == 1:
-            targets = target_BK.masked_fill(masked_BK, allowed[0]).unbind(1)
-        else:
-            columns = zip(target_BK.unbind(1), masked_BK.unbind(1), allowed, strict=True)
-            targets = tuple(target_B.masked_fill(masked_B, label) for target_B, masked_B, label in columns)
-        losses = [
-            self._entire_loss(name, logits, target_B)
-            if spec.space == "entire"
-            else spec.task.loss(logits[name], target_B)
-            for (name, spec), target_B in zip(self.specs.items(), targets, strict=True)
-        ]
+        losses = []
+        for (name, spec), target_B, masked_B in zip(self.specs.items(), target_BK.unbind(1), masked_BK.unbind(1), strict=True):
+            # of what is masked, NaN would come back through the gradient of the loss; an allowed label does not
+            allowed_B = target_B.masked_fill(masked_B, _allowed_label(spec.task))
+            if spec.space == "entire":
+                losses.append(self._entire_loss(name, logits, allowed_B))
+            else:
+                losses.append(spec.task.loss(logits[name], allowed_B))
         return torch.stack(losses, dim=1).masked_fill(masked_BK, 0.0)
 
     def targets(self, labels: Mapping[str, Tensor]) -> Tensor:
