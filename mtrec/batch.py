@@ -139,12 +139,18 @@ def _finite_range(label: Label) -> tuple[float, float]:
 def _plain_values(array: Any, label: Label) -> npt.NDArray[np.float32] | None:
     """The same as `label_values` where nothing is to be converted or found fault with, as nearly always; else None."""
     # what becomes a float32 as it is
-    small = types.is_int8(array.type) or (types.is_float32(array.type) and not label.integer)
-    if not small or label.scale != 1.0 or array.null_count or not len(array):
+    plain = types.is_integer(array.type) or (types.is_floating(array.type) and not label.integer)
+    if not plain or label.scale != 1.0 or array.null_count == len(array):
         return None
-    values_B: npt.NDArray[Any] = array.to_numpy(zero_copy_only=False)
+    values_B: npt.NDArray[Any] = array.to_numpy(zero_copy_only=False)  # NaN for a null
+    if not array.null_count:
+        least, largest = np.minimum.reduce(values_B), np.maximum.reduce(values_B)  # NaN where there is one
+    elif np.count_nonzero(np.isnan(values_B)) == array.null_count:
+        least, largest = np.fmin.reduce(values_B), np.fmax.reduce(values_B)
+    else:
+        return None
     low, high = _finite_range(label)
-    if not (low <= np.minimum.reduce(values_B) and np.maximum.reduce(values_B) <= high):  # nor where one is NaN
+    if not (low <= least and largest <= high):
         return None
     return values_B.astype(np.float32)
 

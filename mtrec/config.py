@@ -226,6 +226,9 @@ class Training(Section):
     max_steps: PositiveInt | None = Field(None, description="stop after so many steps (debugging, benchmarks)")
     deterministic: bool = True
     threads_per_worker: PositiveInt = Field(1, description="CPU threads a worker; one a worker is fastest")
+    reading_threads: PositiveInt | Literal["auto"] = Field(
+        "auto", description="threads beside these that read and encode; auto: 2 where a GPU trains, else 1"
+    )
     max_failures: NonNegativeInt = Field(3, description="how often Ray restarts workers that died")
     collective_timeout_seconds: PositiveInt = 600
     exchange: Literal["auto", "gloo"] = Field(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -37,11 +38,13 @@ class BadRows:
     max_fraction: float
     rows: float
     skipped: Counter[str] = dataclasses.field(default_factory=Counter)
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, repr=False, compare=False)
 
     def skip(self, error: BadRowsError, place: str) -> None:
         """Counts the rows of an error. Raises ValueError where they become too many; `place` is where the newest one is."""
-        self.skipped[error.reason] += len(error.rows)
-        total = self.skipped.total()
+        with self._lock:  # of several reading threads
+            self.skipped[error.reason] += len(error.rows)
+            total = self.skipped.total()
         if total > self.max_fraction * self.rows:
             listed = "; ".join(f"{reason}: {count:,} rows" for reason, count in self.skipped.most_common())
             raise ValueError(
@@ -156,7 +159,7 @@ def feed(
     Args:
         labels: {task: Label}; empty where labels may be absent.
         keep_rows: `record_batch` of the pieces will be read.
-        bad: rows that cannot be used are left out and counted there (with one reading thread); None: they are errors.
+        bad: rows that cannot be used are left out and counted there; None: they are errors.
         pin: put batches into page-locked memory, for copies to a GPU that overlap with computation.
 
     Raises ValueError naming file, row group, row and column for a row that cannot be used.

@@ -36,9 +36,11 @@ def permutation(num_rows: int, *key: int) -> np.ndarray:
         return np.empty(0, dtype=np.int64)
     low_bits = np.uint64((1 << (num_rows - 1).bit_length()) - 1)
     words = np.random.PCG64(np.random.SeedSequence(key)).random_raw(num_rows)
-    words = (words & ~low_bits) | np.arange(num_rows, dtype=np.uint64)
+    words &= ~low_bits
+    words |= np.arange(num_rows, dtype=np.uint64)
     words.sort()
-    return (words & low_bits).astype(np.int64)
+    words &= low_bits
+    return words.view(np.int64)
 
 
 def plan_streams(

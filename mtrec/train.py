@@ -22,7 +22,7 @@ from mtrec.allocator import keep_freed_memory
 from mtrec.atomic import write_atomically
 from mtrec.batch import Batch
 from mtrec.checkpoint import Checkpoint, Saver
-from mtrec.config import EarlyStopping
+from mtrec.config import EarlyStopping, Training
 from mtrec.dataset import Dataset
 from mtrec.evaluate import evaluate, score_metric
 from mtrec.feed import Fed, bad_rows, feed
@@ -195,7 +195,14 @@ def _check_world(num_streams: int) -> None:
         )
 
 
-def make_reader(run: Run, data: Dataset, progress: Progress) -> Reader:
+def reading_threads(config: Training, device: torch.device) -> int:
+    """Where a GPU trains the host has cores to spare: one thread then decodes while the other encodes."""
+    if config.reading_threads == "auto":
+        return 2 if device.type == "cuda" else 1
+    return config.reading_threads
+
+
+def make_reader(run: Run, data: Dataset, progress: Progress, num_threads: int = 1) -> Reader:
     """The reader of one epoch, from the position in `progress` on."""
     config = run.experiment.data
     assert isinstance(config.batch_size, int)
@@ -213,6 +220,7 @@ def make_reader(run: Run, data: Dataset, progress: Progress) -> Reader:
         epoch=progress.epoch,
         start_batch=progress.next_batch,
         prefetch=config.prefetch,
+        num_threads=num_threads,
     )
 
 
@@ -242,7 +250,7 @@ def _loop(
     while reason == "finished" and progress.epoch < config.epochs and state.step < total_steps:
         if config.reset_tables == "every_epoch" and progress.epoch > 0 and progress.next_batch == 0:
             reset_tables(state, generation=progress.epoch)
-        reader = make_reader(run, data, progress)
+        reader = make_reader(run, data, progress, reading_threads(config, state.device))
         steps_per_epoch = reader.num_batches
         pin = state.device.type == "cuda"
         pieces = deque[Piece](maxlen=2 if state.flags.late else 1)  # of the newest steps

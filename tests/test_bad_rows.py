@@ -74,8 +74,10 @@ def fed_rows(run: Run, data: Dataset, rank: int, world_size: int) -> tuple[list[
     return rows, dict(bad.skipped), batches
 
 
-def test_skipped_rows_are_left_out_and_counted_by_reason_and_column(tmp_path: Path) -> None:
-    run = small_run(tmp_path, "data.on_bad_rows=skip", tree=broken_tree(tmp_path))
+@pytest.mark.parametrize("threads", [1, 3])
+def test_skipped_rows_are_left_out_and_counted_by_reason_and_column(tmp_path: Path, threads: int) -> None:
+    options = ("data.on_bad_rows=skip", f"training.reading_threads={threads}")
+    run = small_run(tmp_path, *options, tree=broken_tree(tmp_path))
     data = open_source(run.experiment, run.experiment.data.train, "data.train")
     for world_size in (1, 3):
         parts = [fed_rows(run, data, rank, world_size) for rank in range(world_size)]

@@ -654,6 +654,35 @@ def test_dense_scaling_agrees_with_plain_python(
     assert counts.counts_F4[0].tolist() == [len(values), sum(missing), len(values), 0]
 
 
+TYPED = {pa.float16(): 16, pa.float32(): 32, pa.float64(): 64}
+
+
+@given(
+    st.sampled_from(list(TYPED)).flatmap(
+        lambda type_: st.tuples(
+            st.just(type_), *[st.lists(st.floats(width=TYPED[type_]) | st.just(1.0), max_size=20) for _ in range(2)]
+        )
+    ),
+    st.sampled_from(["standardize", "minmax"]),
+    st.sampled_from([None, 0.3, 2.0]),
+    st.integers(0, 3),
+)
+@FAST
+def test_dense_columns_without_fault_are_scaled_as_others_are(column: Any, scale: Any, clip_sd: float | None, lead: int) -> None:
+    type_, known, values = column
+    feature = Dense("x", scale=scale, clip_sd=clip_sd)
+    encoding = fitted([feature], {"x": pa.array(known, type_)})._dense[0][1]
+    array = pa.array([7.0] * lead + values, type_).slice(lead)
+    quick, slow = np.empty((2, len(encoding.names), len(values)), np.float32)
+    taken = encoding._encode_plain(array, quick[0])
+    assert taken or not len(values) or not np.isfinite(array.to_numpy()).all() or np.abs(array.to_numpy()).max() > 1e30
+    missing = encoding.encode(array, quick.T)
+    encoding._plain = False
+    with np.errstate(over="ignore"):  # beyond what a float32 holds
+        assert encoding.encode(array, slow.T) == missing
+    np.testing.assert_array_equal(quick.view(np.int32), slow.view(np.int32))
+
+
 def test_quantile_scale_is_the_rank() -> None:
     values = np.random.default_rng(0).lognormal(size=5000)
     encoder = fitted([Dense("x", scale="quantile")], {"x": pa.array(values)})

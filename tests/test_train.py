@@ -1,5 +1,6 @@
 """What the training options do: epochs with new tables, early stopping, bf16, weights of rows, rates, clipping."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch.testing import assert_close
 
 import mtrec.evaluate
 from mtrec.checkpoint import find, read
+from mtrec.config import Training
 from mtrec.launch import evaluate_run
 from mtrec.optim import schedule
 from mtrec.run import Run
-from mtrec.train import Ended, Saved, Step, Validation, train
+from mtrec.train import Ended, Saved, Step, Validation, reading_threads, train
 
 CPU = torch.device("cpu")
 
@@ -43,6 +45,20 @@ def test_reset_tables_starts_the_tables_anew_and_keeps_the_dense_part(tmp_path: 
     plain = small_run(tmp_path, *frozen)
     events(plain)
     assert_close(read(find(plain.checkpoints)[0].folder)["tables.user_id"], first["tables.user_id"])
+
+
+def test_reading_threads_change_nothing_but_who_reads(tmp_path: Path) -> None:
+    assert [reading_threads(Training(), torch.device(kind)) for kind in ("cpu", "cuda")] == [1, 2]
+    seen: list[set[str]] = []
+    weights = []
+    for threads in (1, 3):
+        run = small_run(tmp_path, f"training.reading_threads={threads}", "data.shuffle_window=64")
+        seen.append(set())
+        for _ in train(run, device=CPU):
+            seen[-1] |= {each.name for each in threading.enumerate() if each.name.startswith("mtrec-reader")}
+        weights.append(read(find(run.checkpoints)[0].folder))
+    assert [len(names) for names in seen] == [1, 3]
+    assert_close(weights[0], weights[1], rtol=0, atol=0)
 
 
 def test_early_stopping_and_the_best_checkpoint(tmp_path: Path) -> None:

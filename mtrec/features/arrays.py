@@ -233,12 +233,9 @@ def floats(array: Any) -> npt.NDArray[np.float64]:
         array = array.dictionary_decode()
     if types.is_decimal(array.type):
         array = array.cast(pa.float64())
-    null_n = nulls(array)
-    if null_n is not None:
-        array = pc.fill_null(array, pa.scalar(0, pa.int8()).cast(array.type))
-    values: npt.NDArray[np.float64] = array.to_numpy(zero_copy_only=False).astype(np.float64, copy=null_n is not None)
-    if null_n is not None:
-        values[null_n] = np.nan
+    elif types.is_boolean(array.type):
+        array = array.cast(pa.uint8())  # of which Arrow, too, makes floats with NaN where there are nulls
+    values: npt.NDArray[np.float64] = array.to_numpy(zero_copy_only=False).astype(np.float64, copy=False)
     return values
 
 

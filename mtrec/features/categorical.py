@@ -205,7 +205,8 @@ class IdentityRows:
     def rows(self, keys_n: npt.NDArray[np.int64]) -> Rows:
         """(n,) rows of int64 keys."""
         bits_n, ids = keys_n.view(np.uint64), np.uint64(self.num_embeddings - FIRST_ROW)
-        all_known = not len(bits_n) or bits_n.max() < ids  # first: it brings what the next passes read into the cache
+        # first: it brings what the next passes read into the cache
+        all_known = not len(bits_n) or np.maximum.reduce(bits_n) < ids
         rows_n: Rows = keys_n.astype(row_type(self.num_embeddings))
         rows_n += FIRST_ROW
         if not all_known:

@@ -3,7 +3,7 @@
 Shapes: B rows, F dense columns, K sparse keys, S those of them with one value a row.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -143,7 +143,7 @@ def _put(out: npt.NDArray[Any], values: npt.NDArray[Any], order: Int64s | None) 
     if order is None:
         out[:] = values
     else:
-        np.take(values.astype(out.dtype, copy=False), order, out=out, mode="clip")  # the default mode goes through a buffer
+        values.astype(out.dtype, copy=False).take(order, out=out, mode="wrap")  # the default mode goes through a buffer
 
 
 def _bags(ids: Ids, order: Int64s | None, dtype: npt.DTypeLike) -> _Bags:
@@ -156,8 +156,8 @@ def _bags(ids: Ids, order: Int64s | None, dtype: npt.DTypeLike) -> _Bags:
     # the k-th value kept is the (first of its row + k - first of its row among those kept)-th
     places = np.repeat(offsets.take(order) - ordered[:-1], lengths_B)
     places += np.arange(len(places))
-    weights = None if ids.weights is None else ids.weights.take(places, mode="clip")
-    return _Bags(values.take(places, mode="clip"), weights, ordered, lengths_B.astype(np.int32))
+    weights = None if ids.weights is None else ids.weights.take(places, mode="wrap")
+    return _Bags(values.take(places, mode="wrap"), weights, ordered, lengths_B.astype(np.int32))
 
 
 def _offsets(lengths_B: Int64s) -> Int64s:
@@ -195,46 +195,36 @@ def _joined(parts: Sequence[tuple[EncodedIds, int, int]]) -> tuple[Int64s, npt.N
         parts = [(ids.all_as_bags(), start, stop) for ids, start, stop in parts]
     single = parts[0][0].single
     num_rows = sum(stop - start for _, start, stop in parts)
-    of_bags = [
-        sum(int(ids.bags[bag].offsets[stop] - ids.bags[bag].offsets[start]) for ids, start, stop in parts)
-        for bag in range(len(parts[0][0].bags))
-    ]
+    cut = [[_cut(ids.bags[bag], start, stop) for ids, start, stop in parts] for bag in range(len(parts[0][0].bags))]
+    of_bags = [sum(len(values) for values, _, _ in each) for each in cut]
     total = sum(single) * num_rows + sum(of_bags)
     values, lengths_KB = np.empty(total, np.int64), np.ones((len(single), num_rows), np.int32)
-    weights = np.empty(total if parts[0][0].weights_SB is not None else 0, np.float32)
+    weighted = parts[0][0].weights_SB is not None
+    weights = np.empty(total if weighted else 0, np.float32)
     at = 0  # in `values`
     for run in _runs(single):
         if run.single:
-            many = slice(run.first, run.first + run.count)
-            size = run.count * num_rows
-            _fill(values[at : at + size].reshape(run.count, num_rows), [ids.rows_SB[many, i:j] for ids, i, j in parts])
-            if len(weights):
+            many, size = slice(run.first, run.first + run.count), run.count * num_rows
+            rows_SB = values[at : at + size].reshape(run.count, num_rows)
+            np.concatenate([ids.rows_SB[many, i:j] for ids, i, j in parts], axis=1, out=rows_SB)
+            if weighted:
                 chosen = [ids.weights_SB[many, i:j] for ids, i, j in parts if ids.weights_SB is not None]
-                _fill(weights[at : at + size].reshape(run.count, num_rows), chosen)
+                np.concatenate(chosen, axis=1, out=weights[at : at + size].reshape(run.count, num_rows))
         else:
-            size, place = of_bags[run.first], 0
-            _fill(values[at : at + size], [_cut(ids.bags[run.first], i, j, lambda bags: bags.values) for ids, i, j in parts])
-            if len(weights):
-                chosen = [_cut(ids.bags[run.first], i, j, lambda bags: bags.weights) for ids, i, j in parts]
-                _fill(weights[at : at + size], chosen)
-            for ids, i, j in parts:
-                lengths_KB[run.key, place : place + j - i] = ids.bags[run.first].lengths_B[i:j]
-                place += j - i
+            size, bags = of_bags[run.first], cut[run.first]
+            np.concatenate([each for each, _, _ in bags], out=values[at : at + size])
+            np.concatenate([each for _, each, _ in bags], out=lengths_KB[run.key])
+            if weighted:
+                np.concatenate([each for _, _, each in bags if each is not None], out=weights[at : at + size])
         at += size
     return values, lengths_KB, weights
 
 
-def _cut(bags: _Bags, start: int, stop: int, of: Callable[[_Bags], Any]) -> npt.NDArray[Any]:
-    found: npt.NDArray[Any] = of(bags)[bags.offsets[start] : bags.offsets[stop]]
-    return found
-
-
-def _fill(out: npt.NDArray[Any], parts: Sequence[npt.NDArray[Any]]) -> None:
-    """Writes the parts side by side along the last dimension."""
-    at = 0
-    for part in parts:
-        out[..., at : at + part.shape[-1]] = part
-        at += part.shape[-1]
+def _cut(bags: _Bags, start: int, stop: int) -> tuple[Integers, npt.NDArray[np.int32], Floats | None]:
+    """(values, lengths, weights) of rows [start, stop)."""
+    first, end = bags.offsets[start], bags.offsets[stop]
+    weights = None if bags.weights is None else bags.weights[first:end]
+    return bags.values[first:end], bags.lengths_B[start:stop], weights
 
 
 @dataclass(frozen=True)
