@@ -1,11 +1,12 @@
 """A batch as the model takes it.
 
-Legend: B rows on this rank, F dense columns, K sparse keys.
+Legend: B rows on this rank, F dense columns, K sparse keys, T tasks.
 """
 
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mtrec.features import BadRowsError, EncodedRows, Encoder, FeatureCounts, join
 from mtrec.features.arrays import floats, is_number, nulls, plain
+from mtrec.features.encoded import put
 from mtrec.kinds import nearest
 
 
@@ -169,10 +171,11 @@ def _all_good(values_B: npt.NDArray[np.float64], num_null: int, label: Label) ->
 
 @dataclass(frozen=True)
 class Examples:
-    """Encoded rows with their labels ({task: (B,) float32}) and weights ((B,) float32 or None): what batches are cut from."""
+    """Encoded rows with their labels, one row of `labels_TB` a task, and weights or None: what batches are cut from."""
 
     rows: EncodedRows
-    labels: dict[str, npt.NDArray[np.float32]]
+    tasks: tuple[str, ...]
+    labels_TB: npt.NDArray[np.float32]
     sample_weight_B: npt.NDArray[np.float32] | None
 
     @property
@@ -200,11 +203,12 @@ def make_examples(
     """
     rows = encoder.encode_rows(record_batch, order, counts)
     weight_B = None if sample_weight is None else _sample_weight(record_batch, sample_weight)
-    values = {task: label_values(record_batch, label) for task, label in labels.items()}
-    if order is not None:
-        values = {task: each.take(order) for task, each in values.items()}
-        weight_B = None if weight_B is None else weight_B.take(order)
-    return Examples(rows, values, weight_B)
+    labels_TB = np.empty((len(labels), rows.num_rows), np.float32)
+    for label_B, label in zip(labels_TB, labels.values(), strict=True):
+        put(label_B, label_values(record_batch, label), order)
+    if weight_B is not None and order is not None:
+        weight_B = weight_B.take(order)
+    return Examples(rows, tuple(labels), labels_TB, weight_B)
 
 
 def join_examples(
@@ -228,6 +232,7 @@ def join_examples(
             lengths=torch.from_numpy(encoded.weighted_lengths_KB).reshape(-1),
             stride=num_rows,
         )
+    labels_TB = torch.from_numpy(np.concatenate([each.labels_TB[:, start:stop] for each, start, stop in parts], axis=1))
     weights = [each.sample_weight_B[start:stop] for each, start, stop in parts if each.sample_weight_B is not None]
     return Batch(
         dense_BF=torch.from_numpy(encoded.dense_BF),
@@ -238,14 +243,16 @@ def join_examples(
             stride=num_rows,
         ),
         weighted=weighted,
-        labels={
-            task: torch.from_numpy(np.concatenate([each.labels[task][start:stop] for each, start, stop in parts]))
-            for task in parts[0][0].labels
-        },
+        labels=dict(zip(parts[0][0].tasks, labels_TB.unbind(), strict=True)),
         sample_weight_B=torch.from_numpy(np.concatenate(weights)) if weights else None,
         stream_rows=of_streams,
-        single=frozenset(itertools.compress(encoder.sparse_keys, encoded.single)),
+        single=_chosen(encoder.sparse_keys, encoded.single),
     )
+
+
+@lru_cache(maxsize=64)
+def _chosen(keys: tuple[str, ...], chosen: tuple[bool, ...]) -> frozenset[str]:
+    return frozenset(itertools.compress(keys, chosen))
 
 
 def make_batch(

@@ -129,17 +129,18 @@ def encoded_ids(
         if ids.lengths_B is not None:
             bags.append(_bags(ids, order, dtype))
             continue
-        _put(rows_KB[place], ids.values, order)
+        put(rows_KB[place], ids.values, order)
         if weights_KB is not None:
             assert ids.weights is not None
-            _put(weights_KB[place], ids.weights, order)
+            put(weights_KB[place], ids.weights, order)
     num_single = len(single) - len(bags)
     return EncodedIds(
         tuple(single), rows_KB[:num_single], None if weights_KB is None else weights_KB[:num_single], tuple(bags)
     )
 
 
-def _put(out: npt.NDArray[Any], values: npt.NDArray[Any], order: Int64s | None) -> None:
+def put(out: npt.NDArray[Any], values: npt.NDArray[Any], order: Int64s | None) -> None:
+    """Writes the values to `out`, in this order (None: as they are)."""
     if order is None:
         out[:] = values
     else:
