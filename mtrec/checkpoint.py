@@ -47,6 +47,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
+        """Steps that were done when it was written."""
         return int(self.state["step"])
 
     @property
@@ -61,6 +62,7 @@ class CheckpointError(ValueError):
 
 
 def folder_of(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
     return checkpoints / f"step-{step:08d}"
 
 

@@ -52,6 +52,7 @@ class Kind(pydantic.BaseModel):
 
     @property
     def options(self) -> dict[str, Any]:
+        """What stands beside `kind`."""
         return dict(self.model_extra or {})
 
 
@@ -132,6 +133,7 @@ class Task(Section):
 
     @property
     def options(self) -> dict[str, Any]:
+        """What stands beside the keys of every task."""
         return dict(self.model_extra or {})
 
 
@@ -192,6 +194,8 @@ class DenseOptimizer(Section):
 
 
 class Optimizer(Section):
+    """How weights follow their gradients: embedding tables, and all else."""
+
     tables: TableOptimizer = TableOptimizer()
     dense: DenseOptimizer = DenseOptimizer()
 
@@ -204,6 +208,8 @@ class EarlyStopping(Section):
 
 
 class Training(Section):
+    """The training loop: length, precision, checkpoints, and what ends it."""
+
     epochs: PositiveInt = 1
     reset_tables: Literal["never", "every_epoch"] = Field(
         "never", description="every_epoch: tables start anew, the dense part stays"
@@ -240,6 +246,8 @@ class Training(Section):
 
 
 class Evaluation(Section):
+    """How metrics are computed."""
+
     group_by: str | None = Field(None, description="column of GAUC's groups, usually the user's id")
     batch_size: PositiveInt = 8_192
     memory_limit_mb: PositiveInt = Field(1_024, description="metrics spill sorted runs to disk beyond this")
@@ -247,6 +255,8 @@ class Evaluation(Section):
 
 
 class Scoring(Section):
+    """What `mtrec score` writes beside the predictions."""
+
     formula: str | None = Field(
         None,
         description="column `score`, such as `p_click * log1p(dwell_seconds)`; default: the first task's prediction",

@@ -53,6 +53,7 @@ class File:
 
     @property
     def path(self) -> str:
+        """As messages name it."""
         return self.location.shown
 
 

@@ -36,6 +36,7 @@ MEANINGS = {
 
 
 def console() -> Console:
+    """Where commands print: plain numbers, lines cut by the terminal's width."""
     return Console(highlight=False, soft_wrap=False)
 
 
@@ -60,6 +61,7 @@ class TrainDisplay:
             yield
 
     def say(self, line: str) -> None:
+        """Prints a line as it is."""
         self._console.print(line, soft_wrap=True, markup=False)
 
     def start(self, run: Run, resumed: Checkpoint | None) -> None:

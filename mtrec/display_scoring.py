@@ -45,6 +45,7 @@ class ScoreDisplay:
             self._progress.start()
 
     def advance(self, rows: int) -> None:
+        """So many more rows are scored."""
         if self._progress is not None and self._task is not None:
             self._progress.advance(self._task, rows)
 

@@ -117,6 +117,7 @@ class Embeddings(nn.Module):
         return [exchange.pooled() for exchange in exchanges]
 
     def forward(self, batch: Batch) -> Tensor:
+        """(B, D) pooled embeddings and dense columns side by side; of a batch without rows (0, D)."""
         columns = self._look_up(batch)
         if self.replicated_tables is not None:
             columns.append(_columns(self.replicated_tables(batch.sparse if batch.num_rows else self._one_row(batch))))

@@ -34,6 +34,7 @@ def timed_out(error: BaseException) -> bool:
 
 
 def hang(timeout_seconds: int) -> HangError:
+    """The error of a collective that ended by its timeout."""
     return HangError(
         f"another worker did not answer within {timeout_seconds} s (training.collective_timeout_seconds): it hangs, is "
         "stopped or overloaded, or the network between them fails"

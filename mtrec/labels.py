@@ -39,6 +39,7 @@ class LabelStatistics:
     sample: NDArray[np.float32]
 
     def sample_tensor(self) -> Tensor:
+        """`sample` as a tensor."""
         return torch.from_numpy(self.sample)
 
 
@@ -66,6 +67,7 @@ class LabelFit:
             yield batch
 
     def add(self, batch: pa.RecordBatch) -> None:
+        """Counts a batch. Raises as `label_values` does."""
         values = {name: torch.from_numpy(label_values(batch, label)) for name, label in self._labels.items()}
         self._rows += batch.num_rows
         for name, value in values.items():
@@ -87,6 +89,7 @@ class LabelFit:
             self._stride[name] *= 2
 
     def statistics(self) -> dict[str, LabelStatistics]:
+        """{task: what its labels are like}."""
         found = {}
         for name in self._labels:
             observed, trained, head, broken = (int(count) for count in self._counts[name])
@@ -120,6 +123,7 @@ def save(statistics: Mapping[str, LabelStatistics], folder: Path) -> None:
 
 
 def load(folder: Path) -> dict[str, LabelStatistics]:
+    """Reads what `save` wrote into a run's folder."""
     plain = json.loads((folder / "labels.json").read_text())
     with np.load(folder / "labels.npz") as samples:
         return {name: LabelStatistics(**{**values, "sample": samples[name]}) for name, values in plain.items()}

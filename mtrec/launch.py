@@ -150,6 +150,7 @@ def _workers(text: str, experiment: Experiment, local: bool) -> int | tuple[int,
 
 
 def local_device() -> torch.device:
+    """The first GPU, else the CPU: what commands with `--local` use."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 

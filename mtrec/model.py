@@ -52,6 +52,7 @@ class DensePart(nn.Module):
         )
 
     def forward(self, x_BD: Tensor) -> dict[str, Tensor]:
+        """{task: (B, outputs) float32 logits} of (B, D) pooled embeddings and dense columns."""
         towers = self.towers(self.architecture(self.interaction(self.dropout(x_BD))))
         # losses are computed in float32 whatever the precision of the matrix products
         return {name: self.heads[f"head_{name}"](tower_BH).float() for name, tower_BH in towers.items()}
@@ -113,6 +114,7 @@ class MultiTaskModel(nn.Module):
                 head.bias.data.copy_(bias)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """{task: (B, outputs) float32 logits} of a batch; a collective."""
         logits: dict[str, Tensor] = self.dense(self.embeddings(batch))
         return logits
 

@@ -41,9 +41,11 @@ class Schedules:
         self.dense_warmup = min(500, total_steps // 20) if warmup == "auto" else warmup
 
     def dense_learning_rate(self, step: int) -> float:
+        """Of the dense part at a step, from 0."""
         return self.dense_rate * schedule(self.dense.schedule, step, self.total_steps, self.dense_warmup)
 
     def table_learning_rate(self, step: int) -> float:
+        """Of the tables at a step, from 0."""
         return self.tables.learning_rate * schedule(
             self.tables.schedule, step, self.total_steps, self.tables.warmup_steps
         )

@@ -88,10 +88,12 @@ def process_group(device: torch.device, timeout_seconds: int = 600, share_memory
 
 
 def rank() -> int:
+    """This process's number, 0 where it is alone."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """Number of processes, 1 where this one is alone."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -145,6 +147,7 @@ def gather_objects(value: Any, group: Any = None) -> list[Any] | None:
 
 
 def barrier() -> None:
+    """Waits until all ranks are here."""
     if world_size() > 1:
         dist.barrier()
 
@@ -193,6 +196,7 @@ class ShardedTables:
         return [(name, module) for name, module in named if module is not None]
 
     def optimizers(self) -> list[KeyedOptimizer]:
+        """The fused optimizers of the tables that this rank holds."""
         return [module.fused_optimizer for _, module in self._modules()]
 
     def set_learning_rate(self, learning_rate: float) -> None:

@@ -108,6 +108,7 @@ class TrainingSample:
 
 
 def uses_bf16(experiment: Experiment) -> bool:
+    """Whether the dense part was trained, and is scored, in bf16."""
     return experiment.training.precision == "bf16"
 
 

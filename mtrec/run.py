@@ -57,6 +57,7 @@ class Run:
 
     @functools.cached_property
     def experiment(self) -> Experiment:
+        """As it was prepared. Modules that lie beside it can be imported from now on."""
         for folder in [str(self.folder / "code"), *self.info.get("module_folders", [])]:
             if folder not in sys.path:  # so that `kind: my_module:MyClass` is found by workers, and when the run is scored
                 sys.path.append(folder)
@@ -65,19 +66,23 @@ class Run:
 
     @functools.cached_property
     def info(self) -> dict[str, Any]:
+        """run.json: what was prepared from what, and by which versions."""
         found: dict[str, Any] = json.loads((self.folder / "run.json").read_text())
         return found
 
     @functools.cached_property
     def encoder(self) -> Encoder:
+        """The fitted features."""
         return Encoder.load(self.folder / "encoder")
 
     @functools.cached_property
     def labels(self) -> dict[str, LabelStatistics]:
+        """{task: what its labels are like in the training data}."""
         return label_fit.load(self.folder)
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of its checkpoints."""
         return self.folder / "checkpoints"
 
     def mirror(self) -> Mirror | None:
@@ -168,6 +173,7 @@ def label_columns(experiment: Experiment) -> list[str]:
 
 
 def evaluation_columns(experiment: Experiment) -> list[str]:
+    """Columns that an evaluation reads beside features and labels."""
     return [experiment.evaluation.group_by] if experiment.evaluation.group_by else []
 
 

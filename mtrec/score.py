@@ -208,6 +208,7 @@ class Tally:
 
     @classmethod
     def empty(cls, encoder: Encoder, experiment: Experiment) -> Self:
+        """Of no rows yet."""
         objectives = Objectives(task_specs(experiment))
         columns = (*prediction_columns(experiment, objectives), SCORE)
         return cls(
@@ -217,6 +218,7 @@ class Tally:
         )
 
     def merge(self, other: Self) -> None:
+        """Adds the rows of another part."""
         self.rows += other.rows
         self.counts.merge(other.counts)
         for name, summary in self.summaries.items():
@@ -300,6 +302,7 @@ class LabelledSums:
                 self._sums[name] += (known_B.sum(), prediction_B[known_B].sum(), label_B[known_B].sum())
 
     def merge(self, other: Self) -> None:
+        """Adds the rows of another part."""
         for name, metrics in self._binary.items():
             metrics.merge(other._binary[name])
         for name, sums in self._sums.items():
@@ -319,6 +322,7 @@ class LabelledSums:
         return found
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state` gave."""
         for name in self._sums:
             self._sums[name] = np.array(state[name], np.float64)
         for name, metrics in self._binary.items():

@@ -475,6 +475,7 @@ class Recorder:
             self._board.add_scalar(name, value, event.step)
 
     def close(self) -> None:
+        """Closes the log and the board; what was written stays."""
         with suppress(OSError):  # of a full disk: it was raised when the line was written
             self._log.close()
         self._board.close()

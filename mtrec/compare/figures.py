@@ -33,6 +33,7 @@ def legend(results: Mapping[str, Any], again: bool = False) -> dict[str, str]:
 
 
 def figure(data: list[Figure], title: str, x: str, y: str = "", height: int = 320, **axes: Any) -> Figure:
+    """A plotly figure with the layout that all of a page have in common; `axes` go into it."""
     layout: Figure = {
         "title": {
             "text": title,
@@ -51,6 +52,7 @@ def figure(data: list[Figure], title: str, x: str, y: str = "", height: int = 32
 
 
 def height_of(rows: int) -> int:
+    """Pixels of a figure with so many rows."""
     return EDGE_PIXELS + ROW_PIXELS * max(2, rows)
 
 
@@ -106,6 +108,7 @@ def _interval(found: Mapping[str, Any], name: str, colour: str) -> Figure:
 
 
 def dots(x: list[Any], y: list[Any], colour: str, name: str, size: int, opacity: float = 1.0, symbol: str = "circle") -> Figure:
+    """A plotly trace of markers."""
     marker = {"color": colour, "size": size, "opacity": opacity, "symbol": symbol}
     return {"type": "scatter", "mode": "markers", "x": x, "y": y, "name": name, "marker": marker}
 

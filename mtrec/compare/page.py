@@ -72,12 +72,15 @@ class Page:
         self._title, self._parts, self._figures = title, [f"<h1>{html.escape(title)}</h1>"], list[Mapping[str, Any]]()
 
     def heading(self, text: str) -> None:
+        """Adds a section's heading."""
         self._parts.append(f"<h2>{html.escape(text)}</h2>")
 
     def paragraph(self, text: str, style: str = "") -> None:
+        """Adds a paragraph; `style` is its class in the sheet."""
         self._parts.append(f'<p class="{style}">{html.escape(text)}</p>')
 
     def bullets(self, lines: Iterable[str]) -> None:
+        """Adds a list."""
         self._parts.append("<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>")
 
     def table(
@@ -106,13 +109,16 @@ class Page:
         self._parts.append(f'<div class="figures{" wide" if wide else ""}">{"".join(places)}</div>')
 
     def legend(self, colours: Mapping[str, str]) -> None:
+        """Adds names with their colours, for figures without a legend of their own."""
         marks = (f'<span><i style="background:{colour}"></i>{html.escape(name)}</span>' for name, colour in colours.items())
         self._parts.append(f'<div class="legend">{"".join(marks)}</div>')
 
     def code(self, text: str, fold: str) -> None:
+        """Adds text as it is, folded under the words `fold`."""
         self._parts.append(f"<details><summary>{html.escape(fold)}</summary><pre>{html.escape(text)}</pre></details>")
 
     def text(self) -> str:
+        """The page, whole: style, scripts and figures are in it."""
         from plotly.offline import get_plotlyjs  # half a second, for whoever writes a report
 
         figures = json.dumps(self._figures, allow_nan=False).replace("</", "<\\/")
@@ -129,6 +135,7 @@ class Markup(str):
 
 
 def badge(outcome: str) -> Markup:
+    """A verdict in its colour."""
     return Markup(f'<span class="badge {html.escape(outcome)}">{html.escape(outcome)}</span>')
 
 

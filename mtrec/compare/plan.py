@@ -64,6 +64,8 @@ class Search(Section):
 
 
 class Variant(Section):
+    """What one variant changes of the experiment: keys, a search space for them, or preferences of its balancing."""
+
     set: dict[str, Any] = Field(default_factory=dict, description="{path of the experiment: value}")
     preference: list[dict[str, PositiveFloat]] | None = Field(
         None, min_length=2, description="a variant for each of these {task: preference} of its balancing method"
@@ -113,14 +115,17 @@ class Plan:
 
     @property
     def baseline(self) -> str:
+        """The variant that the others are compared with."""
         return self.comparison.baseline
 
     @property
     def again(self) -> str:
+        """The name of the baseline's runs with other seeds."""
         return self.baseline + AGAIN
 
     @property
     def again_seeds(self) -> tuple[int, ...]:
+        """The seeds of these runs, none of which is another's."""
         return tuple(seed + AGAIN_SEEDS for seed in self.seeds)
 
     @property

@@ -62,10 +62,12 @@ class Spec:
 
 
 def folder_of(folder: Path, name: str) -> Path:
+    """Where the run of this name lies."""
     return folder / "runs" / name.replace(" ", "_")
 
 
 def is_done(folder: Path, name: str) -> bool:
+    """Whether the run of this name was trained and measured."""
     return (folder_of(folder, name) / DONE).is_file()
 
 

@@ -56,10 +56,12 @@ class Parameter(Section):
 
     @property
     def log(self) -> bool:
+        """Whether the logarithm is drawn evenly."""
         return self.log_uniform is not None or self.log_int is not None
 
     @property
     def whole(self) -> bool:
+        """Whether values are integers."""
         return self.int is not None or self.log_int is not None
 
     @property

@@ -74,6 +74,7 @@ class InputFile:
 
     @property
     def shown(self) -> str:
+        """Its path as messages name it."""
         return self.data.files[0].path
 
 
@@ -88,6 +89,7 @@ class Piece:
 
     @property
     def row_groups(self) -> tuple[RowGroup, ...]:
+        """Those of the file that are scored together."""
         return self.file.data.row_groups[self.start : self.stop]
 
     @property

@@ -34,9 +34,11 @@ class Output:
         self.base = base.rstrip("/")
 
     def path(self, relative: str) -> str:
+        """The path on the file system."""
         return f"{self.base}/{relative}"
 
     def exists(self, relative: str) -> bool:
+        """Whether there is such a file."""
         return bool(self.filesystem.get_file_info(self.path(relative)).type == pa.fs.FileType.File)
 
     def size(self, relative: str) -> int | None:
@@ -45,6 +47,7 @@ class Output:
         return int(info.size) if info.type == pa.fs.FileType.File else None
 
     def read(self, relative: str) -> bytes:
+        """Its content."""
         with self.filesystem.open_input_stream(self.path(relative)) as stream:
             return bytes(stream.read())
 
@@ -74,6 +77,7 @@ class Output:
         self.filesystem.move(unfinished, self.path(relative))
 
     def delete(self, relative: str) -> None:
+        """Deletes a file where there is one."""
         self.delete_path(self.path(relative))
 
     def delete_path(self, path: str) -> None:

@@ -32,6 +32,7 @@ WHOLE = 100  # the share of a trial's training that is reported at its end, in p
 
 
 def folder_of(folder: Path, number: int) -> Path:
+    """Where a trial's run lies."""
     return folder / "trials" / f"{number:03d}"
 
 
@@ -78,6 +79,7 @@ def note_failure(place: Path, error: BaseException) -> None:
 
 
 def failure(place: Path) -> str | None:
+    """Why the trial failed; None where it did not."""
     path = place / FAILED
     found: str | None = json.loads(path.read_text())["error"] if path.is_file() else None
     return found
@@ -100,6 +102,7 @@ def values_at(event: Mapping[str, Any], objectives: tuple[Objective, ...]) -> li
 
 
 def total_steps(run: Run) -> int:
+    """Steps of the run when it is trained to its end."""
     training, batch_size = run.experiment.training, run.experiment.data.batch_size
     assert isinstance(batch_size, int)
     whole = -(-run.info["train"]["rows"] // batch_size) * training.epochs
