@@ -262,7 +262,9 @@ def bench(
     stage: Annotated[
         list[str] | None, typer.Option(help="read, encode, compute, train, score, startup or all; may be given several times")
     ] = None,
-    workers: Annotated[int, typer.Option(help="processes that train, encode and score, one thread each")] = 2,
+    workers: Annotated[
+        int | None, typer.Option(help="processes that train, encode and score, one thread each; default: 2, or one a GPU")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     rounds: Annotated[int, typer.Option(help="interleaved launches of every measurement")] = 5,
     steps: Annotated[

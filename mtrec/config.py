@@ -168,7 +168,7 @@ class Model(Section):
 class TableOptimizer(Section):
     """The optimizer fused into the embedding tables."""
 
-    kind: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"
+    kind: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = Field("rowwise_adagrad", description="adam: on GPUs only")
     learning_rate: PositiveFloat = 0.1
     eps: PositiveFloat = 1e-8
     clip_value: PositiveFloat | None = Field(None, description="gradients of rows are clipped to +- this")
@@ -230,10 +230,10 @@ class Training(Section):
     early_stopping: EarlyStopping | None = None
     log_every: PositiveInt = 50
     max_steps: PositiveInt | None = Field(None, description="stop after so many steps (debugging, benchmarks)")
-    deterministic: bool = True
+    deterministic: bool = Field(True, description="the same bits at every run, on the CPU; on a GPU last bits may differ")
     threads_per_worker: PositiveInt = Field(1, description="CPU threads a worker; one a worker is fastest")
     reading_threads: PositiveInt | Literal["auto"] = Field(
-        "auto", description="threads beside these that read and encode; auto: 2 where a GPU trains, else 1"
+        "auto", description="threads beside these that read and encode; auto: 1, with a GPU up to 4 of its cores"
     )
     max_failures: NonNegativeInt = Field(3, description="how often Ray restarts workers that died")
     collective_timeout_seconds: PositiveInt = 600

@@ -27,7 +27,7 @@ def launch_bench(
     *,
     experiment: Path | None,
     work: Path,
-    workers: int,
+    workers: int | None,
     device: str,
     rounds: int,
     steps: int,
@@ -44,7 +44,7 @@ def launch_bench(
         if stage not in STAGE_NAMES:
             raise ValueError(f"--stage should be one of {', '.join(STAGE_NAMES)}. Found '{stage}'.{nearest(stage, STAGE_NAMES)}")
     for option, value in (("workers", workers), ("rounds", rounds), ("steps", steps), ("rows", rows)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"--{option} should be at least 1. Found {value}.")
     for precision in precisions:
         if precision not in PRECISIONS:
@@ -55,6 +55,10 @@ def launch_bench(
         raise ValueError(f"--peers times its libraries on the CPU. Found --device {device}; leave one of the two out.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a GPU and a CUDA build of torch. Found none; leave the option out to use the CPU.")
+    if workers is None:
+        workers = torch.cuda.device_count() if device == "cuda" else 2
+    if device == "cuda" and workers > torch.cuda.device_count():
+        raise ValueError(f"--workers {workers} needs as many GPUs with --device cuda. Found {torch.cuda.device_count()}.")
     experiment = experiment or REFERENCE
     if not experiment.is_file():
         raise ValueError(f"There is no experiment file '{experiment}'. Name one as the argument of `mtrec bench`.")

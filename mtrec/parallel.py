@@ -172,10 +172,10 @@ def memory_of(device: torch.device) -> Memory:
     limit = Path("/sys/fs/cgroup/memory.max")  # a container's, which may be less
     if limit.is_file() and limit.read_text().strip().isdigit():
         host = min(host, int(limit.read_text()))
-    return Memory(torch.cuda.get_device_properties(device).total_memory, int(HOST_SHARE * host) // _local_world_size())
+    return Memory(torch.cuda.get_device_properties(device).total_memory, int(HOST_SHARE * host) // local_world_size())
 
 
-def _local_world_size() -> int:
+def local_world_size() -> int:
     """Ranks on this host, as Ray and torchrun say; else all of them."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
@@ -208,6 +208,17 @@ class ShardedTables:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             optimizer.step()
+
+    def set_step(self, step: int) -> None:
+        """How many steps Adam has made, for its correction of the bias. fbgemm would count look-ups, those of a validation
+        included, and begin anew after a resume. The other optimizers do not ask.
+        """
+        for _, module in self._modules():
+            for lookup in module._lookups:
+                for kernel in lookup._emb_modules:
+                    kernel.emb_module.iter_cpu.fill_(step)
+                    if step == 0:  # where that is 0 fbgemm takes this
+                        kernel.emb_module.iter.zero_()
 
     def cached(self) -> list[str]:
         """The tables in the host's memory, whose rows a GPU caches."""
@@ -317,7 +328,7 @@ def topology_of(device_type: str, memory: Memory) -> Topology:
             compute_device=device_type,
             hbm_cap=memory.device,
             ddr_cap=memory.host,
-            local_world_size=min(_local_world_size(), world_size()) if device_type == "cuda" else None,
+            local_world_size=min(local_world_size(), world_size()) if device_type == "cuda" else None,
         )
 
 

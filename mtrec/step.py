@@ -63,6 +63,7 @@ class TrainState:
         nonfinite_in_a_row: steps up to that one; nonfinite_steps: in all, since this state was made.
         stop: whether a rank has asked to stop.
         constant_weights_K: of the balancer, on the device, where it needs nothing from there.
+        tables_since: the step at which the tables' optimizer began.
     """
 
     model: MultiTaskModel
@@ -83,7 +84,9 @@ class TrainState:
     clip_norm: float | None
     flags: Flags
     constant_weights_K: Tensor | None
+    tables_use_adam: bool
     step: int = 0
+    tables_since: int = 0
     known_step: int = 0
     finite: bool = True
     nonfinite_in_a_row: int = 0
@@ -192,6 +195,7 @@ def build_state(
         clip_norm=experiment.optimizer.dense.clip_norm,
         flags=Flags(late=device.type == "cuda"),
         constant_weights_K=None if constant_K is None else constant_K.to(device, torch.float32),
+        tables_use_adam=experiment.optimizer.tables.kind == "adam",
     )
     _create_optimizer_state(state.dense_optimizer)
     if state.replicated_optimizer is not None:
@@ -224,6 +228,7 @@ def reset_replicated(model: MultiTaskModel, seed: int, generation: int) -> None:
 def reset_tables(state: TrainState, generation: int) -> None:
     """`reset_tables: every_epoch`: all tables and their optimizer state start anew, the dense part stays."""
     state.tables.initialise(state.seed, generation)
+    state.tables_since = state.step
     reset_replicated(state.model, state.seed, generation)
     if state.replicated_optimizer is not None:
         for values in state.replicated_optimizer.state.values():
@@ -274,6 +279,8 @@ def train_step(
     """
     model = state.model
     state.tables.set_learning_rate(state.schedules.table_learning_rate(state.step))
+    if state.tables_use_adam:
+        state.tables.set_step(state.step - state.tables_since)
 
     counting = _start_counting(state, batch.labels, batch.sample_weight_B)
     x_BD = model.embeddings(batch)
@@ -322,7 +329,8 @@ def train_step(
 
 
 def _zero_unless(finite: Tensor | bool, gradient_BD: Tensor) -> Tensor:
-    """The gradient, or zeros; a tensor `finite` is looked at by the device only."""
+    """The gradient, or zeros; a tensor `finite` is looked at by the device only. Zeros leave rows where they are, but for Adam,
+    whose momentum goes on."""
     if isinstance(finite, Tensor):
         return gradient_BD.masked_fill(~finite, 0.0)
     return gradient_BD if finite else torch.zeros_like(gradient_BD)

@@ -7,6 +7,7 @@ What happens to an event (printed, logged, reported to Ray) is the caller's busi
 
 import dataclasses
 import json
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,8 @@ from mtrec.reader import Piece, Reader
 from mtrec.run import Run, evaluation_columns, label_columns, open_run, open_source
 from mtrec.step import StepResult, TrainState, build_state, reset_tables, train_step
 from mtrec.warm import warm_start
+
+MOST_READING_THREADS = 4  # by default: Python runs one of them at a time, beside the one that trains
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +174,8 @@ def train(
             state.tables.forget_cached_rows()
             state.step = resume_from.step
             progress = Progress(**resume_from.state["progress"])
+            if config.reset_tables == "every_epoch":
+                state.tables_since = progress.epoch * steps_per_epoch
         elif run.info["warm_start"] is not None:
             started = warm_start(state, run, open_run(run.info["warm_start"]))
             yield WarmStarted(0, str(started.folder), started.notes)
@@ -196,10 +201,13 @@ def _check_world(num_streams: int) -> None:
 
 
 def reading_threads(config: Training, device: torch.device) -> int:
-    """Where a GPU trains the host has cores to spare: one thread then decodes while the other encodes."""
-    if config.reading_threads == "auto":
-        return 2 if device.type == "cuda" else 1
-    return config.reading_threads
+    """Where a GPU trains the host has cores to spare: streams are then decoded and encoded beside each other."""
+    if config.reading_threads != "auto":
+        return config.reading_threads
+    if device.type != "cuda":
+        return 1
+    spare = len(os.sched_getaffinity(0)) // parallel.local_world_size() - config.threads_per_worker
+    return max(1, min(MOST_READING_THREADS, spare))
 
 
 def make_reader(run: Run, data: Dataset, progress: Progress, num_threads: int = 1) -> Reader:
@@ -441,7 +449,7 @@ def gate_statistics(state: TrainState, batch: Batch) -> dict[str, float]:
         return {}
     flat = torch.cat([*sums.values(), torch.tensor([float(batch.num_rows)], device=state.device)])
     parallel.all_reduce_sum(flat)
-    shares = (flat[:-1] / flat[-1]).split([len(s) for s in sums.values()])
+    shares = (flat[:-1] / flat[-1]).cpu().split([len(s) for s in sums.values()])  # a GPU is waited for once
     found: dict[str, float] = {}
     for name, share_E in zip(sums, shares, strict=True):
         found.update({f"{name}/expert{index}": float(value) for index, value in enumerate(share_E)})

@@ -23,7 +23,7 @@ from mtrec.bench.environment import PEERS, PINS, make_environment
 from mtrec.bench.launches import ARCHITECTURES, Asked, Measurement, bench, launch, measurements, prepare_variants, summary
 from mtrec.bench.page import page
 from mtrec.bench.peers.workload import Workload, read
-from mtrec.bench.stages import Phases
+from mtrec.bench.stages import Phases, device_of
 from mtrec.bench.table import show
 from mtrec.cli import app
 from mtrec.kinds import check_options
@@ -134,6 +134,23 @@ def test_wrong_options_are_named(options: list[str], message: str) -> None:
     assert isinstance(outcome.exception, ValueError)
     with pytest.raises(ValueError, match=message):
         raise outcome.exception
+
+
+def test_each_worker_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    outcome = CliRunner().invoke(app, ["bench", "--device", "cuda", "--workers", "2"])
+    assert str(outcome.exception) == "--workers 2 needs as many GPUs with --device cuda. Found 1."
+    asked: list[Asked] = []
+    monkeypatch.setattr("mtrec.launch_bench.bench", lambda what, say: asked.append(what) or sys.exit())
+    for device in ("cuda", "cpu"):
+        CliRunner().invoke(app, ["bench", "--device", device])
+    assert [(each.device, each.workers) for each in asked] == [("cuda", 1), ("cpu", 2)]
+    told: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", told.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert [device_of({"device": each}) for each in ("cuda", "cpu")] == [torch.device("cuda", 1), torch.device("cpu")]
+    assert told == [torch.device("cuda", 1)]
 
 
 def test_peers_need_the_columns_of_the_reference(tmp_path: Path) -> None:

@@ -14,11 +14,13 @@ from sklearn.metrics import roc_auc_score
 from torch.testing import assert_close
 
 import mtrec.evaluate
-from mtrec.checkpoint import find, read
+import mtrec.train
+from mtrec.checkpoint import Checkpoint, find, read
 from mtrec.config import Training
 from mtrec.launch import evaluate_run
 from mtrec.optim import schedule
 from mtrec.run import Run
+from mtrec.step import StepResult, TrainState, build_state, train_step
 from mtrec.train import Ended, Saved, Step, Validation, reading_threads, train
 
 CPU = torch.device("cpu")
@@ -47,8 +49,11 @@ def test_reset_tables_starts_the_tables_anew_and_keeps_the_dense_part(tmp_path: 
     assert_close(read(find(plain.checkpoints)[0].folder)["tables.user_id"], first["tables.user_id"])
 
 
-def test_reading_threads_change_nothing_but_who_reads(tmp_path: Path) -> None:
-    assert [reading_threads(Training(), torch.device(kind)) for kind in ("cpu", "cuda")] == [1, 2]
+def test_reading_threads_change_nothing_but_who_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, kind, threads in ((16, "cpu", 1), (16, "cuda", 4), (3, "cuda", 2), (1, "cuda", 1)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda process, cores=cores: set(range(cores)))
+        assert reading_threads(Training(), torch.device(kind)) == threads
+    monkeypatch.undo()
     seen: list[set[str]] = []
     weights = []
     for threads in (1, 3):
@@ -59,6 +64,41 @@ def test_reading_threads_change_nothing_but_who_reads(tmp_path: Path) -> None:
         weights.append(read(find(run.checkpoints)[0].folder))
     assert [len(names) for names in seen] == [1, 3]
     assert_close(weights[0], weights[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reset", ["never", "every_epoch"])
+def test_adam_of_the_tables_counts_steps_and_not_look_ups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reset: str) -> None:
+    states: list[TrainState] = []
+
+    def with_adam(*arguments: Any, **options: Any) -> TrainState:
+        states.append(build_state(*arguments, **options))
+        states[-1].tables_use_adam = True  # as far as the count goes: fbgemm has no Adam on a CPU
+        return states[-1]
+
+    def counts(resume_from: Checkpoint | None = None) -> dict[int, set[int]]:
+        found: dict[int, set[int]] = {}
+
+        def counted_step(state: TrainState, *arguments: Any, **options: Any) -> StepResult:
+            result = train_step(state, *arguments, **options)
+            lookups = [lookup for _, module in state.tables._modules() for lookup in module._lookups]
+            found[state.step] = {int(each.emb_module.iter_cpu) for lookup in lookups for each in lookup._emb_modules}
+            return result
+
+        monkeypatch.setattr(mtrec.train, "train_step", counted_step)
+        for _ in train(run, device=CPU, resume_from=resume_from):
+            pass
+        return found
+
+    monkeypatch.setattr(mtrec.train, "build_state", with_adam)
+    options = ("training.log_every=1", "training.validate_every=3", "training.keep_last=20", "training.epochs=2")
+    run = small_run(tmp_path, *options, f"training.reset_tables={reset}")
+    whole = counts()
+    epoch = len(whole) // 2
+    again = reset == "every_epoch"
+    assert whole == {step: {step - epoch if again and step > epoch else step} for step in range(1, 2 * epoch + 1)}
+    late = next(found for found in find(run.checkpoints) if epoch < found.step < 2 * epoch)
+    resumed = counts(late)
+    assert resumed == {step: whole[step] for step in range(late.step + 1, 2 * epoch + 1)}
 
 
 def test_early_stopping_and_the_best_checkpoint(tmp_path: Path) -> None:

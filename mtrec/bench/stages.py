@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import torch
 
 from mtrec import parallel
+from mtrec.ahead import copy_ahead
 from mtrec.allocator import keep_freed_memory
 from mtrec.batch import Batch, Label
 from mtrec.bench import floor
@@ -36,7 +37,7 @@ from mtrec.train import Progress, Saved, Step, be_deterministic, make_reader, tr
 
 Found = dict[str, Any]
 SUMMED = ("encode", "score")  # stages of which every process measures, and writes, its share
-BATCHES_IN_MEMORY = 96  # enough rows that a lookup is not always in the cache
+ROWS_IN_MEMORY = 393_216  # so many that a lookup is not always in the cache
 
 
 def _data(run: Run) -> Dataset:
@@ -57,7 +58,17 @@ def _batches_of(run: Run, data: Dataset, labels: dict[str, Label]) -> Iterator[B
 
 
 def _in_memory(run: Run, device: torch.device) -> list[Batch]:
-    return [batch.to(device) for batch in itertools.islice(_batches(run), BATCHES_IN_MEMORY)]
+    count = max(8, ROWS_IN_MEMORY // _batch_size(run))
+    return [copy_ahead(batch, device) for batch in itertools.islice(_batches(run), count)]
+
+
+def device_of(spec: Found) -> torch.device:
+    """Of this rank: each has a GPU of its own."""
+    if spec["device"] != "cuda":
+        return torch.device(spec["device"])
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
 
 
 def _batch_size(run: Run) -> int:
@@ -129,7 +140,7 @@ def yardstick(run: Run, spec: Found) -> Found:
     """The bare loop of yardstick.py, fp32, data in memory, all cores in one process."""
     from mtrec.bench.yardstick import BareModel, inputs, train_bare
 
-    device = torch.device(spec["device"])
+    device = device_of(spec)
     torch.set_num_threads(spec["threads"])
     with parallel.process_group(torch.device("cpu")):
         batches = [inputs(batch) for batch in _in_memory(run, device)]
@@ -162,7 +173,7 @@ def _fresh_state(run: Run, steps: int, device: torch.device) -> TrainState:
 
 def compute(run: Run, spec: Found) -> Found:
     """`train_step` on batches that lie in memory, and what share of a step each phase takes."""
-    device = torch.device(spec["device"])
+    device = device_of(spec)
     torch.set_num_threads(run.experiment.training.threads_per_worker)
     keep_freed_memory()
     if run.experiment.training.deterministic and device.type == "cpu":
@@ -198,7 +209,7 @@ def compute(run: Run, spec: Found) -> Found:
 
 def whole(run: Run, spec: Found) -> Found:
     """`train()` itself, from Parquet to weights, checkpoints on and validation off: from step `warmup` to the last one."""
-    device = torch.device(spec["device"])
+    device = device_of(spec)
     if int(os.environ.get("RANK", "0")) == 0:
         shutil.rmtree(run.checkpoints, ignore_errors=True)
     marks: dict[int, tuple[float, float]] = {}
@@ -249,7 +260,7 @@ def score(run: Run, spec: Found) -> Found:
 
 def ceilings(run: Run, spec: Found) -> Found:
     """Measured rates of matrix products and of gathering, for one process with one thread (or the GPU)."""
-    device = torch.device(spec["device"])
+    device = device_of(spec)
     torch.set_num_threads(1)
     return {
         "fp32_flops": floor.matmul_flops(torch.float32, device),

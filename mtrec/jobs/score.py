@@ -74,10 +74,9 @@ class _Crew:
 
         resources = ray.cluster_resources()
         encoder = open_run(work.run).encoder
-        memory = int(resources.get("memory", 0))
-        if memory:
+        memory, use_gpu = int(resources.get("memory", 0)), resources.get("GPU", 0) >= 1
+        if memory and not use_gpu:  # each actor looks at its own GPU's
             check_memory(encoder, memory, "the Ray cluster", workers)
-        use_gpu = resources.get("GPU", 0) >= 1
         self._class = ray.remote(_Actor).options(num_cpus=0 if use_gpu else 1, num_gpus=1 if use_gpu else 0)
         self._work, self._pieces, self._workers = work, pieces, workers
         self._left = deque(range(len(pieces)))

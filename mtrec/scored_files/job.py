@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from mtrec.checkpoint import Checkpoint
 from mtrec.dataset import Source
 from mtrec.features import FeatureCounts
 from mtrec.formula import ranking_formula
-from mtrec.run import Run, open_run
+from mtrec.run import Run, open_run, versions
 from mtrec.score import (
     Scorer,
     Tally,
@@ -163,7 +162,7 @@ def score_files(
             "checkpoint": found.folder.name,
             "checkpoint_sha256": checkpoint_digest(found),
             "formula": formula.text,
-            "version": metadata.version("mtrec"),
+            "version": versions().get("mtrec", "not installed"),
         },
     )
     check_output(request)

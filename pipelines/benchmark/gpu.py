@@ -1,24 +1,32 @@
 """Everything that is owed on a GPU, in one call: correctness against the CPU first, then speed at batches of 4 k to 128 k rows.
 
-python pipelines/benchmark/gpu.py OUTPUT.json [--device cuda] [--work runs/gpu] [--rows 2000000] [--batch-sizes 4096,...]
+python pipelines/benchmark/gpu.py OUTPUT.json [--device cuda] [--work runs/gpu] [--rows 2000000] [--batch-sizes 65536,...]
 
 Correctness, fp32 without TF32, same seed on both devices: predictions of a batch (1e-4), weights after three steps (1e-4), if
-every table moved, and the metrics of one short run (1e-4). On a GPU also: the same with half of the memory that the tables need,
-so that some lie in the host's memory behind a cache (UVM); and that a step makes the host wait nowhere: it returns while the
-device is still held up, and no line of mtrec synchronises (those of torchrec, on a stream of their own, are listed). Neither is
-done with `--device cpu`. Then `mtrec bench` with stages compute and train for each batch size,
-one worker, beside the yardstick on the same device. Prints a table, writes OUTPUT.json (hardware, versions, numbers); exit code
-1 where a check failed. `--device cpu` compares the CPU with itself: for a look at this script where there is no GPU.
+every table moved, the metrics of one short run (1e-4; calibration errors 1e-3: a row may change its bin), of the same resumed
+half-way (1e-4), and what its last checkpoint predicts for the golden rows. On a GPU also: the same with half of the memory that
+the tables need, so that some lie in the host's memory behind a cache (UVM); and that a step makes the host wait nowhere: it
+returns while the device is still held up, and no line of mtrec synchronises (those of torchrec, on a stream of their own, are
+listed). Neither is done with `--device cpu`.
+
+Then probes, of what could not be decided without a GPU: rows/s of 1, 2, 4 and 8 reading threads; products of the experts'
+first layer at the model's width and at the next multiple of 8; mixing experts by products and by sums. Then `mtrec bench` with
+stages compute and train for each batch size, one worker, beside the yardstick on the same device.
+
+Prints a table and writes OUTPUT.json (hardware, versions, numbers) after each part: no part is begun after `--seconds`. Exit
+code 1 where a check failed. `--device cpu` compares the CPU with itself: for a look at this script where there is no GPU.
 """
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import sys
+import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +36,26 @@ from torch import Tensor
 import mtrec
 from mtrec import parallel
 from mtrec.ahead import copy_ahead
+from mtrec.atomic import write_atomically
 from mtrec.batch import Batch
 from mtrec.bench.launches import Asked, about, bench
+from mtrec.checkpoint import Checkpoint, find
 from mtrec.config import apply_overrides, parse_experiment
 from mtrec.feed import feed
+from mtrec.formula import ranking_formula
 from mtrec.labels import labels_of
 from mtrec.model import MultiTaskModel
 from mtrec.parallel import Memory
 from mtrec.run import Run, open_source, prepare
+from mtrec.score import check_golden, open_scorer
 from mtrec.step import TrainState, build_state, train_step
 from mtrec.synthetic import write_reference
 from mtrec.train import Progress, Validation, make_reader, train
 from mtrec.yaml_tree import read_yaml
 
 REFERENCE = Path(__file__).parent / "reference.yaml"
-CHECKED_ROWS, CHECKED_BATCH, TOLERANCE = 65_536, 2_048, 1e-4
+CHECKED_ROWS, CHECKED_BATCH, TOLERANCE, ECE_TOLERANCE = 65_536, 2_048, 1e-4, 1e-3
+THREADS = (1, 2, 4, 8)
 HELD_CYCLES = 2_000_000_000  # of the device's clock: about a second
 
 
@@ -50,6 +63,7 @@ def checked_run(work: Path, name: str, log: Path) -> Run:
     """The reference experiment on a short log that holds validation rows too, fp32."""
     tree = read_yaml(REFERENCE.read_text(encoding="utf-8"), str(REFERENCE))
     changes = [f"data.train={log / 'train'}", f"data.validation={log / 'validation'}", f"data.batch_size={CHECKED_BATCH}"]
+    changes += [f"training.checkpoint_every={CHECKED_ROWS // CHECKED_BATCH // 2}"]
     return prepare(parse_experiment(apply_overrides(tree, changes)), work / name)
 
 
@@ -173,16 +187,40 @@ def waiting_check(run: Run, device: torch.device) -> dict[str, Any]:
     return found | {"passed": returned and not ours}
 
 
-def metrics_of(run: Run, device: torch.device) -> dict[str, float]:
+def metrics_of(run: Run, device: torch.device, resume_from: Checkpoint | None = None) -> dict[str, float]:
     """The last validation's numbers, flat."""
     last: dict[str, Any] = {}
-    for event in train(run, device=device):
+    for event in train(run, device=device, resume_from=resume_from):
         if isinstance(event, Validation):
             last = event.metrics
     tasks = last["tasks"]
     return {
         f"{task}/{name}": value for task, each in tasks.items() for name, value in each.items() if isinstance(value, float)
     }
+
+
+def apart(here: Mapping[str, float], there: Mapping[str, float], calibration: bool) -> float:
+    """The largest relative difference of metrics: of calibration errors, or of the others."""
+    chosen = [name for name in here if ("ece" in name) == calibration]
+    return max((abs(here[name] - there[name]) / max(1.0, abs(here[name])) for name in chosen), default=0.0)
+
+
+def trained_check(cpu: Run, there: Run, device: torch.device) -> dict[str, Any]:
+    """Metrics of a run on both devices and of one resumed half-way; the golden rows of its last checkpoint."""
+    metrics, metrics_there = metrics_of(cpu, torch.device("cpu")), metrics_of(there, device)
+    steps = CHECKED_ROWS // CHECKED_BATCH
+    checkpoints = {found.step: found for found in find(there.checkpoints)}
+    with open_scorer(there, checkpoints[steps], ranking_formula(there.experiment, None), device) as scorer:
+        golden = check_golden(scorer, there, checkpoints[steps])
+    resumed = metrics_of(there, device, checkpoints[steps // 2])
+    found = {
+        "metrics": apart(metrics, metrics_there, calibration=False),
+        "calibration": apart(metrics, metrics_there, calibration=True),
+        "resumed": apart(metrics_there, resumed, calibration=False),
+        "golden": golden,  # beyond its own bound it has raised an error
+    }
+    passed = max(found["metrics"], found["resumed"]) <= TOLERANCE and found["calibration"] <= ECE_TOLERANCE
+    return found | {"passed": passed}
 
 
 def check(work: Path, device: torch.device) -> dict[str, Any]:
@@ -195,41 +233,121 @@ def check(work: Path, device: torch.device) -> dict[str, Any]:
     run = checked_run(work, "run-checked-cpu", log)
     on_cpu = stepped(run, here)
     found = compared(on_cpu, stepped(run, there))
-    metrics, metrics_there = metrics_of(run, here), metrics_of(checked_run(work, "run-checked-device", log), there)
-    found["metrics"] = max(abs(metrics[name] - metrics_there[name]) / max(1.0, abs(metrics[name])) for name in metrics)
+    found["trained"] = trained_check(run, checked_run(work, "run-checked-device", log), there)
     found["host_memory"] = host_memory_check(run, on_cpu, there)
     found["waiting"] = waiting_check(run, there)
-    parts = [found["host_memory"], found["waiting"]]
-    found["passed"] &= found["metrics"] <= TOLERANCE and all(part.get("passed", True) for part in parts)
+    parts = [found["trained"], found["host_memory"], found["waiting"]]
+    found["passed"] &= all(part.get("passed", True) for part in parts)
     return found
 
 
+def milliseconds(work: Callable[[], object], device: torch.device, times: int = 20) -> float:
+    """Of one call, of many in a row."""
+    for _ in range(3):
+        work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    for _ in range(times):
+        work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1e3 * (time.perf_counter() - started) / times
+
+
+def reading_probe(run: Run) -> dict[str, float]:
+    """{threads: rows/s of reading and encoding the checked log}; the first pass, which is not counted, warms the cache."""
+    data = open_source(run.experiment, run.experiment.data.train, "data.train")
+    specs = MultiTaskModel(run.experiment, run.encoder, run.labels, torch.device("meta")).specs
+    found = {}
+    for threads in (1, *THREADS):
+        started = time.perf_counter()
+        reader = make_reader(run, data, Progress(), threads)
+        rows = sum(batch.num_rows for _, batch in feed(reader, run.encoder, labels_of(run.experiment, specs), None))
+        found[str(threads)] = rows / (time.perf_counter() - started)
+    return found
+
+
+def product_probe(run: Run, device: torch.device, rows: int) -> dict[str, float]:
+    """Milliseconds, forward and backward, in bf16: experts' first layers at two widths, mixing of experts in two ways."""
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+
+    width = MultiTaskModel(run.experiment, run.encoder, run.labels, torch.device("meta")).embeddings.output_dim
+    found: dict[str, float] = {}
+    for columns in (width, -(-width // 8) * 8):
+        x_BD, weight, ones = some(rows, columns), some(1024, columns), some(rows, 1024).detach()
+        both = functools.partial(forward_and_backward, lambda x, w: x @ w.T, x_BD, weight, ones)
+        found[f"first layer, {columns} columns"] = milliseconds(both, device)
+    experts_BEH, gates_BGE, ones = some(rows, 4, 128), some(rows, 3, 4), some(rows, 3, 128).detach()
+    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "products": lambda gates, experts: gates @ experts,
+        "sums": lambda gates, experts: (gates[..., None] * experts[:, None]).sum(2),
+    }
+    for name, way in ways.items():
+        both = functools.partial(forward_and_backward, way, gates_BGE, experts_BEH, ones)
+        found[f"mixing by {name}"] = milliseconds(both, device)
+    return found
+
+
+def forward_and_backward(way: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor, gradient: Tensor) -> None:
+    torch.autograd.grad(way(a, b), [a, b], gradient)
+
+
+def speeds(asked: Asked, sizes: list[int], most_steps: int, end: float, keep: Callable[[str, Any], None]) -> None:
+    """Measures one batch size after the other; none is begun where the last one's time is not left before `end`."""
+    took = 0.0
+    for size in sizes:
+        left = end - time.monotonic()
+        if left < took:
+            print(f"{size:>8} left out: {left:.0f} s are left, the last size took {took:.0f}", flush=True)
+            continue
+        started = time.monotonic()
+        warmup = min(20, most_steps)
+        steps = -(-min(most_steps, max(60, 10_000_000 // size)) // warmup) * warmup  # a logged step at its end
+        each = dataclasses.replace(asked, steps=steps, warmup=warmup, overrides=(f"data.batch_size={size}",))
+        found = bench(each, lambda line: None)
+        keep(str(size), found)
+        for name, stage in found["stages"].items():
+            print(f"{size:>8} {name:28} {stage['rows_per_second']['median']:>14,.0f} rows/s", flush=True)
+        took = time.monotonic() - started
+
+
 def main() -> None:
-    """Reads the arguments, checks, measures, writes."""
+    """Reads the arguments, checks, probes, measures; what is found is written after each part, whatever comes next."""
+    started = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--work", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--rows", type=int, default=2_000_000)
-    parser.add_argument("--batch-sizes", default="4096,16384,65536,131072")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch-sizes", default="65536,4096,16384,131072")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=400, help="timed at most, fewer of large batches")
+    parser.add_argument("--seconds", type=float, default=540.0, help="no part is begun that would take longer")
+    parser.add_argument("--check-only", action="store_true", help="no probes, no speed")
     arguments = parser.parse_args()
     work = arguments.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
     device = torch.device(arguments.device, 0) if arguments.device == "cuda" else torch.device(arguments.device)
-    result: dict[str, Any] = {"correctness": check(work, device), "speed": {}}
-    print(json.dumps(result["correctness"], indent=1), flush=True)
     asked = Asked(REFERENCE, work, ("compute", "train"), 1, arguments.device, arguments.rounds, rows=arguments.rows)
-    for size in map(int, arguments.batch_sizes.split(",")):
-        steps = max(2, min(arguments.steps, arguments.rows // size - 4))
-        warmup = max(1, min(4, arguments.rows // size - steps))
-        each = dataclasses.replace(asked, steps=steps, warmup=warmup, overrides=(f"data.batch_size={size}",))
-        result["speed"][str(size)] = bench(each, lambda line: None)
-        for name, stage in result["speed"][str(size)]["stages"].items():
-            print(f"{size:>8} {name:28} {stage['rows_per_second']['median']:>14,.0f} rows/s", flush=True)
-        result["about"] = about(asked)
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")  # what is measured is kept, whatever comes next
+    result: dict[str, Any] = {"about": about(asked), "correctness": {}, "probes": {}, "speed": {}}
+
+    def keep(part: str, name: str, found: Any) -> None:
+        result[part][name] = found
+        write_atomically(arguments.output, json.dumps(result, indent=1) + "\n")
+
+    for name, found in check(work, device).items():
+        keep("correctness", name, found)
+    print(json.dumps(result["correctness"], indent=1), flush=True)
+    if not arguments.check_only:
+        run = Run(work / "run-checked-cpu")
+        keep("probes", "rows_per_second_of_reading_threads", reading_probe(run))
+        keep("probes", "milliseconds", product_probe(run, device, 65_536 if device.type == "cuda" else 512))
+        print(json.dumps(result["probes"], indent=1), flush=True)
+        sizes = [int(size) for size in arguments.batch_sizes.split(",")]
+        speeds(asked, sizes, arguments.steps, started + arguments.seconds, functools.partial(keep, "speed"))
     sys.exit(0 if result["correctness"]["passed"] else 1)
 
 
