@@ -141,8 +141,8 @@ def _finite_range(label: Label) -> tuple[float, float]:
 def _plain_values(array: Any, label: Label) -> npt.NDArray[np.float32] | None:
     """The same as `label_values` where nothing is to be converted or found fault with, as nearly always; else None."""
     # what becomes a float32 as it is
-    plain = types.is_integer(array.type) or (types.is_floating(array.type) and not label.integer)
-    if not plain or label.scale != 1.0 or array.null_count == len(array):
+    as_it_is = types.is_integer(array.type) or (types.is_floating(array.type) and not label.integer)
+    if not as_it_is or label.scale != 1.0 or array.null_count == len(array):
         return None
     values_B: npt.NDArray[Any] = array.to_numpy(zero_copy_only=False)  # NaN for a null
     if not array.null_count:
@@ -152,7 +152,7 @@ def _plain_values(array: Any, label: Label) -> npt.NDArray[np.float32] | None:
     else:
         return None
     low, high = _finite_range(label)
-    if not (low <= least and largest <= high):
+    if not (low <= least.item() and largest.item() <= high):  # not in the column's own type, which may round the bounds
         return None
     return values_B.astype(np.float32)
 

@@ -1,4 +1,4 @@
-"""The feed: a reader's pieces encoded into batches, in the reader's background thread; bad rows are named by file and row."""
+"""The feed: a reader's pieces encoded into batches, in the reader's background threads; bad rows are named by file and row."""
 
 import dataclasses
 import functools

@@ -47,7 +47,7 @@ def broken_tree(folder: Path) -> dict[str, Any]:
     return tree
 
 
-def fed_rows(run: Run, data: Dataset, rank: int, world_size: int) -> tuple[list[int], dict[str, int], int]:
+def fed_rows(run: Run, data: Dataset, rank: int, world_size: int, threads: int = 1) -> tuple[list[int], dict[str, int], int]:
     """Ids of the rows that a rank is fed in an epoch, what it left out, and the number of its batches."""
     config = run.experiment.data
     assert isinstance(config.batch_size, int)
@@ -59,6 +59,7 @@ def fed_rows(run: Run, data: Dataset, rank: int, world_size: int) -> tuple[list[
         world_size=world_size,
         seed=run.experiment.seed,
         shuffle_window=config.shuffle_window,
+        num_threads=threads,
     )
     bad = bad_rows(config, data.num_rows, world_size)
     assert bad is not None
@@ -80,7 +81,7 @@ def test_skipped_rows_are_left_out_and_counted_by_reason_and_column(tmp_path: Pa
     run = small_run(tmp_path, *options, tree=broken_tree(tmp_path))
     data = open_source(run.experiment, run.experiment.data.train, "data.train")
     for world_size in (1, 3):
-        parts = [fed_rows(run, data, rank, world_size) for rank in range(world_size)]
+        parts = [fed_rows(run, data, rank, world_size, threads) for rank in range(world_size)]
         rows = [row for part, _, _ in parts for row in part]
         assert sorted(rows) == sorted(set(range(ROWS)) - BAD)
         assert {batches for _, _, batches in parts} == {16}

@@ -148,6 +148,9 @@ def test_without_labels_and_weights() -> None:
         (pa.array([1.0, math.nan, None]), Label("y"), [1], "hold finite numbers, or null. Found nan"),
         (pa.array([1.0, -math.inf]), Label("y"), [1], "Found -inf"),
         (pa.array([1e300]), Label("y"), [0], "hold finite numbers"),
+        (pa.array(np.array([1, np.inf], np.float16)), Label("y"), [1], "hold finite numbers"),
+        (pa.array([None, np.float16(-np.inf)], pa.float16()), Label("y"), [1], "hold finite numbers"),
+        (pa.array(np.array([0.1], np.float16)), Label("y", low=0.1), [0], "numbers of at least 0.1"),
         (
             pa.array([-1, 5]),
             Label("y", scale=0.001, low=0.0),

@@ -62,7 +62,7 @@ def test_reading_threads_change_nothing_but_who_reads(tmp_path: Path, monkeypatc
         for _ in train(run, device=CPU):
             seen[-1] |= {each.name for each in threading.enumerate() if each.name.startswith("mtrec-reader")}
         weights.append(read(find(run.checkpoints)[0].folder))
-    assert [len(names) for names in seen] == [1, 3]
+    assert len(seen[0]) == 1 < len(seen[1]) <= 3
     assert_close(weights[0], weights[1], rtol=0, atol=0)
 
 

@@ -195,6 +195,12 @@ def beside(asked: Asked, name: str, *overrides: str) -> Asked:
     return dataclasses.replace(asked, work=work, overrides=(*asked.overrides, *overrides))
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs of this process, as `CUDA_VISIBLE_DEVICES` names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+
+
 def launch(each: Measurement, run: Path, asked: Asked) -> dict[str, Any]:
     """Starts the processes of one measurement and returns what rank 0 found; speeds of `SUMMED` stages are added up."""
     if each.stage in COMMANDS:
@@ -233,6 +239,8 @@ def launch(each: Measurement, run: Path, asked: Asked) -> dict[str, Any]:
                     "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port),
                 }
+            if each.stage == "score" and asked.device == "cuda":
+                environment["CUDA_VISIBLE_DEVICES"] = visible_gpus()[rank]
             with Path(folder, f"said{rank}").open("w") as said:  # a file: a pipe that nobody reads stops who writes to it
                 part = {} if each.stage == "peer" else {"part": rank, "parts": each.workers}
                 whole = [*command, json.dumps(spec | part), f"{folder}/found"]

@@ -13,8 +13,9 @@ Then probes, of what could not be decided without a GPU: rows/s of 1, 2, 4 and 8
 first layer at the model's width and at the next multiple of 8; mixing experts by products and by sums. Then `mtrec bench` with
 stages compute and train for each batch size, one worker, beside the yardstick on the same device.
 
-Prints a table and writes OUTPUT.json (hardware, versions, numbers) after each part: no part is begun after `--seconds`. Exit
-code 1 where a check failed. `--device cpu` compares the CPU with itself: for a look at this script where there is no GPU.
+Prints a table and writes OUTPUT.json (hardware, versions, numbers) after each part. No batch size is begun where `--seconds` are
+over, or would be before it is measured. Exit code 1 where a check failed. `--device cpu` compares the CPU with itself: for a
+look at this script where there is no GPU.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import itertools
 import json
 import sys
 import time
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -40,7 +42,7 @@ from mtrec.atomic import write_atomically
 from mtrec.batch import Batch
 from mtrec.bench.launches import Asked, about, bench
 from mtrec.checkpoint import Checkpoint, find
-from mtrec.config import apply_overrides, parse_experiment
+from mtrec.config import Source, apply_overrides, parse_experiment
 from mtrec.feed import feed
 from mtrec.formula import ranking_formula
 from mtrec.labels import labels_of
@@ -56,6 +58,7 @@ from mtrec.yaml_tree import read_yaml
 REFERENCE = Path(__file__).parent / "reference.yaml"
 CHECKED_ROWS, CHECKED_BATCH, TOLERANCE, ECE_TOLERANCE = 65_536, 2_048, 1e-4, 1e-3
 THREADS = (1, 2, 4, 8)
+Keep = Callable[[str, str, Any], None]  # part, name, what was found
 HELD_CYCLES = 2_000_000_000  # of the device's clock: about a second
 
 
@@ -223,22 +226,31 @@ def trained_check(cpu: Run, there: Run, device: torch.device) -> dict[str, Any]:
     return found | {"passed": passed}
 
 
-def check(work: Path, device: torch.device) -> dict[str, Any]:
-    """The largest differences between `device` and the CPU, and whether all are small enough."""
+def check(work: Path, device: torch.device, keep: Keep) -> bool:
+    """Holds `device` against the CPU; tells `keep` of each part, also of one that raised an error. Whether all passed."""
     log = work / "log-checked"
     if not log.exists():
         write_reference(log, rows=CHECKED_ROWS, seed=5, files=2, validation_rows=CHECKED_ROWS // 8)
     torch.backends.cuda.matmul.allow_tf32 = False
-    here, there = torch.device("cpu"), device
     run = checked_run(work, "run-checked-cpu", log)
-    on_cpu = stepped(run, here)
-    found = compared(on_cpu, stepped(run, there))
-    found["trained"] = trained_check(run, checked_run(work, "run-checked-device", log), there)
-    found["host_memory"] = host_memory_check(run, on_cpu, there)
-    found["waiting"] = waiting_check(run, there)
-    parts = [found["trained"], found["host_memory"], found["waiting"]]
-    found["passed"] &= all(part.get("passed", True) for part in parts)
-    return found
+    on_cpu = stepped(run, torch.device("cpu"))
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "stepped": lambda: compared(on_cpu, stepped(run, device)),
+        "trained": lambda: trained_check(run, checked_run(work, "run-checked-device", log), device),
+        "host_memory": lambda: host_memory_check(run, on_cpu, device),
+        "waiting": lambda: waiting_check(run, device),
+    }
+    passed = True
+    for name, part in parts.items():
+        try:
+            found = part()
+        except Exception as error:  # the other parts are to be seen as well
+            traceback.print_exc()
+            found = {"passed": False, "error": repr(error)}
+        keep("correctness", name, found)
+        print(name, json.dumps(found, indent=1), flush=True)
+        passed &= found.get("passed", True)
+    return passed
 
 
 def milliseconds(work: Callable[[], object], device: torch.device, times: int = 20) -> float:
@@ -255,9 +267,9 @@ def milliseconds(work: Callable[[], object], device: torch.device, times: int = 
     return 1e3 * (time.perf_counter() - started) / times
 
 
-def reading_probe(run: Run) -> dict[str, float]:
-    """{threads: rows/s of reading and encoding the checked log}; the first pass, which is not counted, warms the cache."""
-    data = open_source(run.experiment, run.experiment.data.train, "data.train")
+def reading_probe(run: Run, log: Path) -> dict[str, float]:
+    """{threads: rows/s of reading and encoding a log}; the first pass, which is not counted, warms the cache."""
+    data = open_source(run.experiment, Source(path=str(log / "train")), "data.train")
     specs = MultiTaskModel(run.experiment, run.encoder, run.labels, torch.device("meta")).specs
     found = {}
     for threads in (1, *THREADS):
@@ -301,7 +313,7 @@ def speeds(asked: Asked, sizes: list[int], most_steps: int, end: float, keep: Ca
     for size in sizes:
         left = end - time.monotonic()
         if left < took:
-            print(f"{size:>8} left out: {left:.0f} s are left, the last size took {took:.0f}", flush=True)
+            print(f"{size:>8} left out: {max(0.0, left):.0f} s are left, the last size took {took:.0f}", flush=True)
             continue
         started = time.monotonic()
         warmup = min(20, most_steps)
@@ -325,7 +337,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", default="65536,4096,16384,131072")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=400, help="timed at most, fewer of large batches")
-    parser.add_argument("--seconds", type=float, default=540.0, help="no part is begun that would take longer")
+    parser.add_argument("--seconds", type=float, default=540.0, help="no batch size is begun that would end later")
     parser.add_argument("--check-only", action="store_true", help="no probes, no speed")
     arguments = parser.parse_args()
     work = arguments.work.absolute()
@@ -338,17 +350,17 @@ def main() -> None:
         result[part][name] = found
         write_atomically(arguments.output, json.dumps(result, indent=1) + "\n")
 
-    for name, found in check(work, device).items():
-        keep("correctness", name, found)
-    print(json.dumps(result["correctness"], indent=1), flush=True)
+    passed = check(work, device, keep)
     if not arguments.check_only:
-        run = Run(work / "run-checked-cpu")
-        keep("probes", "rows_per_second_of_reading_threads", reading_probe(run))
+        run, log = Run(work / "run-checked-cpu"), work / f"log-{arguments.rows}"
         keep("probes", "milliseconds", product_probe(run, device, 65_536 if device.type == "cuda" else 512))
-        print(json.dumps(result["probes"], indent=1), flush=True)
+        if not log.exists():
+            write_reference(log, rows=arguments.rows, seed=7)
+        keep("probes", "rows_per_second_of_reading_threads", reading_probe(run, log))
+        print("probes", json.dumps(result["probes"], indent=1), flush=True)
         sizes = [int(size) for size in arguments.batch_sizes.split(",")]
         speeds(asked, sizes, arguments.steps, started + arguments.seconds, functools.partial(keep, "speed"))
-    sys.exit(0 if result["correctness"]["passed"] else 1)
+    sys.exit(0 if passed else 1)
 
 
 if __name__ == "__main__":
