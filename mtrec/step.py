@@ -228,7 +228,6 @@ def reset_replicated(model: MultiTaskModel, seed: int, generation: int) -> None:
 def reset_tables(state: TrainState, generation: int) -> None:
     """`reset_tables: every_epoch`: all tables and their optimizer state start anew, the dense part stays."""
     state.tables.initialise(state.seed, generation)
-    state.tables_since = state.step
     reset_replicated(state.model, state.seed, generation)
     if state.replicated_optimizer is not None:
         for values in state.replicated_optimizer.state.values():

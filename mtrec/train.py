@@ -174,8 +174,6 @@ def train(
             state.tables.forget_cached_rows()
             state.step = resume_from.step
             progress = Progress(**resume_from.state["progress"])
-            if config.reset_tables == "every_epoch":
-                state.tables_since = progress.epoch * steps_per_epoch
         elif run.info["warm_start"] is not None:
             started = warm_start(state, run, open_run(run.info["warm_start"]))
             yield WarmStarted(0, str(started.folder), started.notes)
@@ -256,8 +254,10 @@ def _loop(
     if _stops_early(progress, config.early_stopping):
         reason = "early_stopping"  # it had ended; a larger patience lets it go on
     while reason == "finished" and progress.epoch < config.epochs and state.step < total_steps:
-        if config.reset_tables == "every_epoch" and progress.epoch > 0 and progress.next_batch == 0:
-            reset_tables(state, generation=progress.epoch)
+        if config.reset_tables == "every_epoch":
+            state.tables_since = state.step - progress.next_batch
+            if progress.epoch > 0 and progress.next_batch == 0:
+                reset_tables(state, generation=progress.epoch)
         reader = make_reader(run, data, progress, reading_threads(config, state.device))
         steps_per_epoch = reader.num_batches
         pin = state.device.type == "cuda"

@@ -151,6 +151,10 @@ def test_each_worker_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert [device_of({"device": each}) for each in ("cuda", "cpu")] == [torch.device("cuda", 1), torch.device("cpu")]
     assert told == [torch.device("cuda", 1)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")  # of which each scoring process is given one
+    assert launches.visible_gpus() == ["3", "5"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert launches.visible_gpus() == ["0"]
 
 
 def test_peers_need_the_columns_of_the_reference(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from mtrec.architectures.products import linear
 REPEATS = 7
 
 
-def _timed(work: Callable[[], object], device: torch.device) -> float:
+def timed(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest of several: a ceiling is what the hardware can do when nothing disturbs it."""
     found = []
     for _ in range(REPEATS + 2):  # the first two warm up
@@ -30,7 +30,7 @@ def matmul_flops(dtype: torch.dtype, device: torch.device, rows: int = 2048, wid
     width = width if device.type == "cpu" else 4 * width
     a = torch.randn(rows, width, device=device).to(dtype)
     b = torch.randn(width, width, device=device).to(dtype)
-    return 2 * rows * width * width / _timed(lambda: linear(a, b), device)
+    return 2 * rows * width * width / timed(lambda: linear(a, b), device)
 
 
 def gather_bytes(device: torch.device, num_rows: int = 3_000_000, dim: int = 16, looked_up: int = 130_000) -> float:
@@ -38,7 +38,7 @@ def gather_bytes(device: torch.device, num_rows: int = 3_000_000, dim: int = 16,
     looked_up = looked_up if device.type == "cpu" else 64 * looked_up  # fewer take a GPU as long as starting it
     table = torch.zeros(num_rows, dim, device=device)
     rows = torch.randint(0, num_rows, (looked_up,), device=device)
-    return looked_up * dim * 4 / _timed(lambda: table.index_select(0, rows), device)
+    return looked_up * dim * 4 / timed(lambda: table.index_select(0, rows), device)
 
 
 def floor_rows_per_second(flops_per_row: float, flops_rate: float, bytes_per_row: float, bytes_rate: float) -> float:

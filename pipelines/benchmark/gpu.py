@@ -28,7 +28,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from mtrec import parallel
 from mtrec.ahead import copy_ahead
 from mtrec.atomic import write_atomically
 from mtrec.batch import Batch
+from mtrec.bench.floor import timed
 from mtrec.bench.launches import Asked, about, bench
 from mtrec.checkpoint import Checkpoint, find
 from mtrec.config import Source, apply_overrides, parse_experiment
@@ -70,11 +71,15 @@ def checked_run(work: Path, name: str, log: Path) -> Run:
     return prepare(parse_experiment(apply_overrides(tree, changes)), work / name)
 
 
-def batches_of(run: Run) -> list[Batch]:
-    data = open_source(run.experiment, run.experiment.data.train, "data.train")
+def batches_of(run: Run, source: Source, num_threads: int = 1) -> Iterator[Batch]:
+    """An epoch of them."""
     specs = MultiTaskModel(run.experiment, run.encoder, run.labels, torch.device("meta")).specs
-    fed = feed(make_reader(run, data, Progress()), run.encoder, labels_of(run.experiment, specs), None)
-    return [batch for _, batch in itertools.islice(fed, 3)]
+    reader = make_reader(run, open_source(run.experiment, source, "data.train"), Progress(), num_threads)
+    return (batch for _, batch in feed(reader, run.encoder, labels_of(run.experiment, specs), None))
+
+
+def first_batches(run: Run) -> list[Batch]:
+    return list(itertools.islice(batches_of(run, run.experiment.data.train), 3))
 
 
 def rows_of(state: TrainState) -> dict[str, Tensor]:
@@ -111,7 +116,7 @@ def stepped(run: Run, device: torch.device, memory: Memory | None = None) -> Ste
     with parallel.process_group(device):
         state = fresh_state(run, device, memory)
         model = state.model
-        batches = [batch.to(device, non_blocking=False) for batch in batches_of(run)]
+        batches = [batch.to(device, non_blocking=False) for batch in first_batches(run)]
         with torch.no_grad():
             logits = {name: each.cpu() for name, each in model(batches[0]).items()}
             x_BD = model.embeddings(batches[0])
@@ -162,7 +167,7 @@ def waiting_check(run: Run, device: torch.device) -> dict[str, Any]:
         return {"skipped": "needs a GPU"}
     with parallel.process_group(device):
         state = fresh_state(run, device)
-        pinned = [batch.pin_memory() for batch in batches_of(run)]
+        pinned = [batch.pin_memory() for batch in first_batches(run)]
         ahead = itertools.pairwise(copy_ahead(batch, device) for batch in itertools.cycle(pinned))
 
         def steps(count: int) -> None:
@@ -253,29 +258,12 @@ def check(work: Path, device: torch.device, keep: Keep) -> bool:
     return passed
 
 
-def milliseconds(work: Callable[[], object], device: torch.device, times: int = 20) -> float:
-    """Of one call, of many in a row."""
-    for _ in range(3):
-        work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    for _ in range(times):
-        work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return 1e3 * (time.perf_counter() - started) / times
-
-
 def reading_probe(run: Run, log: Path) -> dict[str, float]:
     """{threads: rows/s of reading and encoding a log}; the first pass, which is not counted, warms the cache."""
-    data = open_source(run.experiment, Source(path=str(log / "train")), "data.train")
-    specs = MultiTaskModel(run.experiment, run.encoder, run.labels, torch.device("meta")).specs
     found = {}
     for threads in (1, *THREADS):
         started = time.perf_counter()
-        reader = make_reader(run, data, Progress(), threads)
-        rows = sum(batch.num_rows for _, batch in feed(reader, run.encoder, labels_of(run.experiment, specs), None))
+        rows = sum(batch.num_rows for batch in batches_of(run, Source(path=str(log / "train")), threads))
         found[str(threads)] = rows / (time.perf_counter() - started)
     return found
 
@@ -291,7 +279,7 @@ def product_probe(run: Run, device: torch.device, rows: int) -> dict[str, float]
     for columns in (width, -(-width // 8) * 8):
         x_BD, weight, ones = some(rows, columns), some(1024, columns), some(rows, 1024).detach()
         both = functools.partial(forward_and_backward, lambda x, w: x @ w.T, x_BD, weight, ones)
-        found[f"first layer, {columns} columns"] = milliseconds(both, device)
+        found[f"first layer, {columns} columns"] = 1e3 * timed(both, device)
     experts_BEH, gates_BGE, ones = some(rows, 4, 128), some(rows, 3, 4), some(rows, 3, 128).detach()
     ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "products": lambda gates, experts: gates @ experts,
@@ -299,7 +287,7 @@ def product_probe(run: Run, device: torch.device, rows: int) -> dict[str, float]
     }
     for name, way in ways.items():
         both = functools.partial(forward_and_backward, way, gates_BGE, experts_BEH, ones)
-        found[f"mixing by {name}"] = milliseconds(both, device)
+        found[f"mixing by {name}"] = 1e3 * timed(both, device)
     return found
 
 
@@ -338,7 +326,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=400, help="timed at most, fewer of large batches")
     parser.add_argument("--seconds", type=float, default=540.0, help="no batch size is begun that would end later")
-    parser.add_argument("--check-only", action="store_true", help="no probes, no speed")
     arguments = parser.parse_args()
     work = arguments.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
@@ -351,15 +338,14 @@ def main() -> None:
         write_atomically(arguments.output, json.dumps(result, indent=1) + "\n")
 
     passed = check(work, device, keep)
-    if not arguments.check_only:
-        run, log = Run(work / "run-checked-cpu"), work / f"log-{arguments.rows}"
-        keep("probes", "milliseconds", product_probe(run, device, 65_536 if device.type == "cuda" else 512))
-        if not log.exists():
-            write_reference(log, rows=arguments.rows, seed=7)
-        keep("probes", "rows_per_second_of_reading_threads", reading_probe(run, log))
-        print("probes", json.dumps(result["probes"], indent=1), flush=True)
-        sizes = [int(size) for size in arguments.batch_sizes.split(",")]
-        speeds(asked, sizes, arguments.steps, started + arguments.seconds, functools.partial(keep, "speed"))
+    run, log = Run(work / "run-checked-cpu"), work / f"log-{arguments.rows}"
+    keep("probes", "milliseconds", product_probe(run, device, 65_536 if device.type == "cuda" else 512))
+    if not log.exists():
+        write_reference(log, rows=arguments.rows, seed=7)
+    keep("probes", "rows_per_second_of_reading_threads", reading_probe(run, log))
+    print("probes", json.dumps(result["probes"], indent=1), flush=True)
+    sizes = [int(size) for size in arguments.batch_sizes.split(",")]
+    speeds(asked, sizes, arguments.steps, started + arguments.seconds, functools.partial(keep, "speed"))
     sys.exit(0 if passed else 1)
 
 
