@@ -45,10 +45,15 @@ class FlatGradients:
         self.parameters = list(parameters)
         device = self.parameters[0].device if self.parameters else torch.device("cpu")
         self.buffer = torch.zeros(sum(p.numel() for p in self.parameters), device=device)
-        start = 0
-        for parameter in self.parameters:
-            parameter.grad = self.buffer[start : start + parameter.numel()].view_as(parameter)
-            start += parameter.numel()
+        parts = self.buffer.split([parameter.numel() for parameter in self.parameters])
+        self._parts = [part.view_as(parameter) for part, parameter in zip(parts, self.parameters, strict=True)]
+        for parameter, part in zip(self.parameters, self._parts, strict=True):
+            parameter.grad = part
+
+    def take(self, gradients: Sequence[Tensor]) -> None:
+        """Takes the gradients, in the order of the parameters; they may lie in memory as they like."""
+        if self._parts:
+            torch._foreach_copy_(self._parts, list(gradients))
 
 
 @dataclasses.dataclass
@@ -296,7 +301,7 @@ def train_step(
     if gradients is None:
         wanted = [leaf_BD, *state.dense_gradients.parameters]
         x_gradient_BD, *found = torch.autograd.grad(torch.dot(weights_K, share_K), wanted, materialize_grads=True)
-        torch.cat([gradient.flatten() for gradient in found], out=state.dense_gradients.buffer)
+        state.dense_gradients.take(found)
     else:
         dense_gradient, x_gradient_BD = gradients.weighted(weights_K)
         state.dense_gradients.buffer.copy_(dense_gradient)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mtrec.architectures import products
-from mtrec.architectures.products import fan_out, linear, linears
+from mtrec.architectures.products import Maps, fan_out, linear, linears
 
 needs_onednn = pytest.mark.skipif(products._LINEAR is None, reason="this torch has no oneDNN operator")
 
@@ -60,24 +60,98 @@ def test_a_product_and_its_gradients_are_those_of_double_precision(
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=2e-4)
 
 
-@pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("biased", [False, True])
+# (maps, outputs of each, biased, ReLU) of each reader
+ONE, GATES, WIDE = (3, 64, True, True), (3, 4, False, False), (4, 128, True, False)
+READERS = {
+    "one": [ONE],
+    "plain": [(3, 64, False, False)],
+    "gates": [(3, 4, True, True)],
+    "aliased": [(4, 128, True, True)],
+    "several": [GATES, ONE, WIDE],
+    "unbiased": [GATES, (2, 32, False, True)],
+    "small": [GATES, (1, 8, True, True)],
+}
+
+
 @pytest.mark.parametrize("rows", [300, 1, 0])
-def test_maps_of_the_same_inputs_are_those_maps_one_by_one(library: bool, relu: bool, biased: bool, rows: int) -> None:
-    x, weight, bias = drawn(rows, 45), drawn(3, 64, 45), drawn(3, 64) if biased else None
-    leaves = [each.clone().requires_grad_() for each in (x, weight, bias) if each is not None]
-    y = fan_out(*(leaves if biased else [*leaves, None]), relu)
-    mask = drawn(3, rows, 64)
-    (y * mask).sum().backward()
-    same = x.double().expand(3, -1, -1).clone().requires_grad_()
-    exact = [each.double().requires_grad_() for each in (weight, bias) if each is not None]
-    z = same @ exact[0].transpose(1, 2) + (exact[1].unsqueeze(1) if biased else 0.0)
-    z = z.relu() if relu else z
-    (z * mask.double()).sum().backward()
-    assert y.shape == (3, rows, 64)
-    torch.testing.assert_close(y.double(), z, rtol=1e-5, atol=2e-4)
-    for leaf, gradient in zip(leaves, [same.grad.sum(0), *(each.grad for each in exact)], strict=True):  # type: ignore[union-attr]
-        torch.testing.assert_close(leaf.grad.double(), gradient, rtol=1e-5, atol=2e-4)  # type: ignore[union-attr]
+@pytest.mark.parametrize("inputs", [45, 47, 48])
+@pytest.mark.parametrize("readers", READERS)
+def test_maps_of_the_same_inputs_are_those_maps_one_by_one(library: bool, readers: str, inputs: int, rows: int) -> None:
+    x, mine, exact = drawn(rows, inputs).requires_grad_(), [], []
+    same = x.detach().double().requires_grad_()
+    expected = []
+    for maps, outputs, biased, relu in READERS[readers]:
+        weight, bias = drawn(maps, outputs, inputs).requires_grad_(), drawn(maps, outputs).requires_grad_() if biased else None
+        mine.append(Maps(weight, bias, relu))
+        weight, bias = (None if each is None else each.detach().double().requires_grad_() for each in (weight, bias))
+        exact.append(Maps(weight, bias, relu))
+        z = same @ weight.transpose(1, 2)
+        z = z if bias is None else z + bias.unsqueeze(1)
+        expected.append(z.relu() if relu else z)
+    found = fan_out(x, *mine)
+    for y, z in zip(found, expected, strict=True):
+        assert y.shape == z.shape
+        torch.testing.assert_close(y.double(), z, rtol=1e-5, atol=2e-4)
+    sum((y * drawn(*y.shape)).sum() for y in found).backward()  # type: ignore[union-attr]
+    sum((z * drawn(*z.shape).double()).sum() for z in expected).backward()  # type: ignore[union-attr]
+    leaves = [(x, same)] + [pair for one, other in zip(mine, exact, strict=True) for pair in zip(one[:2], other[:2], strict=True)]
+    for leaf, other in leaves:
+        if leaf is not None:
+            torch.testing.assert_close(leaf.grad.double(), other.grad, rtol=1e-5, atol=2e-4)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("readers", ["aliased", "several"])
+def test_products_are_of_whole_registers_and_rows_no_page_apart(readers: str, library: bool) -> None:
+    maps = [
+        Maps(drawn(n, outputs, 45).requires_grad_(), drawn(n, outputs) if biased else None, relu)
+        for n, outputs, biased, relu in READERS[readers]
+    ]
+    y = fan_out(drawn(300, 45), *maps)[-1]
+    wide, weights = y.grad_fn.saved_tensors[:2]  # type: ignore[union-attr]
+    assert wide.shape == (300, 48)
+    assert weights.shape == {"aliased": (512, 48), "several": (12 + 192 + 512 + 4, 48)}[readers]
+    if readers == "aliased":
+        assert y.stride() == ((300 * 128, 128, 1) if library else (128, 512 + 16, 1))
+
+
+@pytest.mark.skipif(not products._BF16, reason="oneDNN has no bf16 on this CPU")
+@pytest.mark.parametrize("readers", READERS)
+def test_bf16_is_as_near_to_the_truth_as_autocast_map_by_map(readers: str) -> None:
+    results: list[list[Tensor]] = []
+    for way in ("exact", "autocast", "fan_out"):
+        dtype = torch.float64 if way == "exact" else torch.float32
+        x = drawn(600, 45, dtype=dtype).requires_grad_()
+        leaves, ys, maps = [x], [], []
+        with torch.autocast("cpu", torch.bfloat16, enabled=way != "exact"):
+            for n, outputs, biased, relu in READERS[readers]:
+                weight = drawn(n, outputs, 45, dtype=dtype).requires_grad_()
+                bias = drawn(n, outputs, dtype=dtype).requires_grad_() if biased else None
+                leaves += [weight] if bias is None else [weight, bias]
+                maps.append(Maps(weight, bias, relu))
+                z = torch.stack([functional.linear(x, w, None if bias is None else bias[i]) for i, w in enumerate(weight)])
+                ys.append(z.relu() if relu else z)
+            if way == "fan_out":
+                ys = fan_out(x, *maps)
+                assert all("FanOut" in type(y.grad_fn).__name__ and y.dtype == torch.bfloat16 for y in ys)
+        sum((y.to(dtype) * drawn(*y.shape, dtype=dtype)).sum() for y in ys).backward()  # type: ignore[union-attr]
+        assert all(leaf.grad is not None and leaf.grad.dtype == dtype for leaf in leaves)
+        results.append([each.double() for each in [*(y.detach() for y in ys), *(leaf.grad for leaf in leaves)]])  # type: ignore[union-attr]
+    for exact, autocast, found in zip(*results, strict=True):
+        assert (found - exact).norm() <= 1.2 * (autocast - exact).norm() < 0.1 * exact.norm()
+
+
+def test_some_gradients_alone(library: bool) -> None:
+    x, frozen, weight, bias = drawn(300, 45), drawn(3, 64, 45), drawn(3, 64, 45), drawn(3, 64)
+    for wanted in ([x], [weight], [bias]):
+        for leaf in wanted:
+            leaf.requires_grad_()
+        one, other = fan_out(x, Maps(frozen, None, True), Maps(weight, bias))
+        (found,) = torch.autograd.grad(one.sum() + other.sum(), wanted)
+        below = functional.linear(x, frozen.flatten(0, 1)).relu().sum() + functional.linear(x, weight.flatten(0, 1)).sum()
+        exact = torch.full((3, 64), 300.0) if wanted[0] is bias else torch.autograd.grad(below, wanted)[0]
+        torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-3)
+        for leaf in wanted:
+            leaf.requires_grad_(False)
 
 
 def test_fp32_on_a_cpu_is_computed_here_also_for_inputs_with_gaps(library: bool) -> None:
@@ -106,10 +180,10 @@ def test_a_pass_towards_inputs_computes_no_gradient_of_weights(several: bool, mo
     x, weight = drawn(300, 45).requires_grad_(), drawn(64, 45).requires_grad_()
     if several:
         with torch.no_grad():
-            products_of_maps = fan_out(x, weight.view(4, 16, 45))
+            (products_of_maps,) = fan_out(x, Maps(weight.view(4, 16, 45)))
         monkeypatch.setattr(products, "_takes", lambda x, weight: True)
-        y = fan_out(x, weight.view(4, 16, 45))
-        assert torch.equal(y, products_of_maps)
+        (y,) = fan_out(x, Maps(weight.view(4, 16, 45)))
+        torch.testing.assert_close(y, products_of_maps)
         assert y.grad_fn is not None
         assert "FanOut" in type(y.grad_fn).__name__
         y = y.sum()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mtrec.architectures.experts import BatchedMLP, Gates, cast_once, checked_names, mix
+from mtrec.architectures.experts import BatchedMLP, Gates, checked_names, mix, together
 from mtrec.dropout import without_dropout
 from mtrec.kinds import Fraction, NonEmptyWidths, PositiveInt
 
@@ -53,21 +53,24 @@ class ExtractionLevel(nn.Module):
 
         What is shared is None at the last level.
         """
-        gates_KBE = self.task_gates(tasks_x)
+        gates = [self.task_gates] if self.shared_gate is None else [self.task_gates, self.shared_gate]
+        blocks: list[BatchedMLP | Gates] = [*gates, self.task_experts, self.shared_experts]
+        if tasks_x is shared_x:  # the first level
+            found = together(shared_x, *blocks)
+        else:
+            of_tasks = (self.task_gates, self.task_experts)
+            found = [block(tasks_x if block in of_tasks else shared_x) for block in blocks]
+        gates_KBE, *shared_gate, task_experts_EBH, shared_experts_EBH = found
         own_KBM, seen_KBS = gates_KBE.split(self._split, dim=2)
         # Each task's weights stand in the columns of its own experts and are zero elsewhere, so that all tasks are
         # mixed by one product that reads every expert once.
         own_KBE = torch.diag_embed(own_KBM.permute(1, 2, 0), dim1=0, dim2=2).flatten(2)
         gates_GBE = torch.cat([own_KBE, seen_KBS], dim=2)
-        shared_1BE = None
-        if self.shared_gate is not None:
-            shared_1BE = self.shared_gate(shared_x)
-            gates_GBE = torch.cat([gates_GBE, shared_1BE])
-        mixed_BGH = mix(gates_GBE, self.task_experts(tasks_x), self.shared_experts(shared_x))
-        if shared_1BE is None:
+        mixed_BGH = mix(torch.cat([gates_GBE, *shared_gate]), task_experts_EBH, shared_experts_EBH)
+        if not shared_gate:
             return mixed_BGH, None, gates_KBE, None
         tasks_BKH, shared_B1H = mixed_BGH.split((gates_KBE.shape[0], 1), dim=1)
-        return tasks_BKH, shared_B1H.squeeze(1), gates_KBE, shared_1BE
+        return tasks_BKH, shared_B1H.squeeze(1), gates_KBE, shared_gate[0]
 
     def flops_per_row(self) -> int:
         """Of the matrix products of forward, the zeros in the mixture included."""
@@ -122,7 +125,6 @@ class CGC(nn.Module):
 
     def forward(self, x_BD: Tensor) -> dict[str, Tensor]:
         """{task: (B, H)}."""
-        x_BD = cast_once(x_BD)
         return dict(zip(self.tasks, self.level(x_BD, x_BD)[0].unbind(1), strict=True))
 
     def gates(self, x_BD: Tensor) -> dict[str, Tensor]:

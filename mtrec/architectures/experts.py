@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mtrec.architectures.products import fan_out, linears, reads_gaps
+from mtrec.architectures.products import Maps, fan_out, linears, reads_gaps
 from mtrec.dropout import Dropout, keep_mask
 
 
@@ -23,18 +23,6 @@ def packed(x: Tensor) -> Tensor:
     not at all) and CUDA's take it as it is.
     """
     return x.contiguous() if x.device.type == "cpu" and x.dtype != torch.float32 else x
-
-
-def cast_once(x: Tensor) -> Tensor:
-    """`x` in the type that autocast computes in, so that several readers do not each cast it, and its gradient back.
-
-    >>> with torch.autocast("cpu", torch.bfloat16):
-    ...     cast_once(torch.ones(1)).dtype
-    torch.bfloat16
-    """
-    kind = x.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # meta knows no autocast
-    return x.to(torch.get_autocast_dtype(kind)) if on else x
 
 
 class BatchedLinear(nn.Module):
@@ -67,11 +55,8 @@ class BatchedLinear(nn.Module):
         changed in place.
         """
         num_maps, output_dim, _ = self.weight.shape
-        if x.dim() == 3 and x.shape[0] == 1:
-            x = x.squeeze(0)
-        if x.dim() == 2:  # one product with all maps side by side
-            by_map = fan_out(x, self.weight, self.bias, relu)
-            return by_map if reads_gaps(x) else packed(by_map)
+        if x.dim() == 2 or x.shape[0] == 1:  # one product with all maps side by side
+            return _side_by_side(x, [(self, relu)])[0]
         groups = x.shape[0]
         weight = self.weight.view(groups, num_maps // groups * output_dim, -1)
         grouped = linears(x, weight, None if self.bias is None else self.bias.view(groups, -1), relu)
@@ -83,6 +68,13 @@ class BatchedLinear(nn.Module):
     def flops_per_row(self) -> int:
         """2 x the number of weights."""
         return 2 * self.weight.numel()
+
+
+def _side_by_side(x: Tensor, layers: Sequence[tuple[BatchedLinear, bool]]) -> list[Tensor]:
+    """(N, B, out) of each layer, ReLU applied where said; all read x, (B, in) or (1, B, in)."""
+    x_BI = x if x.dim() == 2 else x.squeeze(0)
+    by_map = fan_out(x_BI, *(Maps(layer.weight, layer.bias, relu) for layer, relu in layers))
+    return by_map if reads_gaps(x_BI) else [packed(each) for each in by_map]
 
 
 class BatchedLayerNorm(nn.Module):
@@ -128,10 +120,23 @@ class BatchedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in), or (G, B, in) where N / G consecutive perceptrons read x[g], -> (N, B, out)."""
+        return self.rest(self.linears[0](x, *self.first[1:])) if self.linears else x
+
+    @property
+    def first(self) -> tuple[BatchedLinear, bool]:
+        """The first layer's linear map, and whether its ReLU follows at once."""
+        layer = self.linears[0]
+        assert isinstance(layer, BatchedLinear)
+        return layer, not self.norms
+
+    def rest(self, x_NBH: Tensor) -> Tensor:
+        """What follows after `first`."""
         for i, layer in enumerate(self.linears):
-            x = functional.relu(self.norms[i](layer(x))) if self.norms else layer(x, relu=True)
-            x = self.dropout(x, row_dim=1)
-        return x
+            if i > 0:
+                x_NBH = layer(x_NBH, relu=not self.norms)
+            x_NBH = functional.relu(self.norms[i](x_NBH)) if self.norms else x_NBH
+            x_NBH = self.dropout(x_NBH, row_dim=1)
+        return x_NBH
 
     def flops_per_row(self) -> int:
         """Of the linear maps alone."""
@@ -156,9 +161,18 @@ class Gates(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in) or (G, B, in) -> (G, B, E), in fp32 also under autocast."""
-        logits_GBE: Tensor = self.linear(x).float()
+        return self.rest(self.linear(x))
+
+    @property
+    def first(self) -> tuple[BatchedLinear, bool]:
+        """The linear map; no ReLU follows."""
+        return self.linear, False
+
+    def rest(self, logits_GBE: Tensor) -> Tensor:
+        """The weights, (G, B, E) in fp32, of logits."""
+        logits_GBE = logits_GBE.float()
         if self.training and self.gate_dropout > 0.0:
-            keep_GBE = keep_mask(logits_GBE.shape, 1.0 - self.gate_dropout, row_dim=1, device=x.device)
+            keep_GBE = keep_mask(logits_GBE.shape, 1.0 - self.gate_dropout, row_dim=1, device=logits_GBE.device)
             if keep_GBE is not None:
                 none_left_GB1 = ~keep_GBE.any(2, keepdim=True)
                 logits_GBE = logits_GBE.masked_fill(~(keep_GBE | none_left_GB1), -torch.inf)
@@ -167,6 +181,16 @@ class Gates(nn.Module):
     def flops_per_row(self) -> int:
         """Of the logits."""
         return self.linear.flops_per_row()
+
+
+def together(x: Tensor, *blocks: BatchedMLP | Gates) -> list[Tensor]:
+    """What each block makes of the same inputs, (B, in) or (1, B, in); their first linear maps are one product where that pays.
+
+    >>> [tuple(y.shape) for y in together(torch.ones(5, 8), Gates(3, 8, 4), BatchedMLP(4, 8, (16, 2)))]
+    [(3, 5, 4), (4, 5, 2)]
+    """
+    firsts = _side_by_side(x, [block.first for block in blocks])
+    return [block.rest(first) for block, first in zip(blocks, firsts, strict=True)]
 
 
 def mix(gates_GBE: Tensor, *experts_EBH: Tensor) -> Tensor:
