@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mtrec import parallel
-from mtrec.architectures.products import towards_inputs
+from mtrec.architectures.products import backward_to
 from mtrec.balancing import make_balancer
 from mtrec.config import Experiment
 from mtrec.model import DensePart, task_specs
@@ -45,7 +45,7 @@ class TaskGradients:
         missing = [*(self.parameters if self.dense_KP is None else ()), *([self.leaf_BD] if self.x_KBD is None else ())]
         taken: list[Tensor] = []
         if missing:
-            with towards_inputs() if self.dense_KP is not None else nullcontext():
+            with backward_to("inputs") if self.dense_KP is not None else nullcontext():
                 taken += torch.autograd.grad(torch.dot(weights_K, self.share_K), missing, materialize_grads=True)
         if self.x_KBD is None:
             x_BD = taken.pop()
@@ -73,7 +73,8 @@ def task_gradients(
     for index in range(len(share_K)):
         wanted = [*parameters, leaf_BD] if to_x else [*parameters]
         last = to_x and index + 1 == len(share_K)
-        gradients = torch.autograd.grad(share_K[index], wanted, retain_graph=not last, materialize_grads=True)
+        with nullcontext() if to_x else backward_to("parameters"):
+            gradients = torch.autograd.grad(share_K[index], wanted, retain_graph=not last, materialize_grads=True)
         rows.append(_flat(gradients[: len(parameters)]))
         x_KBD += gradients[len(parameters) :]
     return TaskGradients(share_K, leaf_BD, parameters, torch.stack(rows), x_KBD if to_x else None)
@@ -81,7 +82,7 @@ def task_gradients(
 
 def representation_gradients(share_K: Tensor, leaf_BD: Tensor, parameters: Sequence[nn.Parameter]) -> TaskGradients:
     """Takes one pass a task down to x_BD, none of them to the parameters; keeps the graph."""
-    with towards_inputs():
+    with backward_to("inputs"):
         x_KBD = [torch.autograd.grad(share, leaf_BD, retain_graph=True)[0] for share in share_K]
     return TaskGradients(share_K, leaf_BD, parameters, None, x_KBD)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mtrec import parallel
+from mtrec.architectures.fan_out import apart
 from mtrec.balancing import Balancer, make_balancer
 from mtrec.balancing.static import Static
 from mtrec.batch import Batch
@@ -454,7 +455,8 @@ def _sampled_shares(state: TrainState, batch: Batch, leaf_BD: Tensor) -> tuple[T
     weight_B = None if batch.sample_weight_B is None else batch.sample_weight_B[rows]
     counting = _start_counting(state, labels, weight_B)
     sampled_BD = leaf_BD.detach()[rows].requires_grad_()
-    share_K, _ = _shares(state, sampled_BD, [len(index) for index in chosen], counting)
+    with apart():  # the passes go towards the shared parameters alone
+        share_K, _ = _shares(state, sampled_BD, [len(index) for index in chosen], counting)
     return share_K, sampled_BD
 
 

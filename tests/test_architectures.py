@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtrec.architectures import ARCHITECTURES, CGC, PLE, MMoE, OMoE, SharedBottom, SingleTask, Towers
+from mtrec.architectures import ARCHITECTURES, CGC, PLE, MMoE, OMoE, SharedBottom, SingleTask, Towers, fan_out, products
 from mtrec.architectures.experts import BatchedLinear, BatchedMLP, Gates
 from mtrec.dropout import stream_dropout
 from mtrec.kinds import check_options, option_types
@@ -35,6 +35,20 @@ VARIANTS = {
 }
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 each_gated_variant = pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "mmoe one expert"])
+
+
+@pytest.fixture(params=["as torch does", "as one product"])
+def own_products(request, monkeypatch):
+    """Products as small as these are torch's; with the second, first layers that read the same are one product of ours."""
+    if request.param == "as torch does":
+        yield
+        return
+    monkeypatch.setattr(products, "_LEAST_SIZE", 1)
+    monkeypatch.setattr(products, "_LEAST_PRODUCTS", 1)
+    taken, real = [], fan_out._is_one_product
+    monkeypatch.setattr(fan_out, "_is_one_product", lambda *given: taken.append(real(*given)) or taken[-1])
+    yield
+    assert any(taken)
 
 
 def build(variant: str, tasks=TASKS, seed: int = 0, **options) -> nn.Module:
@@ -130,7 +144,7 @@ def plain_ple(levels, x: Tensor) -> dict[str, Tensor]:
 
 
 @each_variant
-def test_outputs_and_gradients_are_those_of_plain_experts(variant):
+def test_outputs_and_gradients_are_those_of_plain_experts(variant, own_products):
     model, plain = build(variant), Plain()
     forward = plain_forward(model, plain)
     assert {id(batched) for batched, _ in plain.pairs} == {id(parameter) for parameter in model.parameters()}
@@ -225,7 +239,7 @@ def test_no_rows(variant):
 
 
 @each_variant
-def test_bf16_autocast(variant):
+def test_bf16_autocast(variant, own_products):
     model = build(variant)
     towers = Towers(TASKS, model.output_dim, (6,))
     x = torch.randn(40, D, requires_grad=True)
@@ -262,7 +276,7 @@ def test_builds_and_runs_on_meta_and_is_initialised_afterwards(variant):
 
 
 @each_variant
-def test_dropout_does_not_depend_on_the_number_of_ranks(variant):
+def test_dropout_does_not_depend_on_the_number_of_ranks(variant, own_products):
     gate = {"gate_dropout": 0.3} if "gate_dropout" in _options(variant) else {}
     model = build(variant, dropout=0.4, **gate)
     rows = (3, 2, 0, 4, 1, 2, 3, 2)
@@ -280,7 +294,7 @@ def test_dropout_does_not_depend_on_the_number_of_ranks(variant):
         model.train()
 
 
-def test_cgc_is_ple_with_one_level():
+def test_cgc_is_ple_with_one_level(own_products):
     options = {"num_task_experts": 2, "num_shared_experts": 3}
     cgc, ple = CGC(D, TASKS, **options), PLE(D, TASKS, levels=1, **options)
     ple.load_state_dict({name.replace("level.", "levels.0."): value for name, value in cgc.state_dict().items()})

@@ -22,7 +22,7 @@ from mtrec.gradients import check_place, gramian, gramian_of_parameters, sampled
 from mtrec.labels import labels_of
 from mtrec.model import MultiTaskModel
 from mtrec.run import Run, open_source
-from mtrec.step import TrainState, build_state, train_step
+from mtrec.step import FlatGradients, TrainState, build_state, train_step
 from mtrec.train import Progress, Step, make_reader, train
 
 CPU = torch.device("cpu")
@@ -276,3 +276,13 @@ def test_a_frozen_parameter_stays_as_it_is(run: Run) -> None:
         assert torch.equal(frozen, before[0])
         assert any(not torch.equal(now, then) for now, then in zip(others, before[1:], strict=True))
         assert {key for key in state.tensors() if key.startswith("dense_state.")}
+
+
+def test_flat_gradients_take_what_lies_in_memory_as_it_likes() -> None:
+    parameters = [nn.Parameter(torch.zeros(3, 5)), nn.Parameter(torch.zeros(4))]
+    flat, wide = FlatGradients(parameters), torch.randn(3, 8)
+    flat.take([wide[:, :5], wide.bfloat16()[0, ::2]])
+    assert torch.equal(flat.buffer[:15].view(3, 5), wide[:, :5])
+    assert torch.equal(parameters[1].grad, wide.bfloat16()[0, ::2].float())
+    assert parameters[0].grad.data_ptr() == flat.buffer.data_ptr()
+    FlatGradients([]).take([])

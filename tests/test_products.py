@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from mtrec.architectures import products
-from mtrec.architectures.products import Maps, fan_out, linear, linears
+from mtrec.architectures.experts import BatchedLinear
+from mtrec.architectures.fan_out import Maps, apart, fan_out
+from mtrec.architectures.products import backward_to, linear, linears
 
 needs_onednn = pytest.mark.skipif(products._LINEAR is None, reason="this torch has no oneDNN operator")
 
@@ -23,8 +25,8 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return bool(request.param)
 
 
-def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(shape))
+def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * seed + sum(shape))
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
@@ -68,6 +70,7 @@ READERS = {
     "gates": [(3, 4, True, True)],
     "aliased": [(4, 128, True, True)],
     "several": [GATES, ONE, WIDE],
+    "alike": [ONE, ONE],
     "unbiased": [GATES, (2, 32, False, True)],
     "small": [GATES, (1, 8, True, True)],
 }
@@ -80,8 +83,9 @@ def test_maps_of_the_same_inputs_are_those_maps_one_by_one(library: bool, reader
     x, mine, exact = drawn(rows, inputs).requires_grad_(), [], []
     same = x.detach().double().requires_grad_()
     expected = []
-    for maps, outputs, biased, relu in READERS[readers]:
-        weight, bias = drawn(maps, outputs, inputs).requires_grad_(), drawn(maps, outputs).requires_grad_() if biased else None
+    for seed, (maps, outputs, biased, relu) in enumerate(READERS[readers]):
+        weight = drawn(maps, outputs, inputs, seed=seed).requires_grad_()
+        bias = drawn(maps, outputs, seed=seed).requires_grad_() if biased else None
         mine.append(Maps(weight, bias, relu))
         weight, bias = (None if each is None else each.detach().double().requires_grad_() for each in (weight, bias))
         exact.append(Maps(weight, bias, relu))
@@ -89,6 +93,9 @@ def test_maps_of_the_same_inputs_are_those_maps_one_by_one(library: bool, reader
         z = z if bias is None else z + bias.unsqueeze(1)
         expected.append(z.relu() if relu else z)
     found = fan_out(x, *mine)
+    with torch.no_grad():
+        for y, again in zip(found, fan_out(x, *mine), strict=True):
+            torch.testing.assert_close(y, again, rtol=1e-5, atol=1e-4)
     for y, z in zip(found, expected, strict=True):
         assert y.shape == z.shape
         torch.testing.assert_close(y.double(), z, rtol=1e-5, atol=2e-4)
@@ -101,7 +108,7 @@ def test_maps_of_the_same_inputs_are_those_maps_one_by_one(library: bool, reader
 
 
 @pytest.mark.parametrize("readers", ["aliased", "several"])
-def test_products_are_of_whole_registers_and_rows_no_page_apart(readers: str, library: bool) -> None:
+def test_products_are_of_whole_registers_and_rows_not_2_kib_apart(readers: str, library: bool) -> None:
     maps = [
         Maps(drawn(n, outputs, 45).requires_grad_(), drawn(n, outputs) if biased else None, relu)
         for n, outputs, biased, relu in READERS[readers]
@@ -115,17 +122,18 @@ def test_products_are_of_whole_registers_and_rows_no_page_apart(readers: str, li
 
 
 @pytest.mark.skipif(not products._BF16, reason="oneDNN has no bf16 on this CPU")
+@pytest.mark.parametrize("inputs", [45, 48])
 @pytest.mark.parametrize("readers", READERS)
-def test_bf16_is_as_near_to_the_truth_as_autocast_map_by_map(readers: str) -> None:
+def test_bf16_is_as_near_to_the_truth_as_autocast_map_by_map(readers: str, inputs: int) -> None:
     results: list[list[Tensor]] = []
     for way in ("exact", "autocast", "fan_out"):
         dtype = torch.float64 if way == "exact" else torch.float32
-        x = drawn(600, 45, dtype=dtype).requires_grad_()
+        x = drawn(600, inputs, dtype=dtype).requires_grad_()
         leaves, ys, maps = [x], [], []
         with torch.autocast("cpu", torch.bfloat16, enabled=way != "exact"):
-            for n, outputs, biased, relu in READERS[readers]:
-                weight = drawn(n, outputs, 45, dtype=dtype).requires_grad_()
-                bias = drawn(n, outputs, dtype=dtype).requires_grad_() if biased else None
+            for seed, (n, outputs, biased, relu) in enumerate(READERS[readers]):
+                weight = drawn(n, outputs, inputs, dtype=dtype, seed=seed).requires_grad_()
+                bias = drawn(n, outputs, dtype=dtype, seed=seed).requires_grad_() if biased else None
                 leaves += [weight] if bias is None else [weight, bias]
                 maps.append(Maps(weight, bias, relu))
                 z = torch.stack([functional.linear(x, w, None if bias is None else bias[i]) for i, w in enumerate(weight)])
@@ -141,17 +149,68 @@ def test_bf16_is_as_near_to_the_truth_as_autocast_map_by_map(readers: str) -> No
 
 
 def test_some_gradients_alone(library: bool) -> None:
-    x, frozen, weight, bias = drawn(300, 45), drawn(3, 64, 45), drawn(3, 64, 45), drawn(3, 64)
+    x, frozen, weight, bias = drawn(300, 45), drawn(3, 64, 45), drawn(3, 64, 45, seed=1), drawn(3, 64)
     for wanted in ([x], [weight], [bias]):
         for leaf in wanted:
             leaf.requires_grad_()
         one, other = fan_out(x, Maps(frozen, None, True), Maps(weight, bias))
-        (found,) = torch.autograd.grad(one.sum() + other.sum(), wanted)
-        below = functional.linear(x, frozen.flatten(0, 1)).relu().sum() + functional.linear(x, weight.flatten(0, 1)).sum()
-        exact = torch.full((3, 64), 300.0) if wanted[0] is bias else torch.autograd.grad(below, wanted)[0]
+        (found,) = torch.autograd.grad(one.sum() + 2.0 * other.sum(), wanted)
+        below = functional.linear(x, frozen.flatten(0, 1)).relu().sum() + 2.0 * functional.linear(x, weight.flatten(0, 1)).sum()
+        exact = torch.full((3, 64), 600.0) if wanted[0] is bias else torch.autograd.grad(below, wanted)[0]
         torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-3)
         for leaf in wanted:
             leaf.requires_grad_(False)
+
+
+def test_what_is_not_trained_or_asked_to_be_apart_has_a_product_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = drawn(300, 45).requires_grad_()
+    frozen, one, other = (Maps(drawn(3, 64, 45, seed=seed)) for seed in range(3))
+    for maps in (one, other):
+        maps.weight.requires_grad_()
+    together = fan_out(x, frozen, one, other)
+    assert together[1].grad_fn is together[2].grad_fn is not together[0].grad_fn
+    with apart():
+        separate = fan_out(x, frozen, one, other)
+    assert len({y.grad_fn for y in separate}) == 3
+    for y, z in zip(together, separate, strict=True):
+        torch.testing.assert_close(y, z, rtol=1e-5, atol=1e-5)
+
+
+def test_several_passes_through_one_product_are_those_through_several(library: bool) -> None:
+    x = drawn(300, 45).requires_grad_()
+    readers = [Maps(drawn(3, 64, 45, seed=seed).requires_grad_(), drawn(3, 64).requires_grad_(), True) for seed in range(2)]
+    leaves = [x, *(leaf for maps in readers for leaf in maps[:2])]
+    together = fan_out(x, *readers)
+    with apart():
+        separate = fan_out(x, *readers)
+    for weights in ((1.0, 0.0), (0.5, 2.0)):
+        found, exact = (
+            torch.autograd.grad(sum(w * (y * y).sum() for w, y in zip(weights, ys, strict=True)), leaves, retain_graph=True)
+            for ys in (together, separate)
+        )
+        for one, other in zip(found, exact, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("graded", [False, True])
+def test_what_is_not_finite_stays_so_where_it_belongs(library: bool, graded: bool) -> None:
+    x, weight = drawn(300, 45), drawn(2, 64, 45)
+    weight[1, 3, 4] = torch.nan
+    x[7, 5] = torch.inf
+    with torch.set_grad_enabled(graded):
+        one, other = fan_out(x, Maps(weight, drawn(2, 64), True), Maps(drawn(3, 4, 45).requires_grad_()))
+    assert bool(one[1, :, 3].isnan().all())
+    assert bool(one[0, :7].isfinite().all())
+    assert bool(other[:, 8:].isfinite().all())
+    assert not bool(other[:, 7].isfinite().any())
+
+
+def test_types_that_autocast_leaves_alone() -> None:
+    layer, x = BatchedLinear(4, 48, 64).double(), drawn(300, 48, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.float64
+    with pytest.raises(RuntimeError, match="dtype"):
+        fan_out(drawn(600, 48).bfloat16(), Maps(drawn(4, 64, 48)))
 
 
 def test_fp32_on_a_cpu_is_computed_here_also_for_inputs_with_gaps(library: bool) -> None:
@@ -175,35 +234,28 @@ def test_a_nan_stays_one_through_a_relu(library: bool, graded: bool) -> None:
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_a_pass_towards_inputs_computes_no_gradient_of_weights(several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_FP32", False)
-    x, weight = drawn(300, 45).requires_grad_(), drawn(64, 45).requires_grad_()
-    if several:
-        with torch.no_grad():
-            (products_of_maps,) = fan_out(x, Maps(weight.view(4, 16, 45)))
-        monkeypatch.setattr(products, "_takes", lambda x, weight: True)
-        (y,) = fan_out(x, Maps(weight.view(4, 16, 45)))
-        torch.testing.assert_close(y, products_of_maps)
-        assert y.grad_fn is not None
-        assert "FanOut" in type(y.grad_fn).__name__
-        y = y.sum()
-    else:
-        y = linear(x, weight).sum()
-    (exact,) = torch.autograd.grad(y, x, retain_graph=True)
-    shapes: list[tuple[int, ...]] = []
-    real = products._product
+def test_passes_to_inputs_or_to_parameters_alone(several: bool, library: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    leaf, weight = drawn(300, 45).requires_grad_(), drawn(64, 45).requires_grad_()
+    calls: list[list[bool]] = []
+    real = products.gradients
 
-    def counted(*arguments: Any) -> Tensor:
-        shapes.append(tuple(arguments[0].shape))
-        return real(*arguments)
+    def noted(wanted: Any, *arguments: Any) -> Any:
+        calls.append(list(wanted))
+        return real(wanted, *arguments)
 
-    monkeypatch.setattr(products, "_product", counted)
-    with products.towards_inputs():
-        (found,) = torch.autograd.grad(y, x, retain_graph=True)
-    assert torch.equal(found, exact)
-    assert shapes == [(300, 64)]
-    torch.autograd.grad(y, weight)
-    assert (64, 300) in shapes
+    monkeypatch.setattr(products, "gradients", noted)
+    monkeypatch.setattr("mtrec.architectures.fan_out.gradients", noted)
+    for x in (leaf, 1.0 * leaf):
+        y = fan_out(x, Maps(weight.view(4, 16, 45)))[0] if several else linear(x, weight)
+        exact = torch.autograd.grad(y.sum(), [leaf, weight], retain_graph=True)
+        calls.clear()
+        with backward_to("inputs"):
+            (dx,) = torch.autograd.grad(y.sum(), leaf, retain_graph=True)
+        with backward_to("parameters"):
+            (dweight,) = torch.autograd.grad(y.sum(), weight, retain_graph=True)
+        assert torch.equal(dx, exact[0])
+        assert torch.equal(dweight, exact[1])
+        assert calls == [[True, False, False], [x is not leaf, True, False]]
 
 
 @pytest.mark.parametrize(

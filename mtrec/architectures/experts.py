@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mtrec.architectures.products import Maps, fan_out, linears, reads_gaps
+from mtrec.architectures.fan_out import Maps, fan_out
+from mtrec.architectures.products import linears, reads_gaps
 from mtrec.dropout import Dropout, keep_mask
 
 
@@ -49,14 +50,12 @@ class BatchedLinear(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
-        """(B, in), read by every map, or (G, B, in), where N / G consecutive maps read x[g], -> (N, B, out).
-
-        `relu` is applied here because it can be done in place only before the result is viewed as (N, B, out); that is not to be
-        changed in place.
+        """(B, in), read by every map, or (G, B, in), where N / G consecutive maps read x[g], -> (N, B, out), which is not to be
+        changed in place. `relu` sets what is negative to 0, in the same pass.
         """
         num_maps, output_dim, _ = self.weight.shape
         if x.dim() == 2 or x.shape[0] == 1:  # one product with all maps side by side
-            return _side_by_side(x, [(self, relu)])[0]
+            return _first_maps(x, [(self, relu)])[0]
         groups = x.shape[0]
         weight = self.weight.view(groups, num_maps // groups * output_dim, -1)
         grouped = linears(x, weight, None if self.bias is None else self.bias.view(groups, -1), relu)
@@ -70,7 +69,7 @@ class BatchedLinear(nn.Module):
         return 2 * self.weight.numel()
 
 
-def _side_by_side(x: Tensor, layers: Sequence[tuple[BatchedLinear, bool]]) -> list[Tensor]:
+def _first_maps(x: Tensor, layers: Sequence[tuple[BatchedLinear, bool]]) -> list[Tensor]:
     """(N, B, out) of each layer, ReLU applied where said; all read x, (B, in) or (1, B, in)."""
     x_BI = x if x.dim() == 2 else x.squeeze(0)
     by_map = fan_out(x_BI, *(Maps(layer.weight, layer.bias, relu) for layer, relu in layers))
@@ -120,11 +119,14 @@ class BatchedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in), or (G, B, in) where N / G consecutive perceptrons read x[g], -> (N, B, out)."""
-        return self.rest(self.linears[0](x, *self.first[1:])) if self.linears else x
+        if not self.linears:
+            return x
+        layer, relu = self.first
+        return self.rest(layer(x, relu))
 
     @property
     def first(self) -> tuple[BatchedLinear, bool]:
-        """The first layer's linear map, and whether its ReLU follows at once."""
+        """The first layer's linear map, and whether its ReLU follows at once; there has to be a layer."""
         layer = self.linears[0]
         assert isinstance(layer, BatchedLinear)
         return layer, not self.norms
@@ -186,10 +188,12 @@ class Gates(nn.Module):
 def together(x: Tensor, *blocks: BatchedMLP | Gates) -> list[Tensor]:
     """What each block makes of the same inputs, (B, in) or (1, B, in); their first linear maps are one product where that pays.
 
+    Blocks and their first maps are not called as modules: hooks on them are not run.
+
     >>> [tuple(y.shape) for y in together(torch.ones(5, 8), Gates(3, 8, 4), BatchedMLP(4, 8, (16, 2)))]
     [(3, 5, 4), (4, 5, 2)]
     """
-    firsts = _side_by_side(x, [block.first for block in blocks])
+    firsts = _first_maps(x, [block.first for block in blocks])
     return [block.rest(first) for block, first in zip(blocks, firsts, strict=True)]
 
 

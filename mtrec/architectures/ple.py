@@ -89,7 +89,7 @@ class PLE(nn.Module):
             return self._run(x_BD)[1]
 
     def _run(self, x_BD: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        tasks_x = shared_x = x_BD
+        tasks_x = shared_x = packed(x_BD)
         gates: dict[str, Tensor] = {}
         for number, level in enumerate(self.levels, start=1):
             tasks_BKH, shared_x, gates_KBE, shared_1BE = level(packed(tasks_x), shared_x)
