@@ -66,7 +66,7 @@ def task_gradients(
     """Takes one backward pass a task; with all dense parameters in it, their weighted sum is the step's gradient.
 
     `to_x`: each pass goes down to x_BD, so that no further one is needed. False ends each at the parameters, and one pass at
-    the end, without parameters, goes down to x_BD: less work where the layers that read x_BD are the widest ones.
+    the end, without parameters, goes down to x_BD: less work where the widest layers read x_BD itself.
     """
     rows: list[Tensor] = []
     x_KBD: list[Tensor] = []

@@ -62,6 +62,11 @@ class DensePart(nn.Module):
         found: dict[str, Tensor] = self.architecture.gates(self.interaction(x_BD))
         return found
 
+    @property
+    def begins_at_x(self) -> bool:
+        """Whether the architecture reads x_BD itself: neither dropout nor an interaction with parameters lies between."""
+        return self.dropout.p == 0.0 and next(self.interaction.parameters(), None) is None
+
     def shared_parameters(self) -> list[nn.Parameter]:
         """The parameters that more than one task's loss reaches."""
         return [*self.interaction.parameters(), *self.architecture.shared_parameters()]

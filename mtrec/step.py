@@ -8,6 +8,7 @@ equals the one that a single process would make on the whole batch, however its 
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -434,16 +435,16 @@ def _gramian(
     whole = config.rows == 1.0
     if not whole:
         share_K, leaf_BD = _sampled_shares(state, batch, leaf_BD)
-    parameters = state.dense_gradients.parameters if whole else dense.shared_parameters()
+    shared = [parameter for parameter in dense.shared_parameters() if parameter.requires_grad]  # kinds may freeze some
+    parameters = state.dense_gradients.parameters if whole else shared
     if config.at != "parameters":
         gradients = representation_gradients(share_K, leaf_BD, parameters)
         assert gradients.x_KBD is not None
         return gramian_of_representation(gradients.x_KBD, config.at), gradients if whole else None
-    # without an interaction the experts' first layers read x_BD: what they send down to it is most of a pass
-    to_x = whole and any(True for _ in dense.interaction.parameters())
-    gradients = task_gradients(share_K, leaf_BD, parameters, to_x=to_x)
+    # where the first layers read x_BD, what they send down to it is much of a pass: then one for all tasks does so
+    gradients = task_gradients(share_K, leaf_BD, parameters, to_x=whole and not dense.begins_at_x)
     assert gradients.dense_KP is not None
-    found_KK = gramian_of_parameters(gradients.dense_KP, parameters, dense.shared_parameters())
+    found_KK = gramian_of_parameters(gradients.dense_KP, parameters, shared)
     return found_KK, gradients if whole else None
 
 
@@ -455,7 +456,7 @@ def _sampled_shares(state: TrainState, batch: Batch, leaf_BD: Tensor) -> tuple[T
     weight_B = None if batch.sample_weight_B is None else batch.sample_weight_B[rows]
     counting = _start_counting(state, labels, weight_B)
     sampled_BD = leaf_BD.detach()[rows].requires_grad_()
-    with apart():  # the passes go towards the shared parameters alone
+    with apart() if state.model.dense.begins_at_x else nullcontext():  # the passes go towards the shared parameters alone
         share_K, _ = _shares(state, sampled_BD, [len(index) for index in chosen], counting)
     return share_K, sampled_BD
 

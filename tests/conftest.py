@@ -2,10 +2,17 @@
 
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mtrec.architectures import fan_out
 
 HERE = str(Path(__file__).parent)
 sys.path.insert(0, HERE)
@@ -32,3 +39,25 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest group first."""
     items.sort(key=lambda item: not _starts_ray(item))
+
+
+@pytest.fixture(params=["as torch does", "as one product"])
+def own_products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Products as small as the tests' are torch's; with the second, first layers that read the same are one product of ours."""
+    if request.param == "as torch does":
+        yield
+        return
+    from mtrec.architectures import fan_out, products
+
+    monkeypatch.setattr(products, "_LEAST_SIZE", 1)
+    monkeypatch.setattr(products, "_LEAST_PRODUCTS", 1)
+    taken: list[bool] = []
+    real = fan_out._is_one_product
+
+    def noted(x: "Tensor", readers: "Sequence[fan_out.Maps]") -> bool:
+        taken.append(real(x, readers))
+        return taken[-1]
+
+    monkeypatch.setattr(fan_out, "_is_one_product", noted)
+    yield
+    assert any(taken)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtrec.architectures import ARCHITECTURES, CGC, PLE, MMoE, OMoE, SharedBottom, SingleTask, Towers, fan_out, products
+from mtrec.architectures import ARCHITECTURES, CGC, PLE, MMoE, OMoE, SharedBottom, SingleTask, Towers
 from mtrec.architectures.experts import BatchedLinear, BatchedMLP, Gates
 from mtrec.dropout import stream_dropout
 from mtrec.kinds import check_options, option_types
@@ -35,20 +35,6 @@ VARIANTS = {
 }
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 each_gated_variant = pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "mmoe one expert"])
-
-
-@pytest.fixture(params=["as torch does", "as one product"])
-def own_products(request, monkeypatch):
-    """Products as small as these are torch's; with the second, first layers that read the same are one product of ours."""
-    if request.param == "as torch does":
-        yield
-        return
-    monkeypatch.setattr(products, "_LEAST_SIZE", 1)
-    monkeypatch.setattr(products, "_LEAST_PRODUCTS", 1)
-    taken, real = [], fan_out._is_one_product
-    monkeypatch.setattr(fan_out, "_is_one_product", lambda *given: taken.append(real(*given)) or taken[-1])
-    yield
-    assert any(taken)
 
 
 def build(variant: str, tasks=TASKS, seed: int = 0, **options) -> nn.Module:

@@ -85,9 +85,12 @@ def plain_gradients(loss_K: Tensor, inputs: list[Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("at", ["parameters", "batch_sum", "representation"])
 @pytest.mark.parametrize("rows", [1.0, 0.25])
-def test_the_gramian_is_that_of_the_plain_gradients(run: Run, at: str, rows: float) -> None:
+@pytest.mark.parametrize("interaction", ["dcn_v2", "none"])
+@pytest.mark.usefixtures("own_products")
+def test_the_gramian_is_that_of_the_plain_gradients(run: Run, at: str, rows: float, interaction: str) -> None:
     with parallel.process_group(CPU):
-        state, batch = state_and_batch(run, "balancing.kind=upgrad", f"balancing.at={at}", f"balancing.rows={rows}")
+        options = (f"balancing.at={at}", f"balancing.rows={rows}", f"model.interaction={interaction}")
+        state, batch = state_and_batch(run, "balancing.kind=upgrad", *options)
         chosen = sampled_rows(rows, batch.stream_rows, state.streams, state.seed, 0)
         assert [len(index) for index in chosen] == [16 if rows == 1.0 else 4] * 8
         index = torch.cat(chosen)
@@ -106,11 +109,14 @@ def test_the_gramian_is_that_of_the_plain_gradients(run: Run, at: str, rows: flo
 
 
 @pytest.mark.parametrize("interaction", ["dcn_v2", "none"])  # the tasks' passes go down to x_BD, or end above it
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("at", ["parameters", "batch_sum"])
-def test_a_step_with_a_gramian_is_the_step_of_the_weighted_losses(run: Run, at: str, interaction: str) -> None:
+@pytest.mark.usefixtures("own_products")
+def test_a_step_with_a_gramian_is_the_step_of_the_weighted_losses(run: Run, at: str, dropout: float, interaction: str) -> None:
     weights = "balancing.weights={click: 1.5, dwell: 0.25}"
     plain = (
         f"model.interaction={interaction}",
+        f"model.dropout={dropout}",
         "optimizer.dense.kind=sgd",
         "optimizer.tables.kind=sgd",
         "optimizer.dense.learning_rate=0.5",
@@ -265,12 +271,14 @@ def test_a_killed_and_resumed_run_goes_on_with_the_same_weights(run: Run, tmp_pa
     assert len({tuple(w.values()) for w, _ in whole.values()}) > 2, "the weights do not change in this test"
 
 
-def test_a_frozen_parameter_stays_as_it_is(run: Run) -> None:
+@pytest.mark.parametrize("overrides", [(), ("balancing.kind=upgrad",), ("balancing.kind=upgrad", "balancing.rows=0.25")])
+def test_a_frozen_parameter_stays_as_it_is(run: Run, overrides: tuple[str, ...]) -> None:
+    experiment = changed(run, *overrides)
     with parallel.process_group(CPU):
-        model = MultiTaskModel(run.experiment, run.encoder, run.labels, CPU)
+        model = MultiTaskModel(experiment, run.encoder, run.labels, CPU)
         frozen, *others = model.dense.parameters()
         frozen.requires_grad_(False)
-        state = build_state(run.experiment, model, run.labels, batch_size=128, total_steps=50, device=CPU)
+        state = build_state(experiment, model, run.labels, batch_size=128, total_steps=50, device=CPU)
         before = [each.detach().clone() for each in (frozen, *others)]
         train_step(state, state_and_batch(run)[1])
         assert torch.equal(frozen, before[0])

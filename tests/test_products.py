@@ -162,6 +162,16 @@ def test_some_gradients_alone(library: bool) -> None:
             leaf.requires_grad_(False)
 
 
+def test_inputs_that_are_a_parameter_have_a_gradient() -> None:
+    x, weight = torch.nn.Parameter(drawn(300, 45)), drawn(3, 64, 45).requires_grad_()
+    for y in (fan_out(x, Maps(weight))[0], linear(x, weight.flatten(0, 1))):
+        (exact,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+        with backward_to("parameters"):
+            (found,) = torch.autograd.grad(y.sum(), x, materialize_grads=True, retain_graph=True)
+        assert torch.equal(found, exact)
+        assert float(exact.abs().max()) > 0.0
+
+
 def test_what_is_not_trained_or_asked_to_be_apart_has_a_product_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     x = drawn(300, 45).requires_grad_()
     frozen, one, other = (Maps(drawn(3, 64, 45, seed=seed)) for seed in range(3))

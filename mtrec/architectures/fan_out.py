@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from mtrec.architectures.products import (
     autocast_type,
     gradients,
+    is_input,
     is_large,
     linear,
     product,
@@ -133,7 +134,7 @@ class _FanOut(torch.autograd.Function):
         spare = _spare(inputs, sum(widths), len(readers) > 1 and any(biased))
         context.readers, context.widths, context.inputs, context.spare = readers, widths, inputs, spare
         context.biased = [i for i, has in enumerate(biased) if has]
-        context.reads_leaf = x.grad_fn is None
+        context.reads_leaf = is_input(x)
         if spare or len(readers) > 1:
             weight_QP, bias_Q = _stacked(weights, biases, spare, dtype), None
             x_BP = _widened(x, spare, dtype)

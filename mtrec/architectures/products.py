@@ -83,8 +83,8 @@ def linears(x_NBI: Tensor, weight_NOI: Tensor, bias_NO: Tensor | None = None, re
 
 @contextmanager
 def backward_to(what: Literal["inputs", "parameters"]) -> Iterator[None]:
-    """Within it backward passes give gradients of x_BD alone, the leaf that the first layers read, or of parameters alone: the
-    engine asks for no others, but does not say so.
+    """Within it backward passes compute no gradients of weights and biases ("inputs", on which they must not depend), or none of
+    the leaf that the first layers read ("parameters"): the engine asks for no such ones, but does not say so.
     """
     token = _backward_to.set(what)
     try:
@@ -184,7 +184,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
         """(B, O), or (N, B, O)."""
-        context.reads_leaf = x.grad_fn is None
+        context.reads_leaf = is_input(x)
         if _FP32 or x.stride(-1) != 1:  # MKL reads rows with gaps between them
             x = x.contiguous()
         weight = weight.contiguous()
@@ -202,6 +202,11 @@ class _Linear(torch.autograd.Function):
         else:
             dz = torch.ops.aten.threshold_backward.grad_input(dy, y, 0, grad_input=torch.empty_like(y))
         return *gradients(wanted(context)[:3], dz, x, weight), None
+
+
+def is_input(x: Tensor) -> bool:
+    """Whether a backward pass ends at x, which is no parameter either."""
+    return x.grad_fn is None and not isinstance(x, torch.nn.Parameter)
 
 
 def gradients(
