@@ -172,7 +172,7 @@ def test_inputs_that_are_a_parameter_have_a_gradient() -> None:
         assert float(exact.abs().max()) > 0.0
 
 
-def test_what_is_not_trained_or_asked_to_be_apart_has_a_product_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_trained_or_asked_to_be_apart_has_a_product_of_its_own() -> None:
     x = drawn(300, 45).requires_grad_()
     frozen, one, other = (Maps(drawn(3, 64, 45, seed=seed)) for seed in range(3))
     for maps in (one, other):

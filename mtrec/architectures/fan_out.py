@@ -26,10 +26,10 @@ from mtrec.architectures.products import (
     is_input,
     is_large,
     linear,
-    product,
     takes_bf16,
     through_onednn,
-    wanted,
+    training_product,
+    wanted_gradients,
 )
 
 _LANES = 16  # numbers in a register and in a line of the cache
@@ -142,7 +142,7 @@ class _FanOut(torch.autograd.Function):
             weight_QP, bias_Q = weights[0].to(dtype).contiguous(), None if biases[0] is None else biases[0].to(dtype)
             x_BP = x.to(dtype)
             x_BP = x_BP.contiguous() if x.stride(-1) != 1 or through_onednn(dtype) else x_BP
-        y_BQ = product(x_BP, weight_QP, bias_Q, False, _padded_rows(x_BP, len(weight_QP)))
+        y_BQ = training_product(x_BP, weight_QP, bias_Q, _padded_rows(x_BP, len(weight_QP)))
         found = []
         for part, (maps, relu) in zip(y_BQ.split(_parts(widths, len(weight_QP)), dim=1), readers, strict=False):
             y = _by_map(part, maps)
@@ -166,7 +166,7 @@ class _FanOut(torch.autograd.Function):
             else:
                 _by_map(dz, maps).copy_(dy_NBO)
         dz_BQ[:, sum(widths) :] = 0.0  # last, where the rows are in the cache: before them it took 3 ms of 112
-        to_x, _, _, *to_each = wanted(context)
+        to_x, _, _, *to_each = wanted_gradients(context)
         to_parameters, bias_apart = any(to_each), len(context.biased) > 0 and not context.spare
         dx, dweight, dbias = gradients((to_x, to_parameters, to_parameters and bias_apart), dz_BQ, x_BP, weight_QP)
         dweights: Sequence[Tensor | None] = [None] * len(widths)

@@ -151,25 +151,28 @@ def _computed(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Ten
     return found
 
 
-def product(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, out: Tensor | None = None
-) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
     """x W^T + b of one map (x (B, I), weight (O, I), bias (O,)) or of N, each (N, ...).
 
-    Rows may have gaps; a transpose must be one of what has none: for it oneDNN may have no fast kernel. `out`: of one map through
-    MKL, where to write it.
+    Rows may have gaps; a transpose must be one of what has none: for it oneDNN may have no fast kernel.
     """
-    if out is not None:
-        y = torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
-    elif not (_FP32 or (_LINEAR is not None and x.dtype != torch.float32)):
+    if _LINEAR is None or not through_onednn(x.dtype):
         y = functional.linear(x, weight, bias) if x.dim() == 2 else _batched(x, weight, bias)
     elif x.dim() == 3:  # one after the other: a core runs them faster so than a batched product
         biases = [None] * len(x) if bias is None else list(bias)
         return torch.stack([product(*each, relu) for each in zip(x, weight, biases, strict=True)])
     else:
-        assert _LINEAR is not None
         y = _LINEAR(x, weight, bias, "none", [], "")
     return y.relu_() if relu else y  # oneDNN's own ReLU makes a 0 of a NaN, which then nobody notices
+
+
+def training_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """x W^T + b, where there is a gradient. In bf16 it is torch's, which hands a transpose to oneDNN as it is: the operator would
+    copy it first (5 ms of 2,048 x 1,040). `out`: of one map through MKL, where to write it.
+    """
+    if out is not None:
+        return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+    return product(x, weight, bias) if x.dtype == torch.float32 else functional.linear(x, weight, bias)
 
 
 def _batched(x_NBI: Tensor, weight_NOI: Tensor, bias_NO: Tensor | None) -> Tensor:
@@ -201,7 +204,7 @@ class _Linear(torch.autograd.Function):
             dz = dy.contiguous()
         else:
             dz = torch.ops.aten.threshold_backward.grad_input(dy, y, 0, grad_input=torch.empty_like(y))
-        return *gradients(wanted(context)[:3], dz, x, weight), None
+        return *gradients(wanted_gradients(context)[:3], dz, x, weight), None
 
 
 def is_input(x: Tensor) -> bool:
@@ -215,13 +218,13 @@ def gradients(
     """Of x, of the weight and of the bias; those that are wanted. `dz` is that of x W^T + b."""
     to_x, to_weight, to_bias = wanted
     return (
-        product(dz, weight.transpose(-1, -2)) if to_x else None,
-        product(dz.transpose(-1, -2), x.transpose(-1, -2)) if to_weight else None,
+        training_product(dz, weight.transpose(-1, -2)) if to_x else None,
+        training_product(dz.transpose(-1, -2), x.transpose(-1, -2)) if to_weight else None,
         dz.new_ones(dz.shape[-2]) @ dz if to_bias else None,
     )
 
 
-def wanted(context: Any) -> list[bool]:
+def wanted_gradients(context: Any) -> list[bool]:
     """Which gradients are wanted within `backward_to`, in the order of the inputs, of which x is the first. `context.reads_leaf`
     says whether that is where a pass ends.
     """
