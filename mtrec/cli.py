@@ -74,9 +74,9 @@ def train(
 
         connect_beside()  # before the imports that take longest
 
+    from mtrec.events import TrainingFailed
     from mtrec.launch import Stopped, launch
     from mtrec.stopping import EXIT_CODE
-    from mtrec.train import TrainingFailed
 
     try:
         launch(

@@ -18,6 +18,7 @@ from mtrec.evaluate import check_best_metric, evaluate
 from mtrec.locking import locked
 from mtrec.model import task_specs
 from mtrec.predictions import load_model
+from mtrec.recorder import Recorder
 from mtrec.run import (
     Run,
     check_device,
@@ -35,7 +36,7 @@ from mtrec.run import (
 from mtrec.scored_files import Asked, score_files
 from mtrec.stopping import listening
 from mtrec.tasks import Objectives
-from mtrec.train import Recorder, train
+from mtrec.train import train
 
 LOCK = "train.lock"  # held by the command that trains the run
 

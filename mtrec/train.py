@@ -2,17 +2,15 @@
 
     for event in train(run): ...        # Step, Validation, Saved, ..., Ended
 
-What happens to an event (printed, logged, reported to Ray) is the caller's business; rank 0's `record` writes the log files.
+What happens to an event (printed, logged, reported to Ray) is the caller's business (`events.py`, `recorder.py`).
 """
 
 import dataclasses
-import json
 import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
-from pathlib import Path
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -20,99 +18,23 @@ import torch
 from mtrec import checkpoint, hang, parallel
 from mtrec.ahead import copy_ahead
 from mtrec.allocator import keep_freed_memory
-from mtrec.atomic import write_atomically
 from mtrec.batch import Batch
 from mtrec.checkpoint import Checkpoint, Saver
 from mtrec.config import EarlyStopping, Training
 from mtrec.dataset import Dataset
 from mtrec.evaluate import evaluate, score_metric
+from mtrec.events import Ended, Event, NotFiniteError, Saved, Validation, WarmStarted
 from mtrec.feed import Fed, bad_rows, feed
 from mtrec.labels import labels_of
+from mtrec.meter import Meter
 from mtrec.model import MultiTaskModel
 from mtrec.predictions import TrainingSample
 from mtrec.reader import Piece, Reader
 from mtrec.run import Run, evaluation_columns, label_columns, open_run, open_source
-from mtrec.step import StepResult, TrainState, build_state, reset_tables, train_step
+from mtrec.step import TrainState, build_state, reset_tables, train_step
 from mtrec.warm import warm_start
 
 MOST_READING_THREADS = 4  # by default: Python runs one of them at a time, beside the one that trains
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """A logged step. `losses`, `weights`, `balancing`, `gates` by task; `rows_per_second` and `data_wait` since the last one."""
-
-    step: int
-    epoch: int
-    total_steps: int
-    losses: dict[str, float]
-    weights: dict[str, float]
-    balancing: dict[str, float]
-    gates: dict[str, float]
-    learning_rate: float
-    rows_per_second: float
-    data_wait: float
-    nonfinite_steps: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Validation:
-    """Metrics over the validation rows after `step` steps; `metric` is what the best checkpoint goes by."""
-
-    step: int
-    epoch: int
-    metrics: dict[str, Any]
-    metric: float | None
-    seconds: float
-
-
-@dataclasses.dataclass(frozen=True)
-class WarmStarted:
-    """The weights come from the checkpoint `folder` of another run; `notes`: what changed since, was dropped or begins anew."""
-
-    step: int
-    folder: str
-    notes: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Restarted:
-    """Workers died, or became more or fewer; these took over at the newest checkpoint, of `step`.
-
-    `cause`: what is known of the failure, None where there was none (Ray gave the run more or fewer workers);
-    `repeated_steps`: at least so many are done again, those that had been logged after the checkpoint.
-    """
-
-    step: int
-    world_size: int
-    world_size_before: int
-    repeated_steps: int
-    cause: str | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Saved:
-    """A checkpoint that was started (in the background) or written."""
-
-    step: int
-    folder: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Ended:
-    """The last event. `reason`: finished, early_stopping, max_steps or stopped.
-
-    `skipped_rows`: {reason: rows} left out by `data.on_bad_rows: skip` since the (re)start, on all ranks (on rank 0 only).
-    """
-
-    step: int
-    reason: str
-    best_step: int | None
-    best_metric: float | None
-    skipped_rows: dict[str, int]
-
-
-Event = Step | Validation | Saved | WarmStarted | Restarted | Ended
 
 
 @dataclasses.dataclass
@@ -248,7 +170,7 @@ def _loop(
         )
 
     sample = TrainingSample(run)
-    reason, meter, skipped = "finished", _Meter(config.log_every), Counter[str]()
+    reason, meter, skipped = "finished", Meter(config.log_every), Counter[str]()
     if validation is not None and progress.to_validate:  # the run ended before it had validated its last checkpoint
         yield _validate(run, state, validation, progress, saver)
     if _stops_early(progress, config.early_stopping):
@@ -281,7 +203,7 @@ def _loop(
                 if to_log or to_save or epoch_ended or state.stop:
                     state.read_flags(wait=True)  # most of these wait for the device anyway
                 if to_log:
-                    yield meter.event(state, progress, batch, total_steps)
+                    yield meter.event(state, progress.epoch, batch, total_steps)
                 if state.nonfinite_in_a_row >= config.max_nonfinite_steps:
                     bad_piece = pieces[state.known_step - state.step - 1]
                     raise _not_finite(state, run, [path for path, _ in reader.sources(bad_piece)])
@@ -359,14 +281,6 @@ def _stops_early(progress: Progress, early_stopping: EarlyStopping | None) -> bo
     return early_stopping is not None and progress.validations_since_best >= early_stopping.patience
 
 
-class TrainingFailed(RuntimeError):
-    """Workers failed more often than `training.max_failures` allows; what is saved can be resumed."""
-
-
-class NotFiniteError(FloatingPointError, ValueError):
-    """Too many steps in a row without a finite gradient: the data or the rates are to be changed, a restart would not help."""
-
-
 def _not_finite(state: TrainState, run: Run, paths: Sequence[str]) -> NotFiniteError:
     files = list(dict.fromkeys(paths))
     more = f" and {len(files) - 3} more" if len(files) > 3 else ""
@@ -375,128 +289,3 @@ def _not_finite(state: TrainState, run: Run, paths: Sequence[str]) -> NotFiniteE
         f"they changed nothing. This worker's rows of the last one come from {', '.join(files[:3])}{more}: look at labels, "
         f"weights and dense features there, or lower the learning rates. Checkpoints: {run.checkpoints}."
     )
-
-
-class _Meter:
-    """Times and losses between two logged steps."""
-
-    def __init__(self, log_every: int) -> None:
-        self._log_every = log_every
-        self.restart()
-
-    def restart(self) -> None:
-        self._started, self._waited, self._rows, self._results = time.perf_counter(), 0.0, 0, list[StepResult]()
-
-    def waiting(self, fed: Iterator[Fed]) -> Iterator[Fed]:
-        while True:
-            started = time.perf_counter()
-            item = next(fed, None)
-            if item is None:
-                return
-            self._waited += time.perf_counter() - started
-            yield item
-
-    def add(self, result: StepResult, rows: int) -> None:
-        self._rows += rows
-        self._results = [*self._results[-self._log_every + 1 :], result] if self._log_every > 1 else [result]
-
-    def event(self, state: TrainState, progress: Progress, batch: Batch, total_steps: int) -> Step:
-        """Losses are means over the steps since the last event in which the task had a label."""
-        seconds = max(1e-9, time.perf_counter() - self._started)
-        names = state.model.objectives.names
-        losses = torch.stack([r.losses_K for r in self._results]).double()
-        counted = torch.stack([r.counts_K > 0 for r in self._results]).double() * torch.isfinite(losses)
-        mean = (losses.nan_to_num() * counted).sum(0) / counted.sum(0).clamp(min=1)
-        rows = torch.tensor([float(self._rows)], device=state.device)
-        parallel.all_reduce_sum(rows)
-        event = Step(
-            step=state.step,
-            epoch=progress.epoch,
-            total_steps=total_steps,
-            losses=dict(zip(names, mean.tolist(), strict=True)),
-            weights=dict(zip(names, self._results[-1].weights_K.tolist(), strict=True)),
-            balancing=_balancing_scalars(state),
-            gates=gate_statistics(state, batch),
-            learning_rate=state.schedules.dense_learning_rate(state.step - 1),
-            rows_per_second=float(rows) / seconds,
-            data_wait=self._waited / seconds,
-            nonfinite_steps=state.nonfinite_steps,
-        )
-        self.restart()
-        return event
-
-
-def _balancing_scalars(state: TrainState) -> dict[str, float]:
-    """What the balancer did; norms and cosines of gradients are named for where they were taken."""
-    found = {}
-    for name, value in state.balancer.describe().items():
-        what, _, whose = name.partition("/")
-        at = f"_at_{state.balancing.at}" if what in ("gradient_norm", "cosine") else ""
-        found[f"{what}{at}/{whose}"] = value
-    return found
-
-
-def gate_statistics(state: TrainState, batch: Batch) -> dict[str, float]:
-    """Of each gate on this batch: its mean weights, their entropy (nats) and how many experts get less than 1 % of the weight."""
-    with torch.no_grad():
-        x_BD = state.model.embeddings(batch.to(state.device))  # every rank: it is a collective
-        if not hasattr(state.model.dense.architecture, "gates"):
-            return {}
-        state.model.eval()
-        sums = {name: gate_BE.sum(0) for name, gate_BE in state.model.dense.gates(x_BD).items()}
-        state.model.train()
-    if not sums:
-        return {}
-    flat = torch.cat([*sums.values(), torch.tensor([float(batch.num_rows)], device=state.device)])
-    parallel.all_reduce_sum(flat)
-    shares = (flat[:-1] / flat[-1]).cpu().split([len(s) for s in sums.values()])  # a GPU is waited for once
-    found: dict[str, float] = {}
-    for name, share_E in zip(sums, shares, strict=True):
-        found.update({f"{name}/expert{index}": float(value) for index, value in enumerate(share_E)})
-        found[f"{name}/entropy"] = float(-(share_E * share_E.clamp(min=1e-12).log()).sum())
-        found[f"{name}/dead_experts"] = float((share_E < 0.01).sum())
-    return found
-
-
-class Recorder:
-    """Writes the events of rank 0 to `log.jsonl` and TensorBoard; the newest validation also to `metrics.json`."""
-
-    def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # half a second, on rank 0 only
-
-        self._folder = folder
-        self._log = (folder / "log.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(folder / "tensorboard")
-
-    def __call__(self, event: Event) -> None:
-        line = {"event": type(event).__name__.lower(), "time": time.time(), **dataclasses.asdict(event)}
-        try:
-            self._log.write(json.dumps(line) + "\n")
-            self._log.flush()
-            if isinstance(event, Validation):
-                write_atomically(self._folder / "metrics.json", json.dumps(event.metrics, indent=1))
-        except OSError as error:
-            raise ValueError(
-                f"The log of {self._folder} cannot be written any more: {error}. --resume goes on from the newest checkpoint."
-            ) from error
-        for name, value in _scalars(event):
-            self._board.add_scalar(name, value, event.step)
-
-    def close(self) -> None:
-        """Closes the log and the board; what was written stays."""
-        with suppress(OSError):  # of a full disk: it was raised when the line was written
-            self._log.close()
-        self._board.close()
-
-
-def _scalars(event: Event) -> Iterator[tuple[str, float]]:
-    if isinstance(event, Step):
-        for group in ("losses", "weights", "balancing", "gates"):
-            yield from ((f"{group}/{name}", value) for name, value in getattr(event, group).items())
-        yield from ((f"speed/{name}", getattr(event, name)) for name in ("rows_per_second", "data_wait"))
-        yield "learning_rate/dense", event.learning_rate
-    elif isinstance(event, Validation):
-        for task, metrics in event.metrics["tasks"].items():
-            yield from (
-                (f"validation/{task}/{name}", float(value)) for name, value in metrics.items() if value is not None
-            )

@@ -24,6 +24,7 @@ from ranks import run_ranks
 from trials import COMPARED_STEPS, ROWS, STEPS_PER_EPOCH, copy_of, metric_differences, wrong_rows, wrongly_restored
 from witness import batches, watch
 
+import mtrec.events
 import mtrec.train
 from mtrec.checkpoint import find, folder_of, newest, read
 from mtrec.config import apply_overrides, parse_experiment
@@ -251,9 +252,9 @@ def rank_that_lives(folder: str) -> dict[str, Any]:
     run, losses, metrics = Run(Path(folder)), {}, None
     watch(run.folder, "whole", {})
     for event in mtrec.train.train(run, device=torch.device("cpu")):
-        if isinstance(event, mtrec.train.Step):
+        if isinstance(event, mtrec.events.Step):
             losses[event.step] = event.losses
-        elif isinstance(event, mtrec.train.Validation):
+        elif isinstance(event, mtrec.events.Validation):
             metrics = event.metrics
     return {"losses": losses, "metrics": metrics}
 

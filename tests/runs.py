@@ -13,9 +13,10 @@ from ranks import run_ranks
 from mtrec import parallel
 from mtrec.checkpoint import Saver, find, read
 from mtrec.config import apply_overrides, parse_experiment
+from mtrec.events import Step, Validation
 from mtrec.run import Run, prepare
 from mtrec.step import TrainState
-from mtrec.train import Step, Validation, train
+from mtrec.train import train
 
 
 def small_run(

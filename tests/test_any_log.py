@@ -27,8 +27,9 @@ from typer.testing import CliRunner
 import mtrec.train
 from mtrec.cli import app
 from mtrec.config import parse_experiment
+from mtrec.events import Ended, Step
 from mtrec.run import Run, prepare
-from mtrec.train import Ended, Step, train
+from mtrec.train import train
 
 EPOCHS = 2
 I32, I64 = pa.int32(), pa.int64()

@@ -20,8 +20,9 @@ from runs import small_run
 from typer.testing import CliRunner
 
 from mtrec.cli import app
+from mtrec.events import Step
 from mtrec.files import ChangedFile
-from mtrec.train import Step, train
+from mtrec.train import train
 
 Tree = dict[str, Any]
 Change = Callable[[Tree, Path], None]  # of the experiment, and of the files below the folder: train/part-0, -1 and validation/

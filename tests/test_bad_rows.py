@@ -12,12 +12,13 @@ from logs import experiment_tree, write_log
 from runs import small_run
 
 from mtrec.dataset import Dataset
+from mtrec.events import Ended
 from mtrec.feed import bad_rows, feed
 from mtrec.labels import labels_of
 from mtrec.model import task_specs
 from mtrec.reader import Reader
 from mtrec.run import Run, label_columns, open_source
-from mtrec.train import Ended, train
+from mtrec.train import train
 
 BAD_CLICKS, BAD_DWELLS, BAD_WEIGHTS = (5, 700, 701, 1_999), (701, 1_500), (42, 1_501)
 BAD = {*BAD_CLICKS, *BAD_DWELLS, *BAD_WEIGHTS}

@@ -17,13 +17,14 @@ from mtrec.batch import Batch
 from mtrec.checkpoint import find
 from mtrec.config import Experiment, apply_overrides, parse_experiment, to_yaml
 from mtrec.dropout import stream_dropout
+from mtrec.events import Step
 from mtrec.feed import feed
 from mtrec.gradients import check_place, gramian, gramian_of_parameters, sampled_rows, task_gradients
 from mtrec.labels import labels_of
 from mtrec.model import MultiTaskModel
 from mtrec.run import Run, open_source
 from mtrec.step import FlatGradients, TrainState, build_state, train_step
-from mtrec.train import Progress, Step, make_reader, train
+from mtrec.train import Progress, make_reader, train
 
 CPU = torch.device("cpu")
 

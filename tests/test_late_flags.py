@@ -15,12 +15,13 @@ import mtrec.train
 from mtrec import parallel
 from mtrec.batch import Batch
 from mtrec.checkpoint import find, folder_of, read
+from mtrec.events import Ended, NotFiniteError, Step
 from mtrec.feed import feed
 from mtrec.labels import labels_of
 from mtrec.model import MultiTaskModel
 from mtrec.run import Run, open_source
 from mtrec.step import TrainState, build_state, train_step
-from mtrec.train import Ended, NotFiniteError, Progress, Step, make_reader, train
+from mtrec.train import Progress, make_reader, train
 
 CPU = torch.device("cpu")
 RARE = ("training.log_every=5", "training.checkpoint_every=100", "data.shuffle=false", "data.num_streams=1")

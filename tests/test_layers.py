@@ -18,7 +18,9 @@ PACKAGE = Path(__file__).parents[1] / "mtrec"
 
 # From the bottom to the top; the modules of one line do not import each other. A new module is written in here.
 LAYERS = [
-    ["versions", "kinds", "yaml_tree", "stopping", "locking", "mirror", "atomic", "hang", "allocator", "shared_memory", "flags"],
+    ["versions", "kinds", "yaml_tree", "stopping", "locking", "mirror", "atomic", "hang", "allocator", "shared_memory"],
+    ["flags", "events"],
+    ["recorder"],
     ["synthetic"],
     ["features"],
     ["batch"],
@@ -45,6 +47,7 @@ LAYERS = [
     ["display", "display_scoring"],
     ["evaluate", "warm", "predictions"],
     ["check"],
+    ["meter"],
     ["train"],
     ["score", "export"],
     ["scored_files"],

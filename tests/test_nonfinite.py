@@ -12,7 +12,8 @@ from logs import experiment_tree, write_log
 from runs import small_run, train_on
 
 from mtrec.checkpoint import folder_of, read
-from mtrec.train import Step, train
+from mtrec.events import Step
+from mtrec.train import train
 
 HUGE = 3e38  # a sample weight that is finite, and two of which are not
 BAD = (3, 4, 9)  # steps

@@ -19,12 +19,14 @@ from ranks import run_dying_ranks
 from runs import small_run, trained
 from typer.testing import CliRunner
 
+import mtrec.events
 import mtrec.train
 from mtrec.checkpoint import VALIDATION, CheckpointError, check, find, folder_of, newest, read
 from mtrec.cli import app
+from mtrec.events import Ended, Saved, Step, Validation
 from mtrec.locking import LockedError, locked
 from mtrec.run import Run
-from mtrec.train import Ended, Saved, Step, Validation, train
+from mtrec.train import train
 
 CPU = torch.device("cpu")
 OVERRIDES = ("training.validate_every=10", "training.checkpoint_every=1000", "training.keep_last=10")
@@ -182,7 +184,7 @@ def test_workers_that_fail_too_often_end_the_command_with_one_line(
     command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*arguments: Any, **options: Any) -> None:
-        raise mtrec.train.TrainingFailed("worker 1 died. The workers had been restarted 3 times")
+        raise mtrec.events.TrainingFailed("worker 1 died. The workers had been restarted 3 times")
 
     monkeypatch.setattr("mtrec.launch.launch", fails)
     result = CliRunner().invoke(app, command)

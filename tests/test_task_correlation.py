@@ -18,8 +18,9 @@ from mtrec.compare.plan import dense_size, load_plan, matched
 from mtrec.compare.runs import conduct, folder_of
 from mtrec.compare.whole import compare
 from mtrec.config import load_experiment
+from mtrec.events import Ended, Step
 from mtrec.run import prepare as prepare_run
-from mtrec.train import Ended, Step, train
+from mtrec.train import train
 
 FOLDER = Path(__file__).parents[1] / "pipelines" / "task_correlation"
 sys.path.insert(0, str(FOLDER))

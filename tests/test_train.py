@@ -17,11 +17,12 @@ import mtrec.evaluate
 import mtrec.train
 from mtrec.checkpoint import Checkpoint, find, read
 from mtrec.config import Training
+from mtrec.events import Ended, Saved, Step, Validation
 from mtrec.launch import evaluate_run
 from mtrec.optim import schedule
 from mtrec.run import Run
 from mtrec.step import StepResult, TrainState, build_state, train_step
-from mtrec.train import Ended, Saved, Step, Validation, reading_threads, train
+from mtrec.train import reading_threads, train
 
 CPU = torch.device("cpu")
 

@@ -24,6 +24,7 @@ from ranks import run_dying_ranks, run_ranks
 from runs import small_run
 
 import mtrec.checkpoint
+import mtrec.events
 import mtrec.train
 from mtrec.checkpoint import folder_of, newest, read
 from mtrec.run import Run
@@ -119,10 +120,10 @@ def rank_that_trains(folder: str, attempt: str, kill: Kill | None) -> dict[str, 
     metrics = None
     with (run.folder / f"losses-{attempt}.jsonl").open("a") as out:
         for event in mtrec.train.train(run, device=torch.device("cpu"), resume_from=newest(run.checkpoints)):
-            if isinstance(event, mtrec.train.Step) and rank == 0:
+            if isinstance(event, mtrec.events.Step) and rank == 0:
                 out.write(json.dumps({"step": event.step, "losses": event.losses}) + "\n")
                 out.flush()
-            elif isinstance(event, mtrec.train.Validation):
+            elif isinstance(event, mtrec.events.Validation):
                 metrics = event.metrics
     return {"restored": restored, "metrics": metrics}
 

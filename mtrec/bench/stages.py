@@ -28,12 +28,13 @@ from mtrec.allocator import keep_freed_memory
 from mtrec.batch import Batch, Label
 from mtrec.bench import floor
 from mtrec.dataset import Dataset
+from mtrec.events import Saved, Step
 from mtrec.feed import feed
 from mtrec.labels import labels_of
 from mtrec.model import MultiTaskModel
 from mtrec.run import Run, label_columns, open_run, open_source
 from mtrec.step import TrainState, build_state, train_step
-from mtrec.train import Progress, Saved, Step, be_deterministic, make_reader, train
+from mtrec.train import Progress, be_deterministic, make_reader, train
 
 Found = dict[str, Any]
 SUMMED = ("encode", "score")  # stages of which every process measures, and writes, its share

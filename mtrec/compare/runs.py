@@ -36,12 +36,14 @@ from mtrec.compare.space import active
 from mtrec.config import Experiment, Source, parse_experiment, to_yaml
 from mtrec.embeddings import Embeddings
 from mtrec.evaluate import whole_reader
+from mtrec.events import Event, Step
 from mtrec.feed import feed
 from mtrec.labels import labels_of
 from mtrec.metrics import group_keys
 from mtrec.predictions import load_model, uses_bf16
+from mtrec.recorder import Recorder
 from mtrec.run import Run, evaluation_columns, label_columns, open_run, open_source, prepare, resolve_auto
-from mtrec.train import Event, Recorder, Step, train
+from mtrec.train import train
 from mtrec.yaml_tree import read_yaml
 
 PREDICTIONS, DONE, SPEC = "predictions.parquet", "done.json", "compare.json"

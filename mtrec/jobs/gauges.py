@@ -5,7 +5,7 @@
 
 import math
 
-from mtrec.train import Event, Step, Validation
+from mtrec.events import Event, Step, Validation
 
 
 class Gauges:

@@ -23,7 +23,7 @@ from mtrec.atomic import write_atomically
 from mtrec.jobs.backend import terminated
 
 if TYPE_CHECKING:
-    from mtrec.train import Restarted
+    from mtrec.events import Restarted
 
 STOP, FAILURE, MISTAKE, WORKERS = "stop-requested", "failure.json", "mistake.json", "workers.json"
 LOOK_EVERY_SECONDS = 0.5  # between two looks at the stop file: on network storage each costs a round trip
@@ -157,7 +157,7 @@ def root(error: BaseException) -> BaseException:
 
 def restarted(run_folder: Path, step: int, world_size: int) -> "Restarted | None":
     """The event of a restart from the checkpoint of `step` (0: from the start), None for the first workers of a job."""
-    from mtrec.train import Restarted
+    from mtrec.events import Restarted
 
     workers, failure, before, cause = run_folder / WORKERS, run_folder / FAILURE, world_size, None
     if workers.is_file():

@@ -11,11 +11,11 @@ from typing import Any
 
 from mtrec import hang, parallel
 from mtrec.checkpoint import newest
+from mtrec.events import TrainingFailed
 from mtrec.jobs.connection import connect, set_environment
 from mtrec.locking import LockedError, locked
 from mtrec.run import Run, open_run
 from mtrec.stopping import listening
-from mtrec.train import TrainingFailed
 
 WRITER = "writer.lock"  # held by rank 0: workers of a command that was killed live a moment longer than it
 WRITER_WAIT_SECONDS = 60.0
@@ -185,9 +185,11 @@ def _train(run: Run, rank: int) -> None:
     import ray.train
     import ray.train.torch
 
+    from mtrec.events import Validation
     from mtrec.jobs import recovery
     from mtrec.jobs.gauges import Gauges
-    from mtrec.train import Recorder, Validation, train
+    from mtrec.recorder import Recorder
+    from mtrec.train import train
 
     # the newest folder with a valid manifest, not Ray's own record, which lags; one rank looks, so that all take the same
     resume_from = parallel.broadcast_object(newest(run.checkpoints) if rank == 0 else None)

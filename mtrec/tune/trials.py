@@ -22,8 +22,8 @@ from mtrec.atomic import write_atomically
 from mtrec.compare.plan import varied
 from mtrec.compare.runs import copy_prepared, events_of, has_ended, prepared, train_here, with_budget
 from mtrec.compare.space import active
+from mtrec.events import Event, Validation
 from mtrec.run import Run, open_run
-from mtrec.train import Event, Validation
 from mtrec.tune.plan import Objective, Plan
 
 TRIAL, FAILED, RESULT = "trial.json", "failed.json", "result.json"

@@ -33,9 +33,10 @@ from study_report import markdown
 from mtrec.atomic import write_atomically
 from mtrec.balancing import BALANCERS
 from mtrec.config import Experiment, apply_overrides, parse_experiment, to_yaml
+from mtrec.events import Step, Validation
 from mtrec.run import Run, prepare, versions
 from mtrec.synthetic import write_log
-from mtrec.train import Step, Validation, train
+from mtrec.train import train
 from mtrec.yaml_tree import read_yaml
 
 PIPELINES = Path(__file__).parents[1]

@@ -44,6 +44,7 @@ from mtrec.bench.floor import timed
 from mtrec.bench.launches import Asked, about, bench
 from mtrec.checkpoint import Checkpoint, find
 from mtrec.config import Source, apply_overrides, parse_experiment
+from mtrec.events import Validation
 from mtrec.feed import feed
 from mtrec.formula import ranking_formula
 from mtrec.labels import labels_of
@@ -53,7 +54,7 @@ from mtrec.run import Run, open_source, prepare
 from mtrec.score import check_golden, open_scorer
 from mtrec.step import TrainState, build_state, train_step
 from mtrec.synthetic import write_reference
-from mtrec.train import Progress, Validation, make_reader, train
+from mtrec.train import Progress, make_reader, train
 from mtrec.yaml_tree import read_yaml
 
 REFERENCE = Path(__file__).parent / "reference.yaml"

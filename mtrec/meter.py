@@ -1,0 +1,97 @@
+"""What a logged step says: mean losses, speed, what the balancer did, how the gates mix."""
+
+import time
+from collections.abc import Iterator
+
+import torch
+
+from mtrec import parallel
+from mtrec.batch import Batch
+from mtrec.events import Step
+from mtrec.feed import Fed
+from mtrec.step import StepResult, TrainState
+
+
+class Meter:
+    """Times and losses between two logged steps."""
+
+    def __init__(self, log_every: int) -> None:
+        self._log_every = log_every
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets the steps so far; what happens between two steps (saving, validating) is then not counted."""
+        self._started, self._waited, self._rows, self._results = time.perf_counter(), 0.0, 0, list[StepResult]()
+
+    def waiting(self, fed: Iterator[Fed]) -> Iterator[Fed]:
+        """The same items; takes note of how long each was waited for."""
+        while True:
+            started = time.perf_counter()
+            item = next(fed, None)
+            if item is None:
+                return
+            self._waited += time.perf_counter() - started
+            yield item
+
+    def add(self, result: StepResult, rows: int) -> None:
+        """Takes note of a step on so many rows of this rank."""
+        self._rows += rows
+        self._results = [*self._results[-self._log_every + 1 :], result] if self._log_every > 1 else [result]
+
+    def event(self, state: TrainState, epoch: int, batch: Batch, total_steps: int) -> Step:
+        """Ends the interval, on every rank alike: losses are means over the steps since the last event in
+        which the task had a label."""
+        seconds = max(1e-9, time.perf_counter() - self._started)
+        names = state.model.objectives.names
+        losses = torch.stack([r.losses_K for r in self._results]).double()
+        counted = torch.stack([r.counts_K > 0 for r in self._results]).double() * torch.isfinite(losses)
+        mean = (losses.nan_to_num() * counted).sum(0) / counted.sum(0).clamp(min=1)
+        rows = torch.tensor([float(self._rows)], device=state.device)
+        parallel.all_reduce_sum(rows)
+        event = Step(
+            step=state.step,
+            epoch=epoch,
+            total_steps=total_steps,
+            losses=dict(zip(names, mean.tolist(), strict=True)),
+            weights=dict(zip(names, self._results[-1].weights_K.tolist(), strict=True)),
+            balancing=_balancing_scalars(state),
+            gates=gate_statistics(state, batch),
+            learning_rate=state.schedules.dense_learning_rate(state.step - 1),
+            rows_per_second=float(rows) / seconds,
+            data_wait=self._waited / seconds,
+            nonfinite_steps=state.nonfinite_steps,
+        )
+        self.restart()
+        return event
+
+
+def _balancing_scalars(state: TrainState) -> dict[str, float]:
+    """What the balancer did; norms and cosines of gradients are named for where they were taken."""
+    found = {}
+    for name, value in state.balancer.describe().items():
+        what, _, whose = name.partition("/")
+        at = f"_at_{state.balancing.at}" if what in ("gradient_norm", "cosine") else ""
+        found[f"{what}{at}/{whose}"] = value
+    return found
+
+
+def gate_statistics(state: TrainState, batch: Batch) -> dict[str, float]:
+    """Of each gate on this batch: its mean weights, their entropy (nats) and how many experts get less than 1 % of the weight."""
+    with torch.no_grad():
+        x_BD = state.model.embeddings(batch.to(state.device))  # every rank: it is a collective
+        if not hasattr(state.model.dense.architecture, "gates"):
+            return {}
+        state.model.eval()
+        sums = {name: gate_BE.sum(0) for name, gate_BE in state.model.dense.gates(x_BD).items()}
+        state.model.train()
+    if not sums:
+        return {}
+    flat = torch.cat([*sums.values(), torch.tensor([float(batch.num_rows)], device=state.device)])
+    parallel.all_reduce_sum(flat)
+    shares = (flat[:-1] / flat[-1]).cpu().split([len(s) for s in sums.values()])  # a GPU is waited for once
+    found: dict[str, float] = {}
+    for name, share_E in zip(sums, shares, strict=True):
+        found.update({f"{name}/expert{index}": float(value) for index, value in enumerate(share_E)})
+        found[f"{name}/entropy"] = float(-(share_E * share_E.clamp(min=1e-12).log()).sum())
+        found[f"{name}/dead_experts"] = float((share_E < 0.01).sum())
+    return found
