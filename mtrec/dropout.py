@@ -154,4 +154,5 @@ class Dropout(nn.Module):
         return x * mask.to(x.dtype).div_(1.0 - self.p)
 
     def extra_repr(self) -> str:
+        """What the module's repr shows: p."""
         return f"p={self.p}"

@@ -110,6 +110,7 @@ class Pending:
         self._work = work
 
     def wait(self) -> None:
+        """Waits until the tensor holds the sum (on a GPU its stream does, not the host); at once where this process is alone."""
         if self._work is not None:
             self._work.wait()
 

@@ -40,6 +40,8 @@ class Bounds(NamedTuple):
 
 @dataclass(frozen=True)
 class Compare:
+    """`column op value`, op one of <, <=, >, >=, ==, !=; null where the column is."""
+
     column: str
     op: str
     value: Value
@@ -47,28 +49,38 @@ class Compare:
 
 @dataclass(frozen=True)
 class In:
+    """`column in [values]`; null where the column is."""
+
     column: str
     values: tuple[Value, ...]
 
 
 @dataclass(frozen=True)
 class IsNull:
+    """`column is null`: true or false, never null."""
+
     column: str
 
 
 @dataclass(frozen=True)
 class Not:
+    """`not of`; null where `of` is."""
+
     of: "Condition"
 
 
 @dataclass(frozen=True)
 class Both:
+    """`left and right`: false where one of them is, else null where one of them is, else true."""
+
     left: "Condition"
     right: "Condition"
 
 
 @dataclass(frozen=True)
 class Either:
+    """`left or right`: true where one of them is, else null where one of them is, else false."""
+
     left: "Condition"
     right: "Condition"
 

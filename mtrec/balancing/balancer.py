@@ -2,7 +2,8 @@
 
 Promise between ranks: the weights are a function of the global losses, the reduced Gramian, the step and the buffers,
 so every rank computes the same ones and nothing is broadcast. All of it is arithmetic on K or K x K numbers in float64
-on the CPU; on a GPU a call costs one copy of K (or K x K) numbers to the host, which waits for the forward pass.
+on the CPU; on a GPU a call copies the losses, which tasks are active and any Gramian to the host, which waits for them, and
+the weights back.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +23,11 @@ from mtrec.kinds import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 class Observing(Protocol):
     """A method that wants to see the losses of every step, also where no Gramian is taken."""
 
-    def observe(self, losses_K: Tensor, step: int, active_K: Tensor) -> None: ...
+    def observe(self, losses_K: Tensor, step: int, active_K: Tensor) -> None:
+        """Called at every step in which the losses are finite, before a weight is computed.
+
+        losses_K: (K,) float64 on the CPU, over the global batch, 0 for inactive tasks; active_K: (K,) bool, on the CPU.
+        """
 
 
 class Balancer(nn.Module):

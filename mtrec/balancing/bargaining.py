@@ -40,6 +40,10 @@ class NashMTL(nn.Module):
 
     @torch.no_grad()
     def forward(self, losses_K: Tensor, gramian_KK: Tensor, step: int, active_K: Tensor) -> Tensor:
+        """(K,) float64: the w > 0 with G w = p / w over the active tasks, 0 for the others.
+
+        Raises ValueError where 200 Newton steps do not find it.
+        """
         return fair_weights(gramian_KK, self.preference_K, 1.0, active_K)
 
 
@@ -72,6 +76,10 @@ class FairGrad(nn.Module):
 
     @torch.no_grad()
     def forward(self, losses_K: Tensor, gramian_KK: Tensor, step: int, active_K: Tensor) -> Tensor:
+        """(K,) float64: the w > 0 with G w = p w^(-1 / alpha) over the active tasks, 0 for the others.
+
+        Raises ValueError where 200 Newton steps do not find it; then an alpha nearer to 1 helps.
+        """
         return fair_weights(gramian_KK, self.preference_K, self.alpha, active_K)
 
 

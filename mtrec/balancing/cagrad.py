@@ -37,6 +37,7 @@ class CAGrad(nn.Module):
 
     @torch.no_grad()
     def forward(self, losses_K: Tensor, gramian_KK: Tensor, step: int, active_K: Tensor) -> Tensor:
+        """(K,) float64: the w >= p with sum_k w_k g_k = d, p the active tasks' preference with sum 1; 0 for the others."""
         share = self.preference_K[active_K].numpy()
 
         def solve(gramian: Array) -> Array:

@@ -42,6 +42,7 @@ class Uncertainty(nn.Module):
 
     @torch.no_grad()
     def forward(self, losses_K: Tensor, gramian_KK: Tensor | None, step: int, active_K: Tensor) -> Tensor:
+        """(K,) float64: 1/2 exp(-s_k); then Adam steps s_k of the active tasks against dS/ds_k = 1/2 - 1/2 exp(-s_k) L_k."""
         weights_K = 0.5 * torch.exp(-self.log_variance_K)
         gradient_K = 0.5 - weights_K * losses_K
         stepped_K = self.adam.descend(self.log_variance_K, gradient_K, active_K)
@@ -74,6 +75,7 @@ class IMTLL(nn.Module):
 
     @torch.no_grad()
     def forward(self, losses_K: Tensor, gramian_KK: Tensor | None, step: int, active_K: Tensor) -> Tensor:
+        """(K,) float64: exp(s_k); then Adam steps s_k of the active tasks against dS/ds_k = exp(s_k) L_k - 1."""
         weights_K = torch.exp(self.log_scale_K)
         stepped_K = self.adam.descend(self.log_scale_K, weights_K * losses_K - 1.0, active_K)
         self.log_scale_K.copy_(stepped_K.clamp(-self.bound, self.bound))

@@ -36,6 +36,10 @@ class MGDA(nn.Module):
 
     @torch.no_grad()
     def forward(self, losses_K: Tensor, gramian_KK: Tensor, step: int, active_K: Tensor) -> Tensor:
+        """(K,) float64 with sum 1, in proportion to a_k / n_k, a = argmin |sum_k a_k g_k / n_k|^2 over the active tasks, else 0.
+
+        Raises ValueError where `normalization` is "loss" and an active task's loss is not positive.
+        """
         gramian_KK = gramian_KK.double()
         unit_K = torch.ones(len(active_K), dtype=torch.float64)
         if self.normalization == "l2":

@@ -19,8 +19,9 @@ class GradNorm(nn.Module):
     r_k = (L_k / L_k(0)) / mean_j(L_j / L_j(0)): a task that has fallen less than the others is given a larger gradient.
     With the target held constant, as in the paper, the derivative is sign(w_k n_k - target_k) n_k: no second backward
     pass. Source: Chen et al. 2018. Deviations: L_k(0) is the mean over the first `warmup_steps` steps with labels of
-    the task (a first mini-batch is noise), the weights are 1 until then; the derivative is divided by mean_j(w_j n_j),
-    so that it has no unit; Adam makes the step; weights stay above .001 (the plain step may make them negative).
+    the task (a first mini-batch is noise), the weights are 1 until `warmup_steps` steps have been seen; the derivative is
+    divided by mean_j(w_j n_j), so that it has no unit; Adam makes the step, which ends at .001 or more (a plain one may end
+    below 0) before the sum is restored.
 
     Options: alpha, the strength of the pull; learning_rate of Adam; warmup_steps.
 
@@ -65,6 +66,10 @@ class GradNorm(nn.Module):
 
     @torch.no_grad()
     def forward(self, losses_K: Tensor, gramian_KK: Tensor, step: int, active_K: Tensor) -> Tensor:
+        """(K,) float64: the weights after one step of Adam; as they were, until `observe` has seen `warmup_steps` steps.
+
+        The active tasks that have an L_k(0) step and share the sum they had; the others keep their weights.
+        """
         known_K = active_K & (self.initial_count_K > 0)
         if int(self.steps) < self.warmup_steps or not known_K.any():
             return self.weights_K.clone()
@@ -132,6 +137,10 @@ class MetaBalance(nn.Module):
 
     @torch.no_grad()
     def forward(self, losses_K: Tensor, gramian_KK: Tensor, step: int, active_K: Tensor) -> Tensor:
+        """(K,) float64: moves m_k of the active tasks, then relax r_k + 1 - relax, r_k = m_target / m_k; 0 for inactive tasks.
+
+        r_k is at most 1 for "reduce", at least 1 for "enlarge"; active tasks get 1 until the target has had a gradient.
+        """
         moved = active_K.double() * (1.0 - self.decay)
         self.norm_K += moved * (torch.where(active_K, gramian_KK.double().diagonal(), 0.0).sqrt() - self.norm_K)
         self.mass_K += moved * (1.0 - self.mass_K)
@@ -175,6 +184,10 @@ class DBMTL(nn.Module):
 
     @torch.no_grad()
     def forward(self, losses_K: Tensor, gramian_KK: Tensor, step: int, active_K: Tensor) -> Tensor:
+        """(K,) float64: moves m_k of the active tasks, then max_j(m_j) / m_k / L_k over them; 0 for the others.
+
+        Raises ValueError where the loss of an active task is not positive.
+        """
         for k in (active_K & (losses_K <= 0.0)).nonzero().flatten().tolist():
             raise ValueError(
                 f"`tasks.{self.tasks[k]}` should have a positive loss with `balancing.kind: db_mtl`. "

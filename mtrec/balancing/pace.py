@@ -46,6 +46,10 @@ class DWA(nn.Module):
 
     @torch.no_grad()
     def forward(self, losses_K: Tensor, gramian_KK: Tensor | None, step: int, active_K: Tensor) -> Tensor:
+        """(K,) float64: softmax(r / temperature) over the active tasks times their number, 0 for the others; then takes in L.
+
+        r_k = 1 until the task has two windows, and where the mean loss of one of them is not positive.
+        """
         before_K, last_K = self.means_2K
         known_K = (before_K > 0.0) & (last_K > 0.0)
         # A rate of 1 (neither faster nor slower) stands in until a task has two windows.
@@ -103,6 +107,10 @@ class FAMO(nn.Module):
 
     @torch.no_grad()
     def forward(self, losses_K: Tensor, gramian_KK: Tensor | None, step: int, active_K: Tensor) -> Tensor:
+        """(K,) float64 with sum 1: moves xi by the falls since each task's last step, then c z_k / (L_k - b_k); 0 if inactive.
+
+        Raises ValueError where the loss of an active task is below its minimum b.
+        """
         above_K = losses_K.double() - self.minimum_K
         for k in (active_K & (above_K < 0.0)).nonzero().flatten().tolist():
             raise ValueError(

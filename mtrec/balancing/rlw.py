@@ -39,6 +39,10 @@ class RLW(nn.Module):
 
     @torch.no_grad()
     def forward(self, losses_K: Tensor, gramian_KK: Tensor | None, step: int, active_K: Tensor) -> Tensor:
+        """(K,) float64: softmax(z) over the active tasks times their number, 0 for the others.
+
+        z is drawn for (seed, step): N(0, 1), or the logarithm of Exp(1), whose softmax is Dirichlet(1, ..., 1).
+        """
         draws = generator(self.seed, step)
         if self.distribution == "normal":
             score_K = torch.randn(len(losses_K), generator=draws, dtype=torch.float64)

@@ -37,6 +37,10 @@ class GLS(nn.Module):
 
     @torch.no_grad()
     def forward(self, losses_K: Tensor, gramian_KK: Tensor | None, step: int, active_K: Tensor) -> Tensor:
+        """(K,) float64: p_k S / L_k, p and S over the active tasks and L_k at least 1e-12; 0 for the others.
+
+        Raises ValueError where the loss of an active task is negative.
+        """
         for k in (active_K & (losses_K < 0.0)).nonzero().flatten().tolist():
             raise ValueError(
                 f"`tasks.{self.tasks[k]}` should have a loss of at least 0 with `balancing.kind: gls`. "
@@ -88,6 +92,11 @@ class STCH(nn.Module):
 
     @torch.no_grad()
     def forward(self, losses_K: Tensor, gramian_KK: Tensor | None, step: int, active_K: Tensor) -> Tensor:
+        """(K,) float64: p_k / u_k softmax_k(p_k (L_k / u_k - z_k) / mu) over the active tasks, 0 for the others.
+
+        u_k is the mean of the task's first `warmup_steps` losses (its size, at least 1e-12); 1 where `warmup_steps` is 0.
+        Before step `warmup_steps` the weights are p_k / u_k.
+        """
         share_K = torch.where(active_K, self.preference_K, 0.0)
         share_K = share_K / share_K.sum().clamp(min=_SMALL)
         unit_K = torch.ones_like(share_K)

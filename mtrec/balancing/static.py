@@ -28,6 +28,7 @@ class Static(nn.Module):
         self.register_buffer("weights_K", per_task(weights, tasks, "weights"), persistent=False)
 
     def forward(self, losses_K: Tensor, gramian_KK: Tensor | None, step: int, active_K: Tensor) -> Tensor:
+        """(K,) float64: the weights as given, of inactive tasks too; no argument is looked at."""
         return self.weights_K.clone()
 
 
@@ -62,6 +63,7 @@ class Scheduled(nn.Module):
         self.register_buffer("ratio_K", per_task(ratio, tasks, "ratio"), persistent=False)
 
     def forward(self, losses_K: Tensor, gramian_KK: Tensor | None, step: int, active_K: Tensor) -> Tensor:
+        """(K,) float64: w_k(0) ratio_k ^ (step / period), of inactive tasks too; of the arguments only `step` is looked at."""
         # Overflow of ratio ** t would be an infinite weight; e^300 is far beyond any use and still finite.
         exponent_K = (self.ratio_K.log() * (step / self.period)).clamp(-300.0, 300.0)
         return self.weights_K * exponent_K.exp()

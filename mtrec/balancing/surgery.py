@@ -41,6 +41,10 @@ class PCGrad(nn.Module):
 
     @torch.no_grad()
     def forward(self, losses_K: Tensor, gramian_KK: Tensor, step: int, active_K: Tensor) -> Tensor:
+        """(K,) float64: w_k = sum_i c_ik over the active tasks, sum_k c_ik g_k the changed gradient i; 0 for the others.
+
+        c starts as the identity; for each j in random order c_ij -= u / G_jj where u = g_j . (changed gradient i) < 0.
+        """
         draws = generator(self.seed, step)
 
         def solve(gramian: Array) -> Array:
@@ -82,6 +86,11 @@ class GradVac(nn.Module):
 
     @torch.no_grad()
     def forward(self, losses_K: Tensor, gramian_KK: Tensor, step: int, active_K: Tensor) -> Tensor:
+        """(K,) float64: w_k = sum_i c_ik over the active tasks, sum_k c_ik g_k the changed gradient i; 0 for the others.
+
+        x is the cosine of g_j and the changed gradient i, of norm n; where x is below the target t of the pair (i, j),
+        c_ij += n (t sqrt(1 - x^2) - x sqrt(1 - t^2)) / (|g_j| sqrt(1 - t^2)). Then t moves towards x, for the next step too.
+        """
         draws = generator(self.seed, step)
         index = active_K.nonzero().flatten()
         target = self.target_KK[index][:, index].numpy()  # a copy

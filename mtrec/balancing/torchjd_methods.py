@@ -37,6 +37,7 @@ class IMTLG(nn.Module):
 
     @torch.no_grad()
     def forward(self, losses_K: Tensor, gramian_KK: Tensor, step: int, active_K: Tensor) -> Tensor:
+        """(K,) float64: G^+ n / sum(G^+ n) over the active tasks, 0 for the others (for all, where the sum is 0)."""
         from torchjd.aggregation import IMTLGWeighting
 
         return _through(IMTLGWeighting(), gramian_KK, active_K)
@@ -72,6 +73,10 @@ class AlignedMTL(nn.Module):
 
     @torch.no_grad()
     def forward(self, losses_K: Tensor, gramian_KK: Tensor, step: int, active_K: Tensor) -> Tensor:
+        """(K,) float64: sqrt(s) G^(-1/2) p over the active tasks, p their preference with sum 1; 0 for the others.
+
+        G^(-1/2) leaves out the eigenvectors whose eigenvalue is 0.
+        """
         from torchjd.aggregation import AlignedMTLWeighting
 
         share_K = _share(self.preference_K, active_K)
@@ -101,6 +106,7 @@ class UPGrad(nn.Module):
 
     @torch.no_grad()
     def forward(self, losses_K: Tensor, gramian_KK: Tensor, step: int, active_K: Tensor) -> Tensor:
+        """(K,) float64: sum_k argmin v^T G v subject to v >= p_k e_k, e_k the unit vector, p with sum 1; 0 for inactive tasks."""
         from torchjd.aggregation import UPGradWeighting
 
         share_K = _share(self.preference_K, active_K)
@@ -129,6 +135,7 @@ class DualProj(nn.Module):
 
     @torch.no_grad()
     def forward(self, losses_K: Tensor, gramian_KK: Tensor, step: int, active_K: Tensor) -> Tensor:
+        """(K,) float64: argmin v^T G v subject to v >= p, the active tasks' preference with sum 1; 0 for the others."""
         from torchjd.aggregation import DualProjWeighting
 
         share_K = _share(self.preference_K, active_K)

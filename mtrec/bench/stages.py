@@ -159,6 +159,7 @@ class Phases:
         self.at = time.perf_counter()
 
     def mark(self, phase: str) -> None:
+        """Adds the seconds since the last mark (at first, since this was made) to `phase`, which ends here."""
         _synchronize(self.device)
         now = time.perf_counter()
         self.seconds[phase] += now - self.at

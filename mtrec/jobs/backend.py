@@ -33,16 +33,19 @@ class ListeningBackend(Backend):  # type: ignore[misc]
     share_cuda_visible_devices = True  # as Ray's own
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        """Has the workers import the training and, while they do, imports Ray's own backend here; then starts that."""
         worker_group.execute_async(_import_training)
         config = backend_config.rays_own()
         config.backend_cls().on_start(worker_group, config)
 
     def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
+        """As Ray's own; then each worker listens for SIGTERM, which sets `terminated` there."""
         config = backend_config.rays_own()
         config.backend_cls().on_training_start(worker_group, config)
         worker_group.execute(_listen_in_worker)
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        """As Ray's own: the workers leave their process group."""
         config = backend_config.rays_own()
         config.backend_cls().on_shutdown(worker_group, config)
 
@@ -62,6 +65,7 @@ class ListeningTorchConfig(BackendConfig):  # type: ignore[misc]
 
     @property
     def backend_cls(self) -> type[Backend]:
+        """The class of which Ray makes the backend."""
         return ListeningBackend
 
     @property
@@ -75,6 +79,7 @@ class ListeningTorchConfig(BackendConfig):  # type: ignore[misc]
         return self.rays_own().framework
 
     def to_dict(self) -> dict[str, Any]:
+        """{field: value}, for Ray's record of its runs, where that is switched on."""
         return dataclasses.asdict(self)
 
     def rays_own(self) -> Any:

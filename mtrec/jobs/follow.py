@@ -46,9 +46,11 @@ class Log:
         self._printed = 0
 
     def restart(self) -> None:
+        """The stream begins anew: forgets the text, but not how far it was printed."""
         self.text = ""
 
     def add(self, text: str) -> None:
+        """Appends a piece of the stream; prints the lines that it ends, but for those printed before and Ray's own."""
         self.text += text
         while (end := self.text.find("\n", self._printed)) >= 0:
             line = self.text[self._printed : end]
@@ -57,6 +59,7 @@ class Log:
                 self._say(line)
 
     def finish(self) -> None:
+        """Prints a last line that has no newline."""
         if self.text and not self.text.endswith("\n"):
             self.add("\n")
 

@@ -129,10 +129,12 @@ class DistributionSummary:
 
     @property
     def minimum(self) -> float:
+        """The least number seen, exact."""
         return float(self._range[0]) if self.count else math.nan
 
     @property
     def maximum(self) -> float:
+        """The largest number seen, exact."""
         return float(self._range[1]) if self.count else math.nan
 
     def quantiles(self, shares: npt.ArrayLike) -> list[float]:

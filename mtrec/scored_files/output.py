@@ -81,10 +81,12 @@ class Output:
         self.delete_path(self.path(relative))
 
     def delete_path(self, path: str) -> None:
+        """Deletes a file where there is one; `path` is one on the file system, as `path()` returns it."""
         if self.filesystem.get_file_info(path).type == pa.fs.FileType.File:
             self.filesystem.delete_file(path)
 
     def delete_folder(self, relative: str) -> None:
+        """Deletes a folder with all that is in it, where there is one."""
         if self.filesystem.get_file_info(self.path(relative)).type == pa.fs.FileType.Directory:
             self.filesystem.delete_dir(self.path(relative))
 
@@ -99,6 +101,7 @@ class HashedSink:
         self.before_rename: Callable[[], None] | None = None
 
     def write(self, data: Any) -> int:
+        """Hashes the bytes and hands them on; returns how many they are."""
         view = memoryview(data)
         self._digest.update(view)
         self._stream.write(view)
@@ -106,25 +109,31 @@ class HashedSink:
         return view.nbytes
 
     def tell(self) -> int:
+        """Bytes written so far."""
         return self.size
 
     def flush(self) -> None:
+        """Flushes the stream below."""
         self._stream.flush()
 
     def close(self) -> None:
         """The stream is closed by its owner."""
 
     def writable(self) -> bool:
+        """True: it is only written to."""
         return True
 
     def readable(self) -> bool:
+        """False: the bytes are hashed and gone."""
         return False
 
     def seekable(self) -> bool:
+        """False: bytes are hashed in the order in which they come."""
         return False
 
     @property
     def sha256(self) -> str:
+        """Of the bytes written so far, 64 hexadecimal digits."""
         return self._digest.hexdigest()
 
 
@@ -146,6 +155,10 @@ class ParquetSink:
         self._open = True
 
     def write(self, rows: pa.RecordBatch) -> None:
+        """Holds the rows; once `UNIT_ROWS` or more are held, the thread gets them as one row group.
+
+        Then waits until at most one row group is unwritten; raises what went wrong in the thread.
+        """
         self._held.append(rows)
         self._rows += rows.num_rows
         if self._rows >= UNIT_ROWS:
@@ -173,6 +186,7 @@ class ParquetSink:
         return self._seconds + time.perf_counter() - started
 
     def close(self) -> None:
+        """Ends the thread and writes the footer, without the rows that `finish` would write; a second call does nothing."""
         if self._open:
             self._open = False
             self._pool.shutdown(wait=True, cancel_futures=True)

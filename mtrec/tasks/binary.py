@@ -30,17 +30,22 @@ class Binary:
         self.name = name
 
     def loss(self, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+        """(B,): -y log p - (1 - y) log(1 - p), y the label, p = sigmoid(logit)."""
         return F.binary_cross_entropy_with_logits(bounded(logits_BC[:, 0]), labels_B.float(), reduction="none")
 
     def predict(self, logits_BC: Tensor) -> Tensor:
+        """(B,): p = sigmoid(logit)."""
         return bounded(logits_BC[:, 0]).sigmoid()
 
     def log_prediction(self, logits_BC: Tensor) -> Tensor | None:
+        """None: a probability is not on a log scale."""
         return None
 
     def initial_bias(self, mean: float, sample_N: Tensor) -> Tensor:
+        """(1,): log(mean / (1 - mean)), the mean held within [1e-6, 1 - 1e-6]; the sample is not looked at."""
         rate = min(max(mean, 1e-6), 1.0 - 1e-6)
         return torch.tensor([math.log(rate) - math.log1p(-rate)])
 
     def prediction_names(self) -> tuple[str, ...]:
+        """`p_<name>`."""
         return (f"p_{self.name}",)

@@ -50,18 +50,22 @@ or an import path module:Class. Found 'tweedy'. Did you mean 'tweedie'?
         self.num_logits = self.dwell_loss.num_logits
 
     def loss(self, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+        """(B,): the dwell loss; labels are in seconds, and those above `cap_seconds` count as `cap_seconds`."""
         seconds_B = labels_B.float()
         if self.cap_seconds is not None:
             seconds_B = seconds_B.clamp(max=self.cap_seconds)
         return self.dwell_loss.loss(logits_BC, seconds_B)
 
     def predict(self, logits_BC: Tensor) -> Tensor:
+        """(B,): seconds, as the dwell loss reads them from its logits."""
         return self.dwell_loss.seconds(logits_BC)
 
     def log_prediction(self, logits_BC: Tensor) -> Tensor | None:
+        """(B,): log1p seconds; None where the dwell loss has no log-scale output."""
         return self.dwell_loss.log1p_seconds(logits_BC)
 
     def initial_bias(self, mean: float, sample_N: Tensor) -> Tensor:
+        """(C,) float32: the dwell loss's; `cap_seconds` caps the sample, and the mean at the capped sample's."""
         sample_N = sample_N.double()
         if self.cap_seconds is not None:
             mean = min(mean, float(sample_N.clamp(max=self.cap_seconds).mean()))
@@ -69,6 +73,7 @@ or an import path module:Class. Found 'tweedy'. Did you mean 'tweedie'?
         return self.dwell_loss.initial_bias(mean, sample_N).float()
 
     def prediction_names(self) -> tuple[str, ...]:
+        """`<name>_seconds`."""
         return (f"{self.name}_seconds",)
 
 

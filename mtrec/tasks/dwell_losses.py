@@ -10,8 +10,8 @@
 | tweedie, poisson  | 1 | E[T]                 | yes                       |
 
 T seconds, f a logit on the log1p scale, z a logit on the log scale, B rows, C logits, N labels of a sample. Logarithms
-of seconds are held within [-10, 14] (45 microseconds to 14 days) and losses continue there as their tangents, so that
-every loss and gradient is finite for any finite logits.
+of seconds are held within [-10, 14] (45 microseconds to 14 days; f to at most 14) before their exp is taken, and the losses
+of tweedie and poisson continue beyond as their tangents, so that every loss and gradient is finite for any finite logits.
 """
 
 import math
@@ -56,7 +56,7 @@ class DwellLoss(Protocol):
         """(B,) predictions of log1p(T), or None where the loss has no log-scale output."""
 
     def initial_bias(self, mean: float, sample_N: Tensor) -> Tensor:
-        """(C,) constant logits that predict `mean` seconds, or for a log-scale loss the centre of log1p(sample)."""
+        """(C,) constant logits that predict `mean` seconds, or for log_mse and huber the centre of the sample on their scale."""
 
 
 def log_mean(mean: float) -> float:
@@ -97,19 +97,26 @@ class LogSUN:
         self.branch_weight = branch_weight
 
     def loss(self, logits_BC: Tensor, seconds_B: Tensor) -> Tensor:
+        """(B,): (f - log1p T)^2 + branch_weight (r log(r / z) - r + z), r = min(T / (|expm1 f| + eps), max_ratio).
+
+        f is detached in r; z = softplus(second logit).
+        """
         f_B, ratio_logit_B = bounded(logits_BC).unbind(1)
         order_B = (f_B - seconds_B.log1p()).square()
         ratio_B = (seconds_B / self._scale(f_B.detach())).clamp(max=self.max_ratio)
         return order_B + self.branch_weight * _ratio_deviance(ratio_logit_B, ratio_B)
 
     def seconds(self, logits_BC: Tensor) -> Tensor:
+        """(B,): z (|expm1 f| + eps), z = softplus(second logit), expm1 of an f of at most 14."""
         f_B, ratio_logit_B = bounded(logits_BC).unbind(1)
         return F.softplus(ratio_logit_B) * self._scale(f_B)
 
     def log1p_seconds(self, logits_BC: Tensor) -> Tensor | None:
+        """(B,): f, which orders; it is not log1p of `seconds`, and may be below 0."""
         return bounded(logits_BC[:, 0])
 
     def initial_bias(self, mean: float, sample_N: Tensor) -> Tensor:
+        """(2,): f = mean of log1p(sample), and the second logit with which `seconds` is then `mean`."""
         f = sample_N.double().log1p().mean()
         return torch.tensor([float(f), inverse_softplus(mean / float(self._scale(f)))])
 
@@ -132,15 +139,19 @@ class LogMSE:
     num_logits = 1
 
     def loss(self, logits_BC: Tensor, seconds_B: Tensor) -> Tensor:
+        """(B,): (f - log1p T)^2."""
         return (bounded(logits_BC[:, 0]) - seconds_B.log1p()).square()
 
     def seconds(self, logits_BC: Tensor) -> Tensor:
+        """(B,): expm1(f), f held within [0, 14]."""
         return bounded(logits_BC[:, 0]).clamp(0.0, LOG_SECONDS_HIGH).expm1()
 
     def log1p_seconds(self, logits_BC: Tensor) -> Tensor | None:
+        """(B,): f, which may be below 0."""
         return bounded(logits_BC[:, 0])
 
     def initial_bias(self, mean: float, sample_N: Tensor) -> Tensor:
+        """(1,): the mean of log1p(sample); `mean` is not looked at."""
         return sample_N.double().log1p().mean().reshape(1)
 
 
@@ -160,17 +171,21 @@ class Huber:
         self.on = on
 
     def loss(self, logits_BC: Tensor, seconds_B: Tensor) -> Tensor:
+        """(B,): e^2 / 2 where |e| <= delta, else delta (|e| - delta / 2), e = f - log1p T; on seconds e = logit - T."""
         target_B = seconds_B.log1p() if self.on == "log1p" else seconds_B
         return F.huber_loss(bounded(logits_BC[:, 0]), target_B, reduction="none", delta=self.delta)
 
     def seconds(self, logits_BC: Tensor) -> Tensor:
+        """(B,): expm1(f), f held within [0, 14]; on seconds the logit, at least 0."""
         center_B = bounded(logits_BC[:, 0]).clamp(min=0.0)
         return center_B.clamp(max=LOG_SECONDS_HIGH).expm1() if self.on == "log1p" else center_B
 
     def log1p_seconds(self, logits_BC: Tensor) -> Tensor | None:
+        """(B,): f, which may be below 0; None on seconds."""
         return bounded(logits_BC[:, 0]) if self.on == "log1p" else None
 
     def initial_bias(self, mean: float, sample_N: Tensor) -> Tensor:
+        """(1,): the constant of least loss on the sample, by 50 steps of reweighted least squares; `mean` is not looked at."""
         sample_N = sample_N.double()
         target_N = sample_N.log1p() if self.on == "log1p" else sample_N
         center = target_N.median()
@@ -202,17 +217,21 @@ class WeightedLogistic:
         self.variant = variant
 
     def loss(self, logits_BC: Tensor, seconds_B: Tensor) -> Tensor:
+        """(B,): T softplus(-z) + n softplus(z), n = 1; for covington n is 1 where T = 0, else 0."""
         z_B = bounded(logits_BC[:, 0])
         negative_B = torch.ones_like(seconds_B) if self.variant == "unbiased" else (seconds_B == 0.0).float()
         return seconds_B * F.softplus(-z_B) + negative_B * F.softplus(z_B)
 
     def seconds(self, logits_BC: Tensor) -> Tensor:
+        """(B,): e^z, z held within [-10, 14]."""
         return hold_log_seconds(bounded(logits_BC[:, 0])).exp()
 
     def log1p_seconds(self, logits_BC: Tensor) -> Tensor | None:
+        """None: z is the logarithm of a mean, not a mean of logarithms."""
         return None
 
     def initial_bias(self, mean: float, sample_N: Tensor) -> Tensor:
+        """(1,): log(mean), for covington log(mean / share of T = 0 in the sample), within [-10, 14]; 14 where that share is 0."""
         zeros = 1.0 if self.variant == "unbiased" else float((sample_N == 0.0).double().mean())
         return torch.tensor([log_mean(mean / zeros) if zeros > 0.0 else LOG_SECONDS_HIGH])
 
@@ -238,6 +257,10 @@ class ZILN:
         self.max_sigma = max_sigma
 
     def loss(self, logits_BC: Tensor, seconds_B: Tensor) -> Tensor:
+        """(B,): -log(1 - p) where T = 0, else -log p + (log T - mu)^2 / (2 sigma^2) + log(sigma T) + log(2 pi) / 2.
+
+        It is a density's likelihood where T > 0, so it may be negative.
+        """
         logit_B, mu_B, raw_B = bounded(logits_BC).unbind(1)
         positive_B = (seconds_B > 0.0).float()
         log_B = torch.where(seconds_B > 0.0, seconds_B, 1.0).log()
@@ -247,13 +270,19 @@ class ZILN:
         return is_zero_B + positive_B * (normal_B + log_B)
 
     def seconds(self, logits_BC: Tensor) -> Tensor:
+        """(B,): p exp(mu + sigma^2 / 2), its logarithm held within [-10, 14]."""
         logit_B, mu_B, raw_B = bounded(logits_BC).unbind(1)
         return hold_log_seconds(F.logsigmoid(logit_B) + mu_B + 0.5 * self._sigma(raw_B).square()).exp()
 
     def log1p_seconds(self, logits_BC: Tensor) -> Tensor | None:
+        """None: mu is of the positive rows alone."""
         return None
 
     def initial_bias(self, mean: float, sample_N: Tensor) -> Tensor:
+        """(3,): the logits of the sample's share of T > 0 and of sigma, the sd of its log T; mu so that `seconds` is `mean`.
+
+        sigma starts at least 2 % of its range away from either bound.
+        """
         positive_N = sample_N[sample_N > 0.0].double()
         rate = min(max(len(positive_N) / len(sample_N), 1e-6), 1.0 - 1e-6)
         spread = float(positive_N.log().std(correction=0)) if len(positive_N) > 1 else 1.0
@@ -285,6 +314,7 @@ class Tweedie:
         self.power = power
 
     def loss(self, logits_BC: Tensor, seconds_B: Tensor) -> Tensor:
+        """(B,): T e^((1 - p) z) / (p - 1) + e^((2 - p) z) / (2 - p) - T^(2 - p) / ((p - 1) (2 - p)), p the power."""
         z_B = bounded(logits_BC[:, 0])
         held_B = hold_log_seconds(z_B)
         low, high = self.power - 1.0, 2.0 - self.power
@@ -293,12 +323,15 @@ class Tweedie:
         return tangent(loss_B, push_B - pull_B, z_B, held_B)
 
     def seconds(self, logits_BC: Tensor) -> Tensor:
+        """(B,): e^z, z held within [-10, 14]."""
         return hold_log_seconds(bounded(logits_BC[:, 0])).exp()
 
     def log1p_seconds(self, logits_BC: Tensor) -> Tensor | None:
+        """None: z is the logarithm of a mean, not a mean of logarithms."""
         return None
 
     def initial_bias(self, mean: float, sample_N: Tensor) -> Tensor:
+        """(1,): log(mean) within [-10, 14]; the sample is not looked at."""
         return torch.tensor([log_mean(mean)])
 
 
@@ -315,6 +348,7 @@ class Poisson:
     num_logits = 1
 
     def loss(self, logits_BC: Tensor, seconds_B: Tensor) -> Tensor:
+        """(B,): T log(T) - T z - T + e^z, where 0 log 0 = 0."""
         z_B = bounded(logits_BC[:, 0])
         held_B = hold_log_seconds(z_B)
         mean_B = held_B.exp()
@@ -322,12 +356,15 @@ class Poisson:
         return tangent(loss_B, mean_B - seconds_B, z_B, held_B)
 
     def seconds(self, logits_BC: Tensor) -> Tensor:
+        """(B,): e^z, z held within [-10, 14]."""
         return hold_log_seconds(bounded(logits_BC[:, 0])).exp()
 
     def log1p_seconds(self, logits_BC: Tensor) -> Tensor | None:
+        """None: z is the logarithm of a mean, not a mean of logarithms."""
         return None
 
     def initial_bias(self, mean: float, sample_N: Tensor) -> Tensor:
+        """(1,): log(mean) within [-10, 14]; the sample is not looked at."""
         return torch.tensor([log_mean(mean)])
 
 

@@ -33,19 +33,24 @@ class Multiclass:
         self.label_range = LabelRange(0.0, float(num_classes - 1), True)
 
     def loss(self, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+        """(B,): -log softmax(logits) of the label's class; labels are whole numbers, of any type."""
         return F.cross_entropy(bounded(logits_BC), labels_B.long(), reduction="none")
 
     def predict(self, logits_BC: Tensor) -> Tensor:
+        """(B, C): softmax(logits)."""
         return bounded(logits_BC).softmax(dim=1)
 
     def log_prediction(self, logits_BC: Tensor) -> Tensor | None:
+        """None: a probability is not on a log scale."""
         return None
 
     def initial_bias(self, mean: float, sample_N: Tensor) -> Tensor:
+        """(C,): the logarithms of the classes' shares of the sample, which sum to 1; `mean` is not looked at."""
         counts_C = torch.bincount(sample_N.long(), minlength=self.num_logits).float()
         # A class that the sample lacks counts as a hundredth of a row: rare, not impossible.
         rates_C = counts_C.clamp(min=0.01)
         return (rates_C / rates_C.sum()).log()
 
     def prediction_names(self) -> tuple[str, ...]:
+        """`p_<name>_0` to `p_<name>_<C - 1>`."""
         return tuple(f"p_{self.name}_{index}" for index in range(self.num_logits))

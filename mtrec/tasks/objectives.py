@@ -167,7 +167,7 @@ class Objectives:
     def base_rates(self, labels: Mapping[str, Tensor]) -> dict[str, BaseRate]:
         """{task: BaseRate} from the labels of a sample of rows, {task: (N,)} in natural units, NaN = unobserved.
 
-        Raises ValueError for a task that no row of the sample counts for.
+        Raises ValueError for a task without a label on a row where what it is given is 1.
         """
         rates = {}
         for name, spec in self.specs.items():
@@ -195,7 +195,7 @@ class Objectives:
         return bias_C
 
     def base_loss(self, name: str, mean: float, sample_N: Tensor) -> float:
-        """Mean loss of the best constant prediction: L0. `mean` and sample are of `target`, the labels the loss sees.
+        """Mean loss of predicting the base rate: L0. `mean` and sample are of `target`, the labels the loss sees.
 
         Of binary tasks it is the entropy of `mean`, so a sample that lacks the rare class does no harm.
         """

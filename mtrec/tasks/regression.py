@@ -49,19 +49,24 @@ class Regression:
         self.label_range = LabelRange(low, high, False)
 
     def loss(self, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+        """(B,): e^2, e = logit - label / scale; for huber e^2 / 2 where |e| <= delta, else delta (|e| - delta / 2)."""
         prediction_B, target_B = bounded(logits_BC[:, 0]), labels_B.float() / self.scale
         if self.loss_kind == "huber":
             return F.huber_loss(prediction_B, target_B, reduction="none", delta=self.delta)
         return (prediction_B - target_B).square()
 
     def predict(self, logits_BC: Tensor) -> Tensor:
+        """(B,): logit x scale, in the label's units; `low` and `high` do not bound it."""
         return bounded(logits_BC[:, 0]) * self.scale
 
     def log_prediction(self, logits_BC: Tensor) -> Tensor | None:
+        """None: the logit is on the label's own scale."""
         return None
 
     def initial_bias(self, mean: float, sample_N: Tensor) -> Tensor:
+        """(1,): mean / scale, for huber too; the sample is not looked at."""
         return torch.tensor([mean / self.scale])
 
     def prediction_names(self) -> tuple[str, ...]:
+        """The task's name, as it is."""
         return (self.name,)
