@@ -1,5 +1,7 @@
 """Architectures against implementations of the papers with one `nn.Linear` for every map of every expert and gate."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from scipy import stats
@@ -9,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mtrec.architectures import ARCHITECTURES, CGC, PLE, MMoE, OMoE, SharedBottom, SingleTask, Towers
 from mtrec.architectures.experts import BatchedLinear, BatchedMLP, Gates
+from mtrec.architectures.fan_out import apart
 from mtrec.dropout import stream_dropout
 from mtrec.kinds import check_options, option_types
 
@@ -148,6 +151,46 @@ def test_outputs_and_gradients_are_those_of_plain_experts(variant, own_products)
     for batched, separate in plain.pairs:
         expected = torch.stack([parameter.grad for parameter in separate]).view_as(batched)
         torch.testing.assert_close(batched.grad, expected, rtol=1e-5, atol=1e-5)
+
+
+@each_variant
+def test_blocks_apart_and_together_make_the_same(variant, own_products):
+    model, x = build(variant), torch.randn(17, D)
+    ours = model(x)
+    with apart():
+        separate = model(x)
+    parameters = list(model.parameters())
+    found, expected = (
+        torch.autograd.grad(sum(y.square().sum() for y in ys.values()), parameters) for ys in (ours, separate)
+    )
+    for task in TASKS:
+        torch.testing.assert_close(ours[task], separate[task], rtol=1e-5, atol=1e-6)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["cgc 2 + 3", "ple three levels"])
+def test_passes_towards_shared_experts_alone_leave_the_tasks_own_out(variant):
+    model = build(variant)
+    level = model.levels[-1] if variant.startswith("ple") else model.level
+    reached = {}
+    for together, within in ((True, nullcontext()), (False, apart())):
+        with within:
+            loss = sum(y.sum() for y in model(torch.randn(17, D)).values())
+        nodes, seen = [loss.grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            if node in seen or node is None:
+                continue
+            seen.add(node)
+            nodes += [each for each, _ in node.next_functions]
+        shared, own = (
+            {node for node in seen for each, _ in node.next_functions if getattr(each, "variable", None) is weight}
+            for weight in (level.shared_experts.linears[1].weight, level.task_experts.linears[1].weight)
+        )
+        reached[together] = shared & own
+    assert reached[True]
+    assert not reached[False]
 
 
 @each_gated_variant  # the softmax of a single expert is 1, whatever its parameters

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mtrec.architectures.experts import BatchedMLP, Gates, checked_names, mix, together
+from mtrec.architectures.experts import Abreast, BatchedMLP, Gates, checked_names, mix, together
+from mtrec.architectures.fan_out import are_apart
 from mtrec.dropout import without_dropout
 from mtrec.kinds import Fraction, NonEmptyWidths, PositiveInt
 
@@ -21,9 +22,9 @@ class ExtractionLevel(nn.Module):
     input; the shared gate sees all tasks' experts, then the shared ones, and reads the shared input.
 
     >>> level = ExtractionLevel(2, 8, 1, 2, (4,), last=True)
-    >>> tasks_BKH, shared_BH, _, _ = level(torch.ones(5, 8), torch.ones(5, 8))
-    >>> tuple(tasks_BKH.shape), shared_BH
-    ((5, 2, 4), None)
+    >>> mixed_BGH, gates_KBE, shared_gate = level(torch.ones(5, 8))
+    >>> tuple(mixed_BGH.shape), tuple(gates_KBE.shape), shared_gate
+    ((5, 2, 4), (2, 5, 3), None)
     """
 
     def __init__(
@@ -48,29 +49,29 @@ class ExtractionLevel(nn.Module):
         self._split = (num_task_experts, num_shared_experts)
         self._mix_flops = 2 * (num_tasks + (not last)) * (own + shared) * expert_layers[-1]
 
-    def forward(self, tasks_x: Tensor, shared_x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """(B, D) or (K, B, H) and (B, D or H) -> tasks (B, K, H), shared (B, H), and the weights of both gates.
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(B, D), or (G, B, H) of the level before -> mixtures (B, G, H), and the weights of the tasks' and of the shared gates.
 
-        What is shared is None at the last level.
+        At the last level there is no shared mixture, G is K, and no shared gate, None.
         """
         gates = [self.task_gates] if self.shared_gate is None else [self.task_gates, self.shared_gate]
-        blocks: list[BatchedMLP | Gates] = [*gates, self.task_experts, self.shared_experts]
-        if tasks_x is shared_x:  # the first level
-            found = together(shared_x, *blocks)
+        first, blocks = x.dim() == 2, (self.task_experts, self.shared_experts)
+        one = (first or self._split[0] == self._split[1]) and not are_apart()
+        experts = [Abreast(*blocks)] if one else [Abreast(block) for block in blocks]
+        if first:
+            found = together(x, *gates, *experts)
         else:
-            of_tasks = (self.task_gates, self.task_experts)
-            found = [block(tasks_x if block in of_tasks else shared_x) for block in blocks]
-        gates_KBE, *shared_gate, task_experts_EBH, shared_experts_EBH = found
+            of_tasks, of_all = x[:-1], x[-1:]
+            found = [block(inputs) for block, inputs in zip(gates, (of_tasks, of_all), strict=False)]
+            found += [block(inputs) for block, inputs in zip(experts, (x,) if one else (of_tasks, of_all), strict=True)]
+        gates_KBE, *shared_gate = found[: len(gates)]
         own_KBM, seen_KBS = gates_KBE.split(self._split, dim=2)
         # Each task's weights stand in the columns of its own experts and are zero elsewhere, so that all tasks are
         # mixed by one product that reads every expert once.
         own_KBE = torch.diag_embed(own_KBM.permute(1, 2, 0), dim1=0, dim2=2).flatten(2)
         gates_GBE = torch.cat([own_KBE, seen_KBS], dim=2)
-        mixed_BGH = mix(torch.cat([gates_GBE, *shared_gate]), task_experts_EBH, shared_experts_EBH)
-        if not shared_gate:
-            return mixed_BGH, None, gates_KBE, None
-        tasks_BKH, shared_B1H = mixed_BGH.split((gates_KBE.shape[0], 1), dim=1)
-        return tasks_BKH, shared_B1H.squeeze(1), gates_KBE, shared_gate[0]
+        mixed_BGH = mix(torch.cat([gates_GBE, *shared_gate]), *found[len(gates) :])
+        return mixed_BGH, gates_KBE, shared_gate[0] if shared_gate else None
 
     def flops_per_row(self) -> int:
         """Of the matrix products of forward, the zeros in the mixture included."""
@@ -125,7 +126,7 @@ class CGC(nn.Module):
 
     def forward(self, x_BD: Tensor) -> dict[str, Tensor]:
         """{task: (B, H)}."""
-        return dict(zip(self.tasks, self.level(x_BD, x_BD)[0].unbind(1), strict=True))
+        return dict(zip(self.tasks, self.level(x_BD)[0].unbind(1), strict=True))
 
     def gates(self, x_BD: Tensor) -> dict[str, Tensor]:
         """{task: (B, M + S)}, the task's own experts first, without gate dropout and without gradient."""

@@ -53,26 +53,35 @@ class BatchedLinear(nn.Module):
         """(B, in), read by every map, or (G, B, in), where N / G consecutive maps read x[g], -> (N, B, out), which is not to be
         changed in place. `relu` sets what is negative to 0, in the same pass.
         """
-        num_maps, output_dim, _ = self.weight.shape
-        if x.dim() == 2 or x.shape[0] == 1:  # one product with all maps side by side
-            return _first_maps(x, [(self, relu)])[0]
-        groups = x.shape[0]
-        weight = self.weight.view(groups, num_maps // groups * output_dim, -1)
-        grouped = linears(x, weight, None if self.bias is None else self.bias.view(groups, -1), relu)
-        if groups == num_maps:
-            return grouped
-        several = grouped.view(groups, -1, num_maps // groups, output_dim).transpose(1, 2)
-        return several.reshape(num_maps, x.shape[1], output_dim)  # a copy: no single stride leads from map to map
+        return _mapped(x, self.maps(relu))
+
+    def maps(self, relu: bool) -> Maps:
+        """The maps as they are now, a ReLU after them or not."""
+        return Maps(self.weight, self.bias, relu)
 
     def flops_per_row(self) -> int:
         """2 x the number of weights."""
         return 2 * self.weight.numel()
 
 
-def _first_maps(x: Tensor, layers: Sequence[tuple[BatchedLinear, bool]]) -> list[Tensor]:
-    """(N, B, out) of each layer, ReLU applied where said; all read x, (B, in) or (1, B, in)."""
+def _mapped(x: Tensor, maps: Maps) -> Tensor:
+    """As `BatchedLinear.forward`."""
+    num_maps, output_dim, _ = maps.weight.shape
+    if x.dim() == 2 or x.shape[0] == 1:  # one product with all maps side by side
+        return _fanned_out(x, [maps])[0]
+    groups = x.shape[0]
+    weight = maps.weight.view(groups, num_maps // groups * output_dim, -1)
+    grouped = linears(x, weight, None if maps.bias is None else maps.bias.view(groups, -1), maps.relu)
+    if groups == num_maps:
+        return grouped
+    several = grouped.view(groups, -1, num_maps // groups, output_dim).transpose(1, 2)
+    return several.reshape(num_maps, x.shape[1], output_dim)  # a copy: no single stride leads from map to map
+
+
+def _fanned_out(x: Tensor, readers: Sequence[Maps]) -> list[Tensor]:
+    """(N, B, out) of each of the readers of x, (B, in) or (1, B, in)."""
     x_BI = x if x.dim() == 2 else x.squeeze(0)
-    by_map = fan_out(x_BI, *(Maps(layer.weight, layer.bias, relu) for layer, relu in layers))
+    by_map = fan_out(x_BI, *readers)
     return by_map if reads_gaps(x_BI) else [packed(each) for each in by_map]
 
 
@@ -96,8 +105,12 @@ class BatchedLayerNorm(nn.Module):
 
     def forward(self, x_NBH: Tensor) -> Tensor:
         """(N, B, H) -> (N, B, H)."""
-        normal_NBH: Tensor = functional.layer_norm(x_NBH, x_NBH.shape[-1:])
-        return normal_NBH * self.weight + self.bias
+        return _normalised(x_NBH, self.weight, self.bias)
+
+
+def _normalised(x_NBH: Tensor, scale_N1H: Tensor, shift_N1H: Tensor) -> Tensor:
+    normal_NBH: Tensor = functional.layer_norm(x_NBH, x_NBH.shape[-1:])
+    return normal_NBH * scale_N1H + shift_N1H
 
 
 class BatchedMLP(nn.Module):
@@ -119,30 +132,52 @@ class BatchedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in), or (G, B, in) where N / G consecutive perceptrons read x[g], -> (N, B, out)."""
-        if not self.linears:
-            return x
-        layer, relu = self.first
-        return self.rest(layer(x, relu))
-
-    @property
-    def first(self) -> tuple[BatchedLinear, bool]:
-        """The first layer's linear map, and whether its ReLU follows at once; there has to be a layer."""
-        layer = self.linears[0]
-        assert isinstance(layer, BatchedLinear)
-        return layer, not self.norms
-
-    def rest(self, x_NBH: Tensor) -> Tensor:
-        """What follows after `first`."""
-        for i, layer in enumerate(self.linears):
-            if i > 0:
-                x_NBH = layer(x_NBH, relu=not self.norms)
-            x_NBH = functional.relu(self.norms[i](x_NBH)) if self.norms else x_NBH
-            x_NBH = self.dropout(x_NBH, row_dim=1)
-        return x_NBH
+        return Abreast(self)(x) if self.linears else x
 
     def flops_per_row(self) -> int:
         """Of the linear maps alone."""
         return self._flops
+
+
+class Abreast:
+    """The perceptrons of several blocks as if they were one block's: one product a layer. For one forward pass.
+
+    >>> Abreast(BatchedMLP(3, 8, (16, 2)), BatchedMLP(1, 8, (16, 2)))(torch.ones(5, 8)).shape
+    torch.Size([4, 5, 2])
+
+    Args:
+        blocks: of the same widths and options, with one layer or more.
+    """
+
+    def __init__(self, *blocks: BatchedMLP) -> None:
+        self._dropout = blocks[0].dropout
+        self._norms = [_joined(norms) for norms in zip(*(block.norms for block in blocks), strict=True)]
+        self._linears = [_joined(linears) for linears in zip(*(block.linears for block in blocks), strict=True)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, in), or (G, B, in) where N / G consecutive perceptrons read x[g], -> (N, B, out); N of all blocks."""
+        return self.rest(_mapped(x, self.first))
+
+    @property
+    def first(self) -> Maps:
+        """The first layer's linear maps, with the ReLU where it follows at once."""
+        return Maps(*self._linears[0], relu=not self._norms)
+
+    def rest(self, x_NBH: Tensor) -> Tensor:
+        """What follows after `first`."""
+        for i, (weight, bias) in enumerate(self._linears):
+            if i > 0:
+                x_NBH = _mapped(x_NBH, Maps(weight, bias, relu=not self._norms))
+            x_NBH = functional.relu(_normalised(x_NBH, *self._norms[i])) if self._norms else x_NBH
+            x_NBH = self._dropout(x_NBH, row_dim=1)
+        return x_NBH
+
+
+def _joined(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor]:
+    """Weights and biases of layers of several blocks, one after the other."""
+    both = [(layer.weight, layer.bias) for layer in layers if isinstance(layer, BatchedLinear | BatchedLayerNorm)]
+    weights, biases = zip(*both, strict=True)
+    return (weights[0], biases[0]) if len(both) == 1 else (torch.cat(weights), torch.cat(biases))
 
 
 class Gates(nn.Module):
@@ -166,9 +201,9 @@ class Gates(nn.Module):
         return self.rest(self.linear(x))
 
     @property
-    def first(self) -> tuple[BatchedLinear, bool]:
-        """The linear map; no ReLU follows."""
-        return self.linear, False
+    def first(self) -> Maps:
+        """The linear maps; no ReLU follows."""
+        return self.linear.maps(relu=False)
 
     def rest(self, logits_GBE: Tensor) -> Tensor:
         """The weights, (G, B, E) in fp32, of logits."""
@@ -185,15 +220,15 @@ class Gates(nn.Module):
         return self.linear.flops_per_row()
 
 
-def together(x: Tensor, *blocks: BatchedMLP | Gates) -> list[Tensor]:
+def together(x: Tensor, *blocks: Abreast | Gates) -> list[Tensor]:
     """What each block makes of the same inputs, (B, in) or (1, B, in); their first linear maps are one product where that pays.
 
-    Blocks and their first maps are not called as modules: hooks on them are not run.
+    Blocks and their maps are not called as modules: hooks on them are not run.
 
-    >>> [tuple(y.shape) for y in together(torch.ones(5, 8), Gates(3, 8, 4), BatchedMLP(4, 8, (16, 2)))]
+    >>> [tuple(y.shape) for y in together(torch.ones(5, 8), Gates(3, 8, 4), Abreast(BatchedMLP(4, 8, (16, 2))))]
     [(3, 5, 4), (4, 5, 2)]
     """
-    firsts = _first_maps(x, [block.first for block in blocks])
+    firsts = _fanned_out(x, [block.first for block in blocks])
     return [block.rest(first) for block, first in zip(blocks, firsts, strict=True)]
 
 

@@ -84,10 +84,15 @@ def apart() -> Iterator[None]:
         _apart.reset(token)
 
 
+def are_apart() -> bool:
+    """Whether this is within `apart`."""
+    return _apart.get()
+
+
 def _groups(readers: Sequence[Maps]) -> list[list[int]]:
     """Which readers are one product: those that are trained. The widest first: it begins where a register does."""
     order = sorted(range(len(readers)), key=lambda i: -readers[i].outputs)
-    if _apart.get():
+    if are_apart():
         return [[i] for i in order]
     trained = [i for i in order if readers[i].weight.requires_grad]
     return [each for each in (trained, [i for i in order if i not in trained]) if each]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mtrec.architectures.experts import BatchedMLP, Gates, checked_names, mix, together
+from mtrec.architectures.experts import Abreast, BatchedMLP, Gates, checked_names, mix, together
 from mtrec.dropout import without_dropout
 from mtrec.kinds import Fraction, NonEmptyWidths, PositiveInt
 
@@ -55,7 +55,7 @@ class MMoE(nn.Module):
 
     def forward(self, x_BD: Tensor) -> dict[str, Tensor]:
         """{task: (B, H)}."""
-        mixed_BKH = mix(*together(x_BD, self.task_gates, self.experts))
+        mixed_BKH = mix(*together(x_BD, self.task_gates, Abreast(self.experts)))
         return dict(zip(self.tasks, mixed_BKH.unbind(1), strict=True))
 
     def gates(self, x_BD: Tensor) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mtrec.architectures.experts import BatchedMLP, Gates, checked_names, mix, together
+from mtrec.architectures.experts import Abreast, BatchedMLP, Gates, checked_names, mix, together
 from mtrec.dropout import without_dropout
 from mtrec.kinds import Fraction, NonEmptyWidths, PositiveInt
 
@@ -50,7 +50,7 @@ class OMoE(nn.Module):
 
     def forward(self, x_BD: Tensor) -> dict[str, Tensor]:
         """{task: (B, H)}, the same tensor for all."""
-        mixed_B1H = mix(*together(x_BD, self.gate, self.experts))
+        mixed_B1H = mix(*together(x_BD, self.gate, Abreast(self.experts)))
         return dict.fromkeys(self.tasks, mixed_B1H.squeeze(1))
 
     def gates(self, x_BD: Tensor) -> dict[str, Tensor]:

@@ -89,16 +89,15 @@ class PLE(nn.Module):
             return self._run(x_BD)[1]
 
     def _run(self, x_BD: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        tasks_x = shared_x = packed(x_BD)
+        x = x_BD
         gates: dict[str, Tensor] = {}
         for number, level in enumerate(self.levels, start=1):
-            tasks_BKH, shared_x, gates_KBE, shared_1BE = level(packed(tasks_x), shared_x)
-            tasks_x = tasks_BKH.transpose(0, 1)
+            mixed_BGH, gates_KBE, shared_1BE = level(packed(x))
+            x = mixed_BGH.transpose(0, 1)
             gates |= {f"level{number}/{task}": gate for task, gate in zip(self.tasks, gates_KBE, strict=True)}
             if shared_1BE is not None:
-                shared_x = packed(shared_x)
                 gates[f"level{number}/shared"] = shared_1BE.squeeze(0)
-        return dict(zip(self.tasks, tasks_x.unbind(0), strict=True)), gates
+        return dict(zip(self.tasks, x.unbind(0), strict=True)), gates
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """Shared experts and shared gates; the task experts below the last level, which the shared gate hands on to all
