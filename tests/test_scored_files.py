@@ -1,4 +1,4 @@
-"""How scoring cuts its input into batches, and which columns of its output get a dictionary."""
+"""How scoring cuts its input into batches, which columns of its output get a dictionary, files that fail at the last moment."""
 
 from pathlib import Path
 
@@ -53,3 +53,21 @@ def test_a_dictionary_is_written_where_the_input_shows_that_values_repeat(tmp_pa
     schema = pa.schema([*given.schema, pa.field("day", pa.int32()), pa.field("score", pa.float32(), nullable=False)])
     found = output.repeating_paths(schema, footer)
     assert found == ["few", "name", "few_lists.list.element", "day"]  # strings, and the keys of folders, as before
+
+
+def test_what_goes_wrong_before_a_file_is_at_its_place_leaves_the_old_one_and_nothing_else(tmp_path: Path) -> None:
+    place = output.Output(str(tmp_path))
+    place.write("day/a.parquet", b"old")
+
+    def fails() -> None:
+        raise OSError("no space")
+
+    def replaced() -> None:
+        with place.beside("day/a.parquet") as sink:
+            sink.write(b"new")
+            sink.before_rename = fails
+
+    with pytest.raises(OSError, match="no space"):
+        replaced()
+    assert [path.name for path in (tmp_path / "day").iterdir()] == ["a.parquet"]
+    assert place.read("day/a.parquet") == b"old"

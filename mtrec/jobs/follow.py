@@ -72,6 +72,7 @@ async def _stream(client: Any, job: str, log: Log) -> None:
         log.restart()  # the cluster sends the log from its start
         try:
             async for text in client.tail_job_logs(job):
+                failures = 0  # of losses in a row: a job may run for days
                 log.add(text)
             if client.get_job_info(job).status not in ACTIVE:
                 log.finish()

@@ -66,15 +66,15 @@ class Output:
             with self.filesystem.open_output_stream(unfinished) as stream:
                 sink = HashedSink(stream)
                 yield sink
+            if self.filesystem.type_name == "local":
+                with open(unfinished, "rb") as file:
+                    os.fsync(file.fileno())
+            if sink.before_rename is not None:
+                sink.before_rename()
+            self.filesystem.move(unfinished, self.path(relative))
         except BaseException:
             self.delete_path(unfinished)
             raise
-        if self.filesystem.type_name == "local":
-            with open(unfinished, "rb") as file:
-                os.fsync(file.fileno())
-        if sink.before_rename is not None:
-            sink.before_rename()
-        self.filesystem.move(unfinished, self.path(relative))
 
     def delete(self, relative: str) -> None:
         """Deletes a file where there is one."""

@@ -31,7 +31,6 @@ from mtrec.config import parse_experiment
 from mtrec.jobs import arguments, packing
 from mtrec.jobs.cluster import Cluster as Described
 from mtrec.jobs.cluster import check_versions, check_workers, choose_address, find_token, token_problem
-from mtrec.jobs.follow import Log, first_cause
 from mtrec.jobs.preflight import check_on_worker, continued
 from mtrec.jobs.submit import SUBMITTED, Job, active_job
 
@@ -440,36 +439,3 @@ def test_workers_are_gpus_where_there_are_any() -> None:
     check_workers(2, 2, 0, "It")
     with pytest.raises(ValueError, match=r"--workers 2 needs 2 GPUs\. It has 64 CPUs and 1 GPUs"):
         check_workers(2, 64, 1, "It")
-
-
-@pytest.mark.parametrize(
-    ("log", "code", "message", "cause"),
-    [
-        ("x\nerror: `a.b` should be 1. Found 2.\n", 1, None, "`a.b` should be 1. Found 2."),
-        ("error: only this\n", 1, None, "only this"),
-        ("/usr/bin/python: No module named mtrec\n", 1, None, "mtrec is not installed on the cluster"),
-        ("ModuleNotFoundError: No module named 'mtrec'\n", 1, None, "send it along with --with-code"),
-        ("sh: 1: python: not found\n", 127, None, "find no `python`"),
-        (
-            "a\nTraceback (most recent call last):\n  x\nRuntimeError: Worker 1 failed: OSError: disk\n",
-            1,
-            None,
-            "RuntimeError: Worker 1",
-        ),
-        ("step 5/24\n", -9, None, "killed from outside"),
-        ("", None, "one\nruntime_env failed: no space", "runtime_env failed: no space"),
-        ("", None, None, "gives no reason"),
-    ],
-)
-def test_the_first_cause_of_a_failure(log: str, code: int | None, message: str | None, cause: str) -> None:
-    assert cause in first_cause(types.SimpleNamespace(driver_exit_code=code, message=message), log)
-
-
-def test_a_log_that_begins_anew_is_printed_once() -> None:
-    said: list[str] = []
-    log = Log(said.append)
-    log.add("Running entrypoint for job x: y\none\ntw")
-    log.restart()
-    log.add("Running entrypoint for job x: y\none\ntwo\nthree")
-    log.finish()
-    assert said == ["one", "two", "three"]
