@@ -77,6 +77,15 @@ def test_dwa_equals_torchjd_with_windows_as_epochs() -> None:
             reference.step()
 
 
+def test_dwa_refuses_means_below_zero_of_which_no_rate_can_be_told() -> None:
+    method, both = BALANCERS["dwa"](["click", "dwell"], window=2), torch.tensor([True, True])
+    method(torch.tensor([1.0, -3.0]), None, 0, both)  # one step may be
+    method(torch.tensor([1.0, 4.0]), None, 1, both)
+    method(torch.tensor([1.0, -3.0]), None, 2, both)
+    with pytest.raises(ValueError, match=r"`tasks\.dwell` should have a loss of at least 0 .* Found a mean"):
+        method(torch.tensor([1.0, 2.0]), None, 3, both)
+
+
 def test_dwa_averages_over_steps_with_labels_only() -> None:
     method = BALANCERS["dwa"](["click", "conversion"], window=2, temperature=1.0)
     both, first = torch.tensor([True, True]), torch.tensor([True, False])

@@ -19,7 +19,8 @@ class DWA(nn.Module):
     epoch, since one epoch is the rule; a step without labels of a task does not count in its mean, and a window without
     any leaves its means as they were. Weights are 1 until two windows are complete.
 
-    Options: temperature; window, in steps.
+    Options: temperature; window, in steps. For losses whose means are not negative (that of ziln may be): a ratio of others says
+    nothing.
 
     >>> method = DWA(["click", "dwell"], window=1)
     >>> both = torch.tensor([True, True])
@@ -37,6 +38,7 @@ class DWA(nn.Module):
 
     def __init__(self, tasks: Sequence[str], *, temperature: PositiveFloat = 2.0, window: PositiveInt = 100) -> None:
         super().__init__()
+        self.tasks = tuple(tasks)
         self.temperature = temperature
         self.window = window
         self.register_buffer("sum_K", torch.zeros(len(tasks), dtype=torch.float64))
@@ -48,7 +50,7 @@ class DWA(nn.Module):
     def forward(self, losses_K: Tensor, gramian_KK: Tensor | None, step: int, active_K: Tensor) -> Tensor:
         """(K,) float64: softmax(r / temperature) over the active tasks times their number, 0 for the others; then takes in L.
 
-        r_k = 1 until the task has two windows, and where the mean loss of one of them is not positive.
+        r_k = 1 until the task has two windows. Raises ValueError where the mean loss over a window is negative.
         """
         before_K, last_K = self.means_2K
         known_K = (before_K > 0.0) & (last_K > 0.0)
@@ -61,6 +63,11 @@ class DWA(nn.Module):
         if int(self.steps) % self.window == 0:
             seen_K = self.count_K > 0
             mean_K = self.sum_K / self.count_K.clamp(min=1.0)
+            for k in (mean_K < 0.0).nonzero().flatten().tolist():
+                raise ValueError(
+                    f"`tasks.{self.tasks[k]}` should have a loss of at least 0 with `balancing.kind: dwa`. "
+                    f"Found a mean of {float(mean_K[k])} over the {self.window} steps up to step {step}."
+                )
             self.means_2K.copy_(torch.where(seen_K, torch.stack([last_K, mean_K]), self.means_2K))
             self.sum_K.zero_()
             self.count_K.zero_()
