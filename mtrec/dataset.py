@@ -76,7 +76,6 @@ class Dataset:
         files: the files, in order.
         row_groups: those that are not empty and may hold wanted rows, in order.
         schema: the wanted columns in the order in which they were asked for, each with one type for all files.
-        column_names: all columns that every file has, and the partition keys.
         condition: `where` and `window`, bound to the types; None keeps every row.
         condition_schema: the columns that the condition reads.
         fingerprint: changes when the files' contents, their order or the condition change; not when they are moved.
@@ -87,7 +86,6 @@ class Dataset:
     files: tuple[File, ...]
     row_groups: tuple[RowGroup, ...]
     schema: pa.Schema
-    column_names: tuple[str, ...]
     condition: Condition | None
     condition_schema: pa.Schema
     partition_types: Mapping[str, pa.DataType]
@@ -313,7 +311,6 @@ def _open(
         files=tuple(files),
         row_groups=tuple(row_groups),
         schema=pa.schema([(name, types[name]) for name in dict.fromkeys(columns)]),
-        column_names=_column_names(files),
         condition=condition,
         condition_schema=pa.schema([(name, types[name]) for name in dict.fromkeys(named)]),
         partition_types=partition_types,
