@@ -181,11 +181,40 @@ class Identity:
     digest: bytes
 
 
-def read_footer(file: Location) -> tuple[pq.FileMetaData, Identity]:
-    """The footer and the identity of a file. Raises ValueError naming the file where it is not whole Parquet."""
-    with _handle(file) as handle:
-        size, footer = handle.size(), _footer(handle, file, _TAIL_BYTES)
-    return _parsed(footer, file), Identity(size, len(footer), hashlib.blake2b(footer, digest_size=16).digest())
+@dataclass(frozen=True)
+class File:
+    """A file, what it was when its footer was first read, and the types of its columns."""
+
+    location: Location
+    identity: Identity
+    schema: pa.Schema
+
+    @property
+    def path(self) -> str:
+        """As messages name it."""
+        return self.location.shown
+
+
+def several(files: Sequence[File]) -> str:
+    """Some files as messages name them: the first, and how many others."""
+    return f"'{files[0].path}'" + (f" and {len(files) - 1} other files" if len(files) > 1 else "")
+
+
+def read_footer(location: Location) -> tuple[File, pq.FileMetaData]:
+    """A file and its footer. Raises ValueError naming the file where it is not whole Parquet, or has a column twice."""
+    with _handle(location) as handle:
+        size, footer = handle.size(), _footer(handle, location, _TAIL_BYTES)
+    metadata = _parsed(footer, location)
+    identity = Identity(size, len(footer), hashlib.blake2b(footer, digest_size=16).digest())
+    return File(location, identity, _schema(metadata, location)), metadata
+
+
+def _schema(metadata: pq.FileMetaData, location: Location) -> pa.Schema:
+    schema = metadata.schema.to_arrow_schema().remove_metadata()
+    if len(set(schema.names)) < len(schema.names):
+        twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
+        raise ValueError(f"'{location.shown}' should have each column once. Found twice: {', '.join(twice)}.")
+    return schema
 
 
 class ChangedFile(ValueError):
@@ -193,35 +222,36 @@ class ChangedFile(ValueError):
 
 
 @contextlib.contextmanager
-def open_file(file: Location, identity: Identity) -> Iterator[pq.ParquetFile]:
+def open_file(file: File) -> Iterator[pq.ParquetFile]:
     """The file, open until the context ends. Raises ChangedFile naming the file where it is not the one first read."""
-    with _handle(file) as handle:
+    location, identity = file.location, file.identity
+    with _handle(location) as handle:
         if handle.size() != identity.size:
-            raise ChangedFile(_changed(file, f"its size was {identity.size} bytes and is {handle.size()}"))
-        footer = _footer(handle, file, identity.footer_bytes)
+            raise ChangedFile(_changed(location, f"its size was {identity.size} bytes and is {handle.size()}"))
+        footer = _footer(handle, location, identity.footer_bytes)
         if hashlib.blake2b(footer, digest_size=16).digest() != identity.digest:
-            raise ChangedFile(_changed(file, "its footer is another"))
-        remote = file.filesystem.type_name != "local"
+            raise ChangedFile(_changed(location, "its footer is another"))
+        remote = location.filesystem.type_name != "local"
         yield pq.ParquetFile(
             handle,
-            metadata=_parsed(footer, file),
+            metadata=_parsed(footer, location),
             pre_buffer=remote,  # fetches the column chunks of a row group together: one round trip, not one a column
             buffer_size=0 if remote else _BUFFER_BYTES,
         )
 
 
-def _changed(file: Location, how: str) -> str:
-    return f"'{file.shown}' was replaced while it was in use: {how}. Start again with files that stay as they are."
+def _changed(location: Location, how: str) -> str:
+    return f"'{location.shown}' was replaced while it was in use: {how}. Start again with files that stay as they are."
 
 
-def _handle(file: Location) -> pa.NativeFile:
+def _handle(location: Location) -> pa.NativeFile:
     try:
-        return file.filesystem.open_input_file(file.path)
+        return location.filesystem.open_input_file(location.path)
     except OSError as error:
-        raise ValueError(f"'{file.shown}' should be a readable Parquet file. Found: {error}") from error
+        raise ValueError(f"'{location.shown}' should be a readable Parquet file. Found: {error}") from error
 
 
-def _footer(handle: pa.NativeFile, file: Location, first_read: int) -> bytes:
+def _footer(handle: pa.NativeFile, location: Location, first_read: int) -> bytes:
     size: int = handle.size()
     tail: bytes = handle.read_at(min(size, first_read), max(0, size - first_read))
     if size < 12 or tail[-4:] != _MAGIC:
@@ -230,21 +260,21 @@ def _footer(handle: pa.NativeFile, file: Location, first_read: int) -> bytes:
         hint = "encrypted Parquet is not read" if encrypted else "the file was cut short, or is still being written"
         if size and handle.read_at(min(size, 4), 0) != _MAGIC[: min(size, 4)]:
             hint = "it is no Parquet, or was cut short"
-        raise ValueError(f"'{file.shown}' should be a whole Parquet file. Found {what}: {hint}.")
+        raise ValueError(f"'{location.shown}' should be a whole Parquet file. Found {what}: {hint}.")
     needed = int.from_bytes(tail[-8:-4], "little") + 8
     if needed + len(_MAGIC) > size:
         raise ValueError(
-            f"'{file.shown}' should be a whole Parquet file. Found a footer of {needed} bytes in a file of {size}: "
+            f"'{location.shown}' should be a whole Parquet file. Found a footer of {needed} bytes in a file of {size}: "
             "the file was damaged."
         )
     return tail[-needed:] if needed <= len(tail) else handle.read_at(needed, size - needed)
 
 
-def _parsed(footer: bytes, file: Location) -> pq.FileMetaData:
+def _parsed(footer: bytes, location: Location) -> pq.FileMetaData:
     try:
         return _parse(footer)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"'{file.shown}' should be a whole Parquet file. Found a damaged footer: {error}") from error
+        raise ValueError(f"'{location.shown}' should be a whole Parquet file. Found a damaged footer: {error}") from error
 
 
 @functools.lru_cache(maxsize=32)  # parsing costs as much as decoding some thousand rows; bounded, not one a file
