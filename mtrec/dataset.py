@@ -16,7 +16,8 @@ from typing import Any
 import pyarrow as pa
 
 from mtrec import where as conditions
-from mtrec.files import File, Location, find_files, footer_bounds, open_file, read_footer, several
+from mtrec.files import File, Location, find_files, open_file, read_footer, several
+from mtrec.row_groups import RowGroup, footer_bounds, look_at, prune, unstored_bounds
 from mtrec.schema import check_column, key_types, key_value, unify
 from mtrec.where import Bounds, Condition
 
@@ -39,16 +40,6 @@ class Source:
     where: str | None = None
     window: tuple[conditions.Value, conditions.Value] | None = None
     window_column: str = "dt"
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    """A row group of the dataset: row group `index` of file `file_index`. `filtered`: `where` may drop rows in it."""
-
-    file_index: int
-    index: int
-    num_rows: int
-    filtered: bool = False
 
 
 @dataclass(frozen=True)
@@ -198,7 +189,7 @@ class Dataset:
         def bounds_of(item: tuple[int, list[RowGroup]]) -> list[Bounds | None]:
             file = self.files[item[0]]
             if column not in file.schema.names or column in dict(file.location.keys):
-                return [_missing_bounds(file, column, group, self.partition_types) for group in item[1]]
+                return [unstored_bounds(file, column, group, self.partition_types) for group in item[1]]
             with open_file(file) as parquet:
                 bounds = footer_bounds(parquet.metadata, [column])[column]
             return [bounds[group.index] for group in item[1]]
@@ -272,15 +263,9 @@ def _open(
     condition = None if source.where is None else conditions.parse(source.where, f"{place}.where")
     named = () if condition is None else conditions.columns_of(condition)
     named += (source.window_column,) if source.window is not None else ()
-
-    def first_look(location: Location) -> tuple[File, tuple[int, ...], dict[str, list[Bounds | None]]]:
-        file, metadata = read_footer(location)
-        rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
-        return file, rows, footer_bounds(metadata, named)
-
     with ThreadPoolExecutor(min(_FOOTER_THREADS, len(locations))) as pool:
-        looks = list(pool.map(first_look, locations))
-    files = _with_shared_schemas([look[0] for look in looks])
+        looks = list(pool.map(lambda location: look_at(location, named), locations))
+    files = _with_shared_schemas([look.file for look in looks])
     for name in named:
         if name in optional and not any(name in file.schema.names for file in files) and name not in partition_types:
             continue
@@ -288,7 +273,7 @@ def _open(
     needed = list(dict.fromkeys([*columns, *named]))
     types, notes = unify(needed, files, partition_types, optional, place)
     condition = _bound_condition(source, condition, types, place)
-    row_groups = _prune(files, [look[1] for look in looks], [look[2] for look in looks], condition, partition_types)
+    row_groups = prune(looks, condition, partition_types)
     return Dataset(
         place=place,
         files=tuple(files),
@@ -348,43 +333,6 @@ def _absent_days(
         return []
     shown = ", ".join(absent[:7]) + (", ..." if len(absent) > 7 else "")
     return [f"`{place}.window`: no files for {len(absent)} of {len(days)} days ({shown})."]
-
-
-def _missing_bounds(file: File, column: str, group: RowGroup, partition_types: Mapping[str, pa.DataType]) -> Bounds:
-    """Of a column that is not stored in the file: one value for a partition key, null for a missing column."""
-    keys = dict(file.location.keys)
-    value = key_value(keys[column], partition_types[column]) if column in keys else None
-    return Bounds(value, value, group.num_rows if value is None else 0, group.num_rows)
-
-
-def _prune(
-    files: Sequence[File],
-    group_rows: Sequence[Sequence[int]],
-    group_bounds: Sequence[Mapping[str, list[Bounds | None]]],
-    condition: Condition | None,
-    partition_types: Mapping[str, pa.DataType],
-) -> list[RowGroup]:
-    """The row groups in which the condition can be true for a row."""
-    kept = []
-    for file_index, (file, counts, bounds) in enumerate(zip(files, group_rows, group_bounds, strict=True)):
-        keys = dict(file.location.keys)
-        for index, num_rows in enumerate(counts):
-            group = RowGroup(file_index, index, num_rows)
-            if num_rows == 0:
-                continue
-            if condition is None:
-                kept.append(group)
-                continue
-            known = {
-                name: _missing_bounds(file, name, group, partition_types)
-                if name in keys or name not in bounds
-                else bounds[name][index]
-                for name in conditions.columns_of(condition)
-            }
-            outcome = conditions.outcomes(condition, known.get)
-            if outcome & conditions.TRUE:
-                kept.append(dataclasses.replace(group, filtered=outcome != conditions.TRUE))
-    return kept
 
 
 def _no_rows(source: Source, place: str, dataset: Dataset) -> str:

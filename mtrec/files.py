@@ -5,16 +5,14 @@ that is replaced while it is in use is noticed at the next row group, because it
 """
 
 import contextlib
-import datetime
 import fnmatch
 import functools
 import glob
 import hashlib
-import json
 import os
 import re
 import urllib.parse
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -22,11 +20,9 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from mtrec.kinds import nearest
-from mtrec.where import Bounds
 
 SUFFIXES = (".parquet", ".parq", ".pq")
 _MAGIC = b"PAR1"
-_COMPARABLE = (bool, int, float, str, datetime.date)
 _TAIL_BYTES = 65536  # one read; holds the footer of most files
 _BUFFER_BYTES = 65536  # per column chunk of an open row group, instead of the whole compressed chunk
 
@@ -280,51 +276,3 @@ def _parsed(footer: bytes, location: Location) -> pq.FileMetaData:
 @functools.lru_cache(maxsize=32)  # parsing costs as much as decoding some thousand rows; bounded, not one a file
 def _parse(footer: bytes) -> pq.FileMetaData:
     return pq.read_metadata(pa.BufferReader(footer))
-
-
-def footer_bounds(metadata: pq.FileMetaData, columns: Collection[str]) -> dict[str, list[Bounds | None]]:
-    """{column: what the footer says of it, for each row group}, of the columns that the file has.
-
-    None where it says nothing, and for columns of several leaves (structs). A list's bounds are those of its items.
-    """
-    if not columns:
-        return {}
-    names = set(metadata.schema.to_arrow_schema().names)
-    leaves: dict[str, list[int]] = {}
-    for number in range(metadata.num_columns):
-        path = metadata.schema.column(number).path
-        leaves.setdefault(path if path in names else path.split(".")[0], []).append(number)
-    groups = range(metadata.num_row_groups)
-    return {
-        name: [_chunk_bounds(metadata, i, leaves[name][0]) if len(leaves[name]) == 1 else None for i in groups]
-        for name in columns
-        if name in leaves
-    }
-
-
-def _chunk_bounds(metadata: pq.FileMetaData, row_group: int, leaf: int) -> Bounds | None:
-    group = metadata.row_group(row_group)
-    chunk = group.column(leaf)
-    statistics = chunk.statistics if chunk.is_stats_set else None
-    if statistics is None:
-        return None
-    # below a list, nulls are counted over its items, not over rows
-    nested = metadata.schema.column(leaf).max_repetition_level > 0
-    nulls = statistics.null_count if statistics.has_null_count and not nested else None
-    unsure = Bounds(None, None, nulls, group.num_rows)
-    if not statistics.has_min_max or statistics.physical_type in ("FIXED_LEN_BYTE_ARRAY", "INT96"):
-        return unsure
-    logical = json.loads(statistics.logical_type.to_json())
-    if logical.get("timeUnit") == "nanoseconds":  # Python's clock ends at microseconds: round outwards
-        if logical["Type"] != "Timestamp":
-            return unsure
-        low, high = _from_microseconds(statistics.min_raw // 1000), _from_microseconds(-(-statistics.max_raw // 1000))
-    else:
-        low, high = statistics.min, statistics.max
-    if isinstance(low, datetime.datetime) and low.tzinfo is not None:
-        low, high = (moment.astimezone(datetime.UTC).replace(tzinfo=None) for moment in (low, high))
-    return Bounds(low, high, nulls, group.num_rows) if isinstance(low, _COMPARABLE) else unsure
-
-
-def _from_microseconds(count: int) -> datetime.datetime:
-    return datetime.datetime(1970, 1, 1) + datetime.timedelta(microseconds=count)
