@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from mtrec.batch import Label, label_values
-from mtrec.config import Experiment
+from mtrec.config import Experiment, Source
 from mtrec.dataset import Dataset
 from mtrec.evaluate import check_best_metric
-from mtrec.features import BadRowsError, Encoder, psi
+from mtrec.features import BadRowsError, Encoder, Feature, psi
 from mtrec.feed import bad_row, bad_rows, check_encodes, usable_rows, without_bad_rows
 from mtrec.formula import ranking_formula
 from mtrec.gradients import check_place
@@ -50,82 +50,108 @@ def check_experiment(experiment: Experiment, sample_rows: int = 100_000, device:
     Returns {"tables": {heading: [row, ...]}, "facts": [line, ...], "warnings": [line, ...]}. Raises ValueError naming the
     YAML path, the file or the column of what cannot be trained.
     """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     specs = task_specs(experiment)
     objectives = Objectives(specs)
     ranking_formula(experiment)
     check_place(experiment)
     check_best_metric(experiment, objectives)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(experiment, device)
     train = open_source(experiment, experiment.data.train, "data.train")
     experiment = resolve_auto(experiment, train.num_rows)
-    validation = None
-    if experiment.data.validation is not None:
-        validation = open_source(experiment, experiment.data.validation, "data.validation", evaluation_columns(experiment))
-    sources = [train, *([validation] if validation else [])]
-    if experiment.data.test is not None:
-        sources.append(open_source(experiment, experiment.data.test, "data.test", evaluation_columns(experiment)))
+    validation = _held_out(experiment, experiment.data.validation, "data.validation")
+    test = _held_out(experiment, experiment.data.test, "data.test")
+    held_out = [source for source in (validation, test) if source is not None]
     skip = experiment.data.on_bad_rows == "skip"
-    for source in sources if not skip else []:
+    for source in [] if skip else [train, *held_out]:
         check_footers(source, specs, experiment)
-    features = feature_list(experiment)
-    columns = list(
-        dict.fromkeys([*(c for f in features for c in f.columns if c in train.schema.names), *label_columns(experiment)])
-    )
-    sample = train.sample(sample_rows, columns)
-    labels = labels_of(experiment, specs)
+    features, labels = feature_list(experiment), labels_of(experiment, specs)
+    sample = _training_sample(experiment, train, features, labels, sample_rows)
+    _check_labels(sample, labels, train)
     fit = LabelFit(labels, objectives)
-    if skip:
-        bad = bad_rows(experiment.data, sample.num_rows)
-        sample = pa.Table.from_batches(without_bad_rows(_batches(sample), labels, features, bad), sample.schema)
-    for batch in _checked(sample, labels, train):
-        fit.add(batch)
-    assert isinstance(experiment.model.embedding_dim, int)
-    encoder = Encoder.fit(features, _batches(sample), schema=train.schema, embedding_dim=experiment.model.embedding_dim)
-    for source in sources[1:]:
+    dim = experiment.model.embedding_dim
+    assert isinstance(dim, int)
+    encoder = Encoder.fit(features, fit.watch(_batches(sample)), schema=train.schema, embedding_dim=dim)
+    for source in held_out:
         check_encodes(encoder, source)
     if skip:
         sample = usable_rows(sample, encoder)
-    if validation is not None and not skip:
-        for _ in _checked(validation.sample(sample_rows, label_columns(experiment)), labels, validation):
-            pass
+    elif validation is not None:
+        _check_labels(validation.sample(sample_rows, label_columns(experiment)), labels, validation)
     statistics = fit.statistics()
     model = MultiTaskModel(experiment, encoder, statistics, torch.device("meta"))
     weights = loss_weights(experiment, objectives, statistics)
-    warnings: list[str] = list(train.notes)
-    note = slow_precision(experiment, device)
-    warnings += [] if note is None else [note]
-    drift = _drift(encoder, validation, columns, sample_rows, warnings)
-    leaks = _leaks(sample, encoder, labels, objectives, warnings)
+    drift = {} if validation is None else _drift(encoder, validation, sample.schema.names, sample_rows)
+    leaks = _leaks(sample, encoder, labels, objectives)
+    _check_trained(experiment, statistics)
     partial = sample.num_rows < train.num_rows
-    tables = {
-        "features": _feature_rows(experiment, train, encoder, drift, leaks),
-        f"tables{' (from the sample: a full fit finds more ids)' if partial else ''}": _table_rows(experiment, encoder),
-        "tasks": _task_rows(experiment, specs, statistics, weights),
+    return {
+        "tables": {
+            "features": _feature_rows(experiment, train, encoder, drift, leaks),
+            f"tables{' (from the sample: a full fit finds more ids)' if partial else ''}": _table_rows(experiment, encoder),
+            "tasks": _task_rows(experiment, specs, statistics, weights),
+        },
+        "facts": _facts(experiment, train, validation, sample.num_rows, model),
+        "warnings": [
+            *train.notes,
+            *filter(None, [slow_precision(experiment, device)]),
+            *_drift_warnings(drift, encoder),
+            *_leak_warnings(leaks),
+            *_given_warnings(experiment, statistics),
+        ],
     }
+
+
+def _held_out(experiment: Experiment, source: Source | None, place: str) -> Dataset | None:
+    return None if source is None else open_source(experiment, source, place, evaluation_columns(experiment))
+
+
+def _training_sample(
+    experiment: Experiment, train: Dataset, features: Sequence[Feature], labels: Mapping[str, Label], rows: int
+) -> pa.Table:
+    """Some training rows, with the columns that there are; where bad rows are skipped, without those that cannot be fitted."""
+    columns = [column for feature in features for column in feature.columns if column in train.schema.names]
+    sample = train.sample(rows, list(dict.fromkeys([*columns, *label_columns(experiment)])))
+    bad = bad_rows(experiment.data, sample.num_rows)
+    if bad is None:
+        return sample
+    return pa.Table.from_batches(without_bad_rows(_batches(sample), labels, features, bad), sample.schema)
+
+
+def _check_labels(sample: pa.Table, labels: Mapping[str, Label], dataset: Dataset) -> None:
+    """Every label should be within its range. Raises ValueError naming the first row of the dataset in which one is not."""
+    for batch in _batches(sample):
+        for name, label in labels.items():
+            try:
+                label_values(batch, label)
+            except BadRowsError as error:
+                found = bad_row(dataset, [label.column], functools.partial(label_values, label=label)) or error
+                raise ValueError(f"`tasks.{name}.label`, `{dataset.place}`: {found}") from error
+
+
+def _check_trained(experiment: Experiment, statistics: Mapping[str, LabelStatistics]) -> None:
+    """Every task should have a row to learn from."""
     for name, each in statistics.items():
-        if each.broken_given:
-            warnings.append(
-                f"`tasks.{name}.given`: {each.broken_given:,} of {each.rows:,} sampled rows have a label above 0 in column "
-                f"'{experiment.label_column(name)}' although {specs[name].given} is 0. With `given`, these labels are left out."
-            )
         if not each.trained:
-            given = f" where {specs[name].given} is 1" if specs[name].given else ""
+            given = experiment.tasks[name].given
             raise ValueError(
-                f"`tasks.{name}.label`: column '{experiment.label_column(name)}' should hold labels{given}. Found none in "
-                f"{each.rows:,} sampled rows."
+                f"`tasks.{name}.label`: column '{experiment.label_column(name)}' should hold labels"
+                f"{f' where {given} is 1' if given else ''}. Found none in {each.rows:,} sampled rows."
             )
-    dense = sum(parameter.numel() for parameter in model.dense.parameters())
+
+
+def _facts(experiment: Experiment, train: Dataset, validation: Dataset | None, sampled: int, model: MultiTaskModel) -> list[str]:
+    """Lines about the rows, the steps and the dense part."""
     size = experiment.data.batch_size
     assert isinstance(size, int)
-    facts = [
-        f"{train.num_rows:,} training rows in {len(train.files)} files ({sample.num_rows:,} sampled)"
+    dense = sum(parameter.numel() for parameter in model.dense.parameters())
+    return [
+        f"{train.num_rows:,} training rows in {len(train.files)} files ({sampled:,} sampled)"
         + (f", {validation.num_rows:,} validation rows" if validation else ", no validation rows"),
         f"batches of {size:,} rows: {math.ceil(train.num_rows / size):,} steps an epoch",
         f"dense part: {dense:,} parameters, {model.dense.flops_per_row() / 1e6:.3f} MFLOP a row to score, "
         f"{3 * model.dense.flops_per_row() / 1e6:.3f} to train; shared representation of {model.embeddings.output_dim} columns",
     ]
-    return {"tables": tables, "facts": facts, "warnings": warnings}
 
 
 def _feature_rows(
@@ -133,7 +159,7 @@ def _feature_rows(
     train: Dataset,
     encoder: Encoder,
     drift: Mapping[str, tuple[float, float]],
-    leaks: Mapping[str, float],
+    leaks: Mapping[str, Mapping[str, float]],
 ) -> list[dict[str, Any]]:
     return [
         {
@@ -142,7 +168,7 @@ def _feature_rows(
             "column": feature.columns[0],
             "type": str(train.schema.field(feature.columns[0]).type) if feature.columns[0] in train.schema.names else "missing",
             "null": encoder.profiles[feature.name].null_share,
-            "AUC alone": leaks.get(feature.name),
+            "AUC alone": max(leaks[feature.name].values()) if feature.name in leaks else None,
             **({"PSI": drift[feature.name][0], "unseen": drift[feature.name][1]} if drift else {}),
         }
         for feature in encoder.features
@@ -193,46 +219,30 @@ def _batches(sample: pa.Table) -> Iterator[pa.RecordBatch]:
     yield from sample.combine_chunks().to_batches(max_chunksize=BATCH_ROWS)
 
 
-def _checked(sample: pa.Table, labels: Mapping[str, Label], dataset: Dataset) -> Iterator[pa.RecordBatch]:
-    """The sample's batches, every label within its range."""
-    for batch in _batches(sample):
-        for name, label in labels.items():
-            try:
-                label_values(batch, label)
-            except BadRowsError as error:
-                found = bad_row(dataset, [label.column], functools.partial(label_values, label=label)) or error
-                raise ValueError(f"`tasks.{name}.label`, `{dataset.place}`: {found}") from error
-        yield batch
-
-
-def _drift(
-    encoder: Encoder, validation: Dataset | None, columns: Sequence[str], rows: int, warnings: list[str]
-) -> dict[str, tuple[float, float]]:
+def _drift(encoder: Encoder, validation: Dataset, columns: Sequence[str], rows: int) -> dict[str, tuple[float, float]]:
     """{feature: (population stability index, unseen share)} from training to validation."""
-    if validation is None:
-        return {}
     sample = validation.sample(rows, [column for column in columns if column in validation.schema.names])
-    found = {}
-    for name, profile in encoder.profile(_batches(sample)).items():
-        before = encoder.profiles[name]
-        index = psi(before, profile)
-        found[name] = (index, profile.unseen_share)
+    return {
+        name: (psi(encoder.profiles[name], profile), profile.unseen_share)
+        for name, profile in encoder.profile(_batches(sample)).items()
+    }
+
+
+def _drift_warnings(drift: Mapping[str, tuple[float, float]], encoder: Encoder) -> Iterator[str]:
+    for name, (index, unseen_share) in drift.items():
         if index > DRIFT_PSI:
-            warnings.append(
+            yield (
                 f"`features.{name}` drifts: population stability index {index:.2f} from training to validation (above "
                 f"{DRIFT_PSI} is a shift). A feature that stands for time cannot generalise."
             )
-        if profile.unseen_share > max(UNSEEN_SHARE, 2 * before.unseen_share):
-            warnings.append(
-                f"`features.{name}`: {profile.unseen_share:.0%} of its validation values are not in the training sample."
-            )
-    return found
+        if unseen_share > max(UNSEEN_SHARE, 2 * encoder.profiles[name].unseen_share):
+            yield f"`features.{name}`: {unseen_share:.0%} of its validation values are not in the training sample."
 
 
 def _leaks(
-    sample: pa.Table, encoder: Encoder, labels: Mapping[str, Label], objectives: Objectives, warnings: list[str]
-) -> dict[str, float]:
-    """{feature: largest AUC over the tasks of that feature alone}, estimated on the odd rows from rates on the even ones."""
+    sample: pa.Table, encoder: Encoder, labels: Mapping[str, Label], objectives: Objectives
+) -> dict[str, dict[str, float]]:
+    """{feature: {task: AUC of that feature alone}}, estimated on the odd rows from rates on the even ones."""
     batches = list(_batches(sample))
     targets: dict[str, NDArray[np.float64]] = {}
     for name, label in labels.items():
@@ -242,19 +252,33 @@ def _leaks(
             known = values[~np.isnan(values)]
             values = np.where(np.isnan(values), np.nan, values > np.median(known)) if len(known) else values
         targets[name] = values
-    found: dict[str, float] = {}
+    found: dict[str, dict[str, float]] = {}
     for feature, codes in _codes(batches, encoder).items():
         for task, target in targets.items():
             value = _auc_alone(codes, target)
-            if value is None:
-                continue
+            if value is not None:
+                found.setdefault(feature, {})[task] = value
+    return found
+
+
+def _leak_warnings(leaks: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+    for feature, found in leaks.items():
+        for task, value in found.items():
             if value > LEAK_AUC:
-                warnings.append(
+                yield (
                     f"`features.{feature}` gives the label of task '{task}' away: alone it reaches an AUC of {value:.3f}. "
                     "Is it known before the impression?"
                 )
-            found[feature] = max(found.get(feature, 0.0), value)
-    return found
+
+
+def _given_warnings(experiment: Experiment, statistics: Mapping[str, LabelStatistics]) -> Iterator[str]:
+    for name, each in statistics.items():
+        if each.broken_given:
+            yield (
+                f"`tasks.{name}.given`: {each.broken_given:,} of {each.rows:,} sampled rows have a label above 0 in column "
+                f"'{experiment.label_column(name)}' although {experiment.tasks[name].given} is 0. With `given`, these labels "
+                "are left out."
+            )
 
 
 def _codes(batches: Sequence[pa.RecordBatch], encoder: Encoder) -> dict[str, NDArray[np.int64]]:

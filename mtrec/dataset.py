@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mtrec import where as conditions
-from mtrec.files import Identity, Location, find_files, footer_bounds, open_file, read_footer
-from mtrec.kinds import nearest
-from mtrec.schema import common_type, plain
+from mtrec.files import File, Location, find_files, open_file, read_footer, several
+from mtrec.row_groups import RowGroup, footer_bounds, look_at, prune, unstored_bounds
+from mtrec.schema import check_column, key_types, key_value, unify
 from mtrec.where import Bounds, Condition
 
 _FOOTER_THREADS = 16  # latency, not work: most of the time is spent waiting for a disk or an object store
@@ -44,30 +43,6 @@ class Source:
 
 
 @dataclass(frozen=True)
-class File:
-    """A file of the dataset, what it was when its footer was first read, and the types of its columns."""
-
-    location: Location
-    identity: Identity
-    schema: pa.Schema
-
-    @property
-    def path(self) -> str:
-        """As messages name it."""
-        return self.location.shown
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    """A row group of the dataset: row group `index` of file `file_index`. `filtered`: `where` may drop rows in it."""
-
-    file_index: int
-    index: int
-    num_rows: int
-    filtered: bool = False
-
-
-@dataclass(frozen=True)
 class Dataset:
     """Parquet files as one table.
 
@@ -76,9 +51,9 @@ class Dataset:
         files: the files, in order.
         row_groups: those that are not empty and may hold wanted rows, in order.
         schema: the wanted columns in the order in which they were asked for, each with one type for all files.
-        column_names: all columns that every file has, and the partition keys.
         condition: `where` and `window`, bound to the types; None keeps every row.
         condition_schema: the columns that the condition reads.
+        partition_types: of the keys of folders such as `dt=2026-01-01`.
         fingerprint: changes when the files' contents, their order or the condition change; not when they are moved.
         notes: what a user should know: other types in some files, missing optional columns, days without files.
     """
@@ -87,7 +62,6 @@ class Dataset:
     files: tuple[File, ...]
     row_groups: tuple[RowGroup, ...]
     schema: pa.Schema
-    column_names: tuple[str, ...]
     condition: Condition | None
     condition_schema: pa.Schema
     partition_types: Mapping[str, pa.DataType]
@@ -122,7 +96,7 @@ class Dataset:
         as_stored = all(name not in keys and name in stored for name in schema.names) and all(
             file.schema.field(field.name).type == field.type for field in fields
         )
-        with open_file(file.location, file.identity) as parquet:
+        with open_file(file) as parquet:
             batches = parquet.iter_batches(rows, row_groups=[row_group.index], columns=read, use_threads=False)
 
             def next_chunk() -> tuple[pa.RecordBatch, pa.BooleanArray | None] | None:
@@ -149,7 +123,7 @@ class Dataset:
     def _column(self, raw: pa.RecordBatch, field: pa.Field, file: File, row_group: RowGroup) -> pa.Array:
         keys = dict(file.location.keys)
         if field.name in keys:
-            value = _partition_value(keys[field.name], field.type)
+            value = key_value(keys[field.name], field.type)
             return pa.repeat(pa.scalar(value, field.type), raw.num_rows)
         if field.name not in file.schema.names:
             return pa.nulls(raw.num_rows, field.type)
@@ -215,8 +189,8 @@ class Dataset:
         def bounds_of(item: tuple[int, list[RowGroup]]) -> list[Bounds | None]:
             file = self.files[item[0]]
             if column not in file.schema.names or column in dict(file.location.keys):
-                return [_missing_bounds(file, column, group, self.partition_types) for group in item[1]]
-            with open_file(file.location, file.identity) as parquet:
+                return [unstored_bounds(file, column, group, self.partition_types) for group in item[1]]
+            with open_file(file) as parquet:
                 bounds = footer_bounds(parquet.metadata, [column])[column]
             return [bounds[group.index] for group in item[1]]
 
@@ -247,11 +221,11 @@ def open_dataset(source: Source, columns: Sequence[str], optional: Collection[st
     (1, [{'user': [3]}])
     """
     locations, twice = find_files(source.path, place)
-    notes = [f"`{place}.path` names '{path}' twice; it is read once." for path in twice]
-    dataset = _open(source, locations, _partition_types(locations), columns, frozenset(optional), place, notes)
+    dataset = _open(source, locations, key_types(locations), columns, frozenset(optional), place)
     if not dataset.row_groups:
         raise ValueError(_no_rows(source, place, dataset))
-    return dataset
+    notes = [f"`{place}.path` names '{path}' twice; it is read once." for path in twice]
+    return dataclasses.replace(dataset, notes=(*notes, *dataset.notes))
 
 
 def open_each(
@@ -265,11 +239,11 @@ def open_each(
     locations, _ = find_files(source.path, place)
     if source.where is not None:
         conditions.parse(source.where, f"{place}.where")
-    partition_types = _partition_types(locations)
+    partition_types = key_types(locations)
 
     def opened(location: Location) -> Dataset | ValueError:
         try:
-            return _open(source, [location], partition_types, columns, frozenset(optional), place, [])
+            return _open(source, [location], partition_types, columns, frozenset(optional), place)
         except ValueError as error:
             return error
 
@@ -284,41 +258,32 @@ def _open(
     columns: Sequence[str],
     optional: frozenset[str],
     place: str,
-    notes: list[str],
 ) -> Dataset:
     """The dataset of some files; it may have no row groups."""
     condition = None if source.where is None else conditions.parse(source.where, f"{place}.where")
     named = () if condition is None else conditions.columns_of(condition)
     named += (source.window_column,) if source.window is not None else ()
-
-    def first_look(location: Location) -> tuple[File, tuple[int, ...], dict[str, list[Bounds | None]]]:
-        metadata, identity = read_footer(location)
-        rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
-        return File(location, identity, _file_schema(metadata, location)), rows, footer_bounds(metadata, named)
-
     with ThreadPoolExecutor(min(_FOOTER_THREADS, len(locations))) as pool:
-        looks = list(pool.map(first_look, locations))
-    files = _with_shared_schemas([look[0] for look in looks])
+        looks = list(pool.map(lambda location: look_at(location, named), locations))
+    files = _with_shared_schemas([look.file for look in looks])
     for name in named:
         if name in optional and not any(name in file.schema.names for file in files) and name not in partition_types:
             continue
-        _require(name, files, partition_types, f"{place}.where" if name != source.window_column else f"{place}.window_column")
+        check_column(name, files, partition_types, f"{place}.where" if name != source.window_column else f"{place}.window_column")
     needed = list(dict.fromkeys([*columns, *named]))
-    types = _unify(needed, files, partition_types, optional, place, notes)
+    types, notes = unify(needed, files, partition_types, optional, place)
     condition = _bound_condition(source, condition, types, place)
-    row_groups = _prune(files, [look[1] for look in looks], [look[2] for look in looks], condition, partition_types)
-    _note_absent_days(source, locations, partition_types, place, notes)
+    row_groups = prune(looks, condition, partition_types)
     return Dataset(
         place=place,
         files=tuple(files),
         row_groups=tuple(row_groups),
         schema=pa.schema([(name, types[name]) for name in dict.fromkeys(columns)]),
-        column_names=_column_names(files),
         condition=condition,
         condition_schema=pa.schema([(name, types[name]) for name in dict.fromkeys(named)]),
         partition_types=partition_types,
         fingerprint=_fingerprint(files, row_groups, condition),
-        notes=tuple(notes),
+        notes=(*notes, *_absent_days(source, locations, partition_types, place)),
     )
 
 
@@ -326,120 +291,10 @@ def _kept(batch: pa.RecordBatch, mask: pa.BooleanArray | None) -> pa.RecordBatch
     return batch if mask is None else batch.filter(mask)
 
 
-def _file_schema(metadata: pq.FileMetaData, location: Location) -> pa.Schema:
-    schema = metadata.schema.to_arrow_schema().remove_metadata()
-    if len(set(schema.names)) < len(schema.names):
-        twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
-        raise ValueError(f"'{location.shown}' should have each column once. Found twice: {', '.join(twice)}.")
-    return schema
-
-
 def _with_shared_schemas(files: list[File]) -> list[File]:
     """Thousands of files with equal schemas keep one object."""
     seen: dict[pa.Schema, pa.Schema] = {}
     return [dataclasses.replace(file, schema=seen.setdefault(file.schema, file.schema)) for file in files]
-
-
-def _column_names(files: Sequence[File]) -> tuple[str, ...]:
-    shared = None
-    for file in files:
-        names = dict.fromkeys([*file.schema.names, *(key for key, _ in file.location.keys)])
-        shared = names if shared is None else {name: None for name in shared if name in names}
-    return tuple(shared or ())
-
-
-def _require(name: str, files: Sequence[File], partition_types: Mapping[str, pa.DataType], place: str) -> None:
-    """Raises ValueError where no file has the column `name`, which a condition reads."""
-    known = dict.fromkeys([*(name for file in files for name in file.schema.names), *partition_types])
-    if name not in known:
-        raise ValueError(f"`{place}` should name a column of the data. Found '{name}'.{nearest(name, known)}")
-
-
-def _partition_types(locations: Sequence[Location]) -> dict[str, pa.DataType]:
-    """Dates where all values of a key are dates, integers where all are integers, else text."""
-    values: dict[str, set[str]] = {}
-    for location in locations:
-        for key, value in location.keys:
-            values.setdefault(key, set()).update(() if value is None else (value,))
-    return {key: _partition_type(found) for key, found in values.items()}
-
-
-def _partition_type(values: set[str]) -> pa.DataType:
-    if values and all(re.fullmatch(r"-?\d{1,18}", value) for value in values):
-        return pa.int64()
-    try:
-        for value in values:
-            datetime.date.fromisoformat(value if re.fullmatch(r"\d{4}-\d\d-\d\d", value) else "no date")
-    except ValueError:
-        return pa.string()
-    return pa.date32() if values else pa.string()
-
-
-def _partition_value(value: str | None, type_: pa.DataType) -> int | str | datetime.date | None:
-    if value is None or pa.types.is_string(type_):
-        return value
-    return int(value) if pa.types.is_integer(type_) else datetime.date.fromisoformat(value)
-
-
-def _unify(
-    columns: Sequence[str],
-    files: Sequence[File],
-    partition_types: Mapping[str, pa.DataType],
-    optional: Collection[str],
-    place: str,
-    notes: list[str],
-) -> dict[str, pa.DataType]:
-    """{column: type for all files}; says in `notes` where files differ. Raises ValueError naming the files."""
-    types: dict[str, pa.DataType] = {}
-    for name in columns:
-        first: dict[pa.DataType, File] = {}  # the first file with each type
-        absent = []
-        for file in files:
-            if any(key == name for key, _ in file.location.keys):
-                first.setdefault(partition_types[name], file)
-            elif (position := file.schema.get_field_index(name)) >= 0:
-                first.setdefault(file.schema.field(position).type, file)
-            else:
-                absent.append(file)
-        if absent and name not in optional:
-            raise ValueError(_missing_column(name, absent, files, place))
-        if absent and len(absent) < len(files):
-            notes.append(f"Column '{name}' is missing from {_several(absent)} and null there.")
-        elif absent:
-            notes.append(f"Column '{name}' is in no file of `{place}` and null everywhere.")
-        common: pa.DataType = pa.null()
-        for type_, file in first.items():
-            wider = common_type(common, plain(type_))
-            if wider is None:
-                before = next(path for other, path in first.items() if common_type(plain(other), plain(type_)) is None)
-                raise ValueError(
-                    f"`{place}` should have one type for column '{name}' in all files. "
-                    f"Found {_type_of(before, name)} in '{before.path}' and {type_} in '{file.path}'."
-                )
-            common = wider
-        if len(first) > 1:
-            found = ", ".join(f"{type_} in '{file.path}'" for type_, file in first.items())
-            notes.append(f"Column '{name}' is read as {common}; found {found}.")
-        types[name] = common
-    return types
-
-
-def _type_of(file: File, name: str) -> str:
-    return str(file.schema.field(name).type) if name in file.schema.names else "a partition key"
-
-
-def _several(files: Sequence[File]) -> str:
-    return f"'{files[0].path}'" + (f" and {len(files) - 1} other files" if len(files) > 1 else "")
-
-
-def _missing_column(name: str, absent: Sequence[File], files: Sequence[File], place: str) -> str:
-    known = _column_names(absent)
-    hint = nearest(name, known)
-    if len(absent) < len(files):
-        hint += " Other files have it: `optional: true` on the feature reads it as null where it is missing."
-    elif not hint:
-        hint = f" Columns there: {', '.join(known[:40])}{', ...' if len(known) > 40 else ''}."
-    return f"`{place}` should have a column '{name}'. Found none in {_several(absent)}.{hint}"
 
 
 def _bound_condition(
@@ -462,70 +317,30 @@ def _window_value(value: conditions.Value) -> conditions.Value:
     return datetime.date.fromisoformat(value) if dated and isinstance(value, str) else value
 
 
-def _note_absent_days(
-    source: Source,
-    locations: Sequence[Location],
-    partition_types: Mapping[str, pa.DataType],
-    place: str,
-    notes: list[str],
-) -> None:
-    """A day that is missing from the window is no error (a day without traffic), but it should be seen."""
+def _absent_days(
+    source: Source, locations: Sequence[Location], partition_types: Mapping[str, pa.DataType], place: str
+) -> list[str]:
+    """A note where days of the window have no files: no error (a day without traffic), but it should be seen."""
     if source.window is None or partition_types.get(source.window_column) != pa.date32():
-        return
+        return []
     first, last = (_window_value(value) for value in source.window)
     if not (isinstance(first, datetime.date) and isinstance(last, datetime.date)):
-        return
+        return []
     present = {value for location in locations for key, value in location.keys if key == source.window_column}
     days = [(first + datetime.timedelta(days=i)).isoformat() for i in range((last - first).days + 1)]
     absent = [day for day in days if day not in present]
-    if absent:
-        shown = ", ".join(absent[:7]) + (", ..." if len(absent) > 7 else "")
-        notes.append(f"`{place}.window`: no files for {len(absent)} of {len(days)} days ({shown}).")
-
-
-def _missing_bounds(file: File, column: str, group: RowGroup, partition_types: Mapping[str, pa.DataType]) -> Bounds:
-    """Of a column that is not stored in the file: one value for a partition key, null for a missing column."""
-    keys = dict(file.location.keys)
-    value = _partition_value(keys[column], partition_types[column]) if column in keys else None
-    return Bounds(value, value, group.num_rows if value is None else 0, group.num_rows)
-
-
-def _prune(
-    files: Sequence[File],
-    group_rows: Sequence[Sequence[int]],
-    group_bounds: Sequence[Mapping[str, list[Bounds | None]]],
-    condition: Condition | None,
-    partition_types: Mapping[str, pa.DataType],
-) -> list[RowGroup]:
-    """The row groups in which the condition can be true for a row."""
-    kept = []
-    for file_index, (file, counts, bounds) in enumerate(zip(files, group_rows, group_bounds, strict=True)):
-        keys = dict(file.location.keys)
-        for index, num_rows in enumerate(counts):
-            group = RowGroup(file_index, index, num_rows)
-            if num_rows == 0:
-                continue
-            if condition is None:
-                kept.append(group)
-                continue
-            known = {
-                name: _missing_bounds(file, name, group, partition_types)
-                if name in keys or name not in bounds
-                else bounds[name][index]
-                for name in conditions.columns_of(condition)
-            }
-            outcome = conditions.outcomes(condition, known.get)
-            if outcome & conditions.TRUE:
-                kept.append(dataclasses.replace(group, filtered=outcome != conditions.TRUE))
-    return kept
+    if not absent:
+        return []
+    shown = ", ".join(absent[:7]) + (", ..." if len(absent) > 7 else "")
+    return [f"`{place}.window`: no files for {len(absent)} of {len(days)} days ({shown})."]
 
 
 def _no_rows(source: Source, place: str, dataset: Dataset) -> str:
     rows = 0
     for file in dataset.files:
-        rows += read_footer(file.location)[0].num_rows
+        rows += read_footer(file.location)[1].num_rows
     if rows == 0:
-        return f"`{place}` should have at least one row. Found {_several(dataset.files)}, with no rows."
+        return f"`{place}` should have at least one row. Found {several(dataset.files)}, with no rows."
     limits = [f"where: {source.where}"] if source.where is not None else []
     if source.window is not None:
         limits.append(f"{source.window[0]} <= {source.window_column} <= {source.window[1]}")

@@ -5,16 +5,14 @@ that is replaced while it is in use is noticed at the next row group, because it
 """
 
 import contextlib
-import datetime
 import fnmatch
 import functools
 import glob
 import hashlib
-import json
 import os
 import re
 import urllib.parse
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -22,11 +20,9 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from mtrec.kinds import nearest
-from mtrec.where import Bounds
 
 SUFFIXES = (".parquet", ".parq", ".pq")
 _MAGIC = b"PAR1"
-_COMPARABLE = (bool, int, float, str, datetime.date)
 _TAIL_BYTES = 65536  # one read; holds the footer of most files
 _BUFFER_BYTES = 65536  # per column chunk of an open row group, instead of the whole compressed chunk
 
@@ -181,11 +177,40 @@ class Identity:
     digest: bytes
 
 
-def read_footer(file: Location) -> tuple[pq.FileMetaData, Identity]:
-    """The footer and the identity of a file. Raises ValueError naming the file where it is not whole Parquet."""
-    with _handle(file) as handle:
-        size, footer = handle.size(), _footer(handle, file, _TAIL_BYTES)
-    return _parsed(footer, file), Identity(size, len(footer), hashlib.blake2b(footer, digest_size=16).digest())
+@dataclass(frozen=True)
+class File:
+    """A file, what it was when its footer was first read, and the types of its columns."""
+
+    location: Location
+    identity: Identity
+    schema: pa.Schema
+
+    @property
+    def path(self) -> str:
+        """As messages name it."""
+        return self.location.shown
+
+
+def several(files: Sequence[File]) -> str:
+    """Some files as messages name them: the first, and how many others."""
+    return f"'{files[0].path}'" + (f" and {len(files) - 1} other files" if len(files) > 1 else "")
+
+
+def read_footer(location: Location) -> tuple[File, pq.FileMetaData]:
+    """A file and its footer. Raises ValueError naming the file where it is not whole Parquet, or has a column twice."""
+    with _handle(location) as handle:
+        size, footer = handle.size(), _footer(handle, location, _TAIL_BYTES)
+    metadata = _parsed(footer, location)
+    identity = Identity(size, len(footer), hashlib.blake2b(footer, digest_size=16).digest())
+    return File(location, identity, _schema(metadata, location)), metadata
+
+
+def _schema(metadata: pq.FileMetaData, location: Location) -> pa.Schema:
+    schema = metadata.schema.to_arrow_schema().remove_metadata()
+    if len(set(schema.names)) < len(schema.names):
+        twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
+        raise ValueError(f"'{location.shown}' should have each column once. Found twice: {', '.join(twice)}.")
+    return schema
 
 
 class ChangedFile(ValueError):
@@ -193,35 +218,36 @@ class ChangedFile(ValueError):
 
 
 @contextlib.contextmanager
-def open_file(file: Location, identity: Identity) -> Iterator[pq.ParquetFile]:
+def open_file(file: File) -> Iterator[pq.ParquetFile]:
     """The file, open until the context ends. Raises ChangedFile naming the file where it is not the one first read."""
-    with _handle(file) as handle:
+    location, identity = file.location, file.identity
+    with _handle(location) as handle:
         if handle.size() != identity.size:
-            raise ChangedFile(_changed(file, f"its size was {identity.size} bytes and is {handle.size()}"))
-        footer = _footer(handle, file, identity.footer_bytes)
+            raise ChangedFile(_changed(location, f"its size was {identity.size} bytes and is {handle.size()}"))
+        footer = _footer(handle, location, identity.footer_bytes)
         if hashlib.blake2b(footer, digest_size=16).digest() != identity.digest:
-            raise ChangedFile(_changed(file, "its footer is another"))
-        remote = file.filesystem.type_name != "local"
+            raise ChangedFile(_changed(location, "its footer is another"))
+        remote = location.filesystem.type_name != "local"
         yield pq.ParquetFile(
             handle,
-            metadata=_parsed(footer, file),
+            metadata=_parsed(footer, location),
             pre_buffer=remote,  # fetches the column chunks of a row group together: one round trip, not one a column
             buffer_size=0 if remote else _BUFFER_BYTES,
         )
 
 
-def _changed(file: Location, how: str) -> str:
-    return f"'{file.shown}' was replaced while it was in use: {how}. Start again with files that stay as they are."
+def _changed(location: Location, how: str) -> str:
+    return f"'{location.shown}' was replaced while it was in use: {how}. Start again with files that stay as they are."
 
 
-def _handle(file: Location) -> pa.NativeFile:
+def _handle(location: Location) -> pa.NativeFile:
     try:
-        return file.filesystem.open_input_file(file.path)
+        return location.filesystem.open_input_file(location.path)
     except OSError as error:
-        raise ValueError(f"'{file.shown}' should be a readable Parquet file. Found: {error}") from error
+        raise ValueError(f"'{location.shown}' should be a readable Parquet file. Found: {error}") from error
 
 
-def _footer(handle: pa.NativeFile, file: Location, first_read: int) -> bytes:
+def _footer(handle: pa.NativeFile, location: Location, first_read: int) -> bytes:
     size: int = handle.size()
     tail: bytes = handle.read_at(min(size, first_read), max(0, size - first_read))
     if size < 12 or tail[-4:] != _MAGIC:
@@ -230,71 +256,23 @@ def _footer(handle: pa.NativeFile, file: Location, first_read: int) -> bytes:
         hint = "encrypted Parquet is not read" if encrypted else "the file was cut short, or is still being written"
         if size and handle.read_at(min(size, 4), 0) != _MAGIC[: min(size, 4)]:
             hint = "it is no Parquet, or was cut short"
-        raise ValueError(f"'{file.shown}' should be a whole Parquet file. Found {what}: {hint}.")
+        raise ValueError(f"'{location.shown}' should be a whole Parquet file. Found {what}: {hint}.")
     needed = int.from_bytes(tail[-8:-4], "little") + 8
     if needed + len(_MAGIC) > size:
         raise ValueError(
-            f"'{file.shown}' should be a whole Parquet file. Found a footer of {needed} bytes in a file of {size}: "
+            f"'{location.shown}' should be a whole Parquet file. Found a footer of {needed} bytes in a file of {size}: "
             "the file was damaged."
         )
     return tail[-needed:] if needed <= len(tail) else handle.read_at(needed, size - needed)
 
 
-def _parsed(footer: bytes, file: Location) -> pq.FileMetaData:
+def _parsed(footer: bytes, location: Location) -> pq.FileMetaData:
     try:
         return _parse(footer)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"'{file.shown}' should be a whole Parquet file. Found a damaged footer: {error}") from error
+        raise ValueError(f"'{location.shown}' should be a whole Parquet file. Found a damaged footer: {error}") from error
 
 
 @functools.lru_cache(maxsize=32)  # parsing costs as much as decoding some thousand rows; bounded, not one a file
 def _parse(footer: bytes) -> pq.FileMetaData:
     return pq.read_metadata(pa.BufferReader(footer))
-
-
-def footer_bounds(metadata: pq.FileMetaData, columns: Collection[str]) -> dict[str, list[Bounds | None]]:
-    """{column: what the footer says of it, for each row group}, of the columns that the file has.
-
-    None where it says nothing, and for columns of several leaves (structs). A list's bounds are those of its items.
-    """
-    if not columns:
-        return {}
-    names = set(metadata.schema.to_arrow_schema().names)
-    leaves: dict[str, list[int]] = {}
-    for number in range(metadata.num_columns):
-        path = metadata.schema.column(number).path
-        leaves.setdefault(path if path in names else path.split(".")[0], []).append(number)
-    groups = range(metadata.num_row_groups)
-    return {
-        name: [_chunk_bounds(metadata, i, leaves[name][0]) if len(leaves[name]) == 1 else None for i in groups]
-        for name in columns
-        if name in leaves
-    }
-
-
-def _chunk_bounds(metadata: pq.FileMetaData, row_group: int, leaf: int) -> Bounds | None:
-    group = metadata.row_group(row_group)
-    chunk = group.column(leaf)
-    statistics = chunk.statistics if chunk.is_stats_set else None
-    if statistics is None:
-        return None
-    # below a list, nulls are counted over its items, not over rows
-    nested = metadata.schema.column(leaf).max_repetition_level > 0
-    nulls = statistics.null_count if statistics.has_null_count and not nested else None
-    unsure = Bounds(None, None, nulls, group.num_rows)
-    if not statistics.has_min_max or statistics.physical_type in ("FIXED_LEN_BYTE_ARRAY", "INT96"):
-        return unsure
-    logical = json.loads(statistics.logical_type.to_json())
-    if logical.get("timeUnit") == "nanoseconds":  # Python's clock ends at microseconds: round outwards
-        if logical["Type"] != "Timestamp":
-            return unsure
-        low, high = _from_microseconds(statistics.min_raw // 1000), _from_microseconds(-(-statistics.max_raw // 1000))
-    else:
-        low, high = statistics.min, statistics.max
-    if isinstance(low, datetime.datetime) and low.tzinfo is not None:
-        low, high = (moment.astimezone(datetime.UTC).replace(tzinfo=None) for moment in (low, high))
-    return Bounds(low, high, nulls, group.num_rows) if isinstance(low, _COMPARABLE) else unsure
-
-
-def _from_microseconds(count: int) -> datetime.datetime:
-    return datetime.datetime(1970, 1, 1) + datetime.timedelta(microseconds=count)

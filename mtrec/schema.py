@@ -1,9 +1,17 @@
-"""One type for a column that files hold in different ones: int32 beside int64, dictionaries beside plain text, ...
+"""One schema for many files: one type for a column that they hold in different ones, and for partition keys.
 
-Only safe conversions: every value stays what it was, or reading stops with an error that names the file.
+int32 beside int64, dictionaries beside plain text, ...: only safe conversions, so that every value stays what it was, or
+reading stops with an error that names the file. Columns may be missing where that is asked for.
 """
 
+import datetime
+import re
+from collections.abc import Collection, Mapping, Sequence
+
 import pyarrow as pa
+
+from mtrec.files import File, Location, several
+from mtrec.kinds import nearest
 
 _UNITS = ("s", "ms", "us", "ns")
 
@@ -84,3 +92,106 @@ def _common_number(one: pa.DataType, other: pa.DataType) -> pa.DataType:
     if pa.types.is_signed_integer(one) == pa.types.is_signed_integer(other):
         return max(one, other, key=lambda type_: type_.bit_width)
     return pa.int64()
+
+
+def key_types(locations: Sequence[Location]) -> dict[str, pa.DataType]:
+    """{partition key: its type}: dates where all values of a key are dates, integers where all are integers, else text."""
+    values: dict[str, set[str]] = {}
+    for location in locations:
+        for key, value in location.keys:
+            values.setdefault(key, set()).update(() if value is None else (value,))
+    return {key: _key_type(found) for key, found in values.items()}
+
+
+def _key_type(values: set[str]) -> pa.DataType:
+    if values and all(re.fullmatch(r"-?\d{1,18}", value) for value in values):
+        return pa.int64()
+    try:
+        for value in values:
+            datetime.date.fromisoformat(value if re.fullmatch(r"\d{4}-\d\d-\d\d", value) else "no date")
+    except ValueError:
+        return pa.string()
+    return pa.date32() if values else pa.string()
+
+
+def key_value(value: str | None, type_: pa.DataType) -> int | str | datetime.date | None:
+    """The value of a partition key in the key's type."""
+    if value is None or pa.types.is_string(type_):
+        return value
+    return int(value) if pa.types.is_integer(type_) else datetime.date.fromisoformat(value)
+
+
+def unify(
+    columns: Sequence[str],
+    files: Sequence[File],
+    partition_types: Mapping[str, pa.DataType],
+    optional: Collection[str],
+    place: str,
+) -> tuple[dict[str, pa.DataType], list[str]]:
+    """{column: type for all files}, and notes that say where files differ.
+
+    Raises ValueError naming `place` (a YAML path) and the files, where some lack a column that is not `optional`, or hold
+    types that do not go together.
+    """
+    types: dict[str, pa.DataType] = {}
+    notes = []
+    for name in columns:
+        first: dict[pa.DataType, File] = {}  # the first file with each type
+        absent = []
+        for file in files:
+            if any(key == name for key, _ in file.location.keys):
+                first.setdefault(partition_types[name], file)
+            elif (position := file.schema.get_field_index(name)) >= 0:
+                first.setdefault(file.schema.field(position).type, file)
+            else:
+                absent.append(file)
+        if absent and name not in optional:
+            raise ValueError(_missing_column(name, absent, files, place))
+        if absent and len(absent) < len(files):
+            notes.append(f"Column '{name}' is missing from {several(absent)} and null there.")
+        elif absent:
+            notes.append(f"Column '{name}' is in no file of `{place}` and null everywhere.")
+        common: pa.DataType = pa.null()
+        for type_, file in first.items():
+            wider = common_type(common, plain(type_))
+            if wider is None:
+                before = next(path for other, path in first.items() if common_type(plain(other), plain(type_)) is None)
+                raise ValueError(
+                    f"`{place}` should have one type for column '{name}' in all files. "
+                    f"Found {_type_of(before, name)} in '{before.path}' and {type_} in '{file.path}'."
+                )
+            common = wider
+        if len(first) > 1:
+            found = ", ".join(f"{type_} in '{file.path}'" for type_, file in first.items())
+            notes.append(f"Column '{name}' is read as {common}; found {found}.")
+        types[name] = common
+    return types, notes
+
+
+def _type_of(file: File, name: str) -> str:
+    return str(file.schema.field(name).type) if name in file.schema.names else "a partition key"
+
+
+def _missing_column(name: str, absent: Sequence[File], files: Sequence[File], place: str) -> str:
+    known = _shared_columns(absent)
+    hint = nearest(name, known)
+    if len(absent) < len(files):
+        hint += " Other files have it: `optional: true` on the feature reads it as null where it is missing."
+    elif not hint:
+        hint = f" Columns there: {', '.join(known[:40])}{', ...' if len(known) > 40 else ''}."
+    return f"`{place}` should have a column '{name}'. Found none in {several(absent)}.{hint}"
+
+
+def _shared_columns(files: Sequence[File]) -> list[str]:
+    shared = None
+    for file in files:
+        names = dict.fromkeys([*file.schema.names, *(key for key, _ in file.location.keys)])
+        shared = names if shared is None else {name: None for name in shared if name in names}
+    return list(shared or ())
+
+
+def check_column(name: str, files: Sequence[File], partition_types: Mapping[str, pa.DataType], place: str) -> None:
+    """Raises ValueError naming `place` where no file has the column `name`."""
+    known = dict.fromkeys([*(name for file in files for name in file.schema.names), *partition_types])
+    if name not in known:
+        raise ValueError(f"`{place}` should name a column of the data. Found '{name}'.{nearest(name, known)}")

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from mtrec.dataset import Dataset, RowGroup, Source, open_each
+from mtrec.dataset import Dataset, Source, open_each
 from mtrec.features import Encoder, FeatureCounts, check_schema
 from mtrec.files import Location
 from mtrec.metrics import group_keys
+from mtrec.row_groups import RowGroup
 from mtrec.score import LabelledSums
 
 DECODED_ROWS = 65_536  # at once

@@ -14,8 +14,8 @@ import torch
 
 from mtrec.checkpoint import Checkpoint
 from mtrec.dataset import Source
-from mtrec.features import FeatureCounts
 from mtrec.formula import ranking_formula
+from mtrec.metrics import DistributionSummary
 from mtrec.run import Run, open_run, versions
 from mtrec.score import (
     Scorer,
@@ -145,6 +145,48 @@ def score_files(
     """
     began = time.monotonic()
     run = open_run(asked.run)
+    work = _work(asked, run)
+    request = work.request
+    check_output(request)
+    files, failed = _inputs(request, run)
+    output = Output(request.output)
+    finished = {file.relative for file in files if read_record(output, file.relative, file.identity) is not None}
+    pending = [file for file in files if file.relative not in finished]
+    _check_nothing_is_replaced(request, output, pending)
+    failed.update(_check_rows(run, pending, asked.allow_null_jump))
+    sound = [file for file in pending if file.shown not in failed]
+    pieces = plan_pieces(sound, workers, split=request.top is not None)
+    left = [piece for piece in pieces if piece.whole or read_record(output, piece.target, piece.file.identity) is None]
+    on_start(
+        {
+            "files": len(files),
+            "finished": len(finished),
+            "rows": sum(file.data.num_rows for file in files),
+            "rows_left": sum(piece.rows for piece in left),
+            "failed": dict(failed),
+            **request.provenance,
+        }
+    )
+    told = _run(work, left, spread, on_rows)
+    failed.update(told.problems)
+    _join_pieces(pieces, failed, request)
+    records = _records(output, [file for file in files if file.shown not in failed])
+    manifest = _manifest(run, work, records, failed)
+    output.write(MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    if not failed:
+        for folder in (PIECES, f"{RECORDS}/{PIECES}"):
+            output.delete_folder(folder)
+    session = {
+        "rows": sum(piece.rows for piece in left if piece.file.shown not in failed),
+        "wall_seconds": time.monotonic() - began,
+        "golden": told.golden,
+        "seconds": told.seconds,
+    }
+    return {**manifest, "session": session}
+
+
+def _work(asked: Asked, run: Run) -> Work:
+    """What is asked, made definite: paths absolute, the formula parsed, the checkpoint chosen and hashed."""
     formula = ranking_formula(run.experiment, asked.formula)
     if (asked.top is None) != (asked.by is None):
         raise ValueError("--top K and --by COLUMN should come together: the best K rows of each value of the column.")
@@ -165,57 +207,7 @@ def score_files(
             "version": versions().get("mtrec", "not installed"),
         },
     )
-    check_output(request)
-    total = Tally.empty(run.encoder, run.experiment)
-    files, failed = open_inputs(request, run.encoder, total.labelled, tuple(total.summaries))
-    if not files:
-        shown = list(failed.values())[:3]
-        raise ValueError("\n".join([*shown, *([f"... and {len(failed) - 3:,} more files"] if len(failed) > 3 else [])]))
-    check_group_column(request, files)
-    if request.top is not None:
-        files = _one_identity(files)
-    output = Output(request.output)
-    finished = {file.relative: read_record(output, file.relative, file.identity) for file in files}
-    pending = [file for file in files if finished[file.relative] is None]
-    _check_nothing_is_replaced(request, output, pending)
-    counts, bad = sampled_counts(pending, run.encoder)
-    failed.update(bad)
-    pending = [file for file in pending if file.shown not in failed]
-    if not asked.allow_null_jump:
-        _check_nulls(run, counts)
-    pieces = plan_pieces(pending, workers, split=request.top is not None)
-    left = [piece for piece in pieces if piece.whole or read_record(output, piece.target, piece.file.identity) is None]
-    rows = sum(file.data.num_rows for file in files)
-    on_start(
-        {
-            "files": len(files),
-            "finished": sum(record is not None for record in finished.values()),
-            "rows": rows,
-            "rows_left": sum(piece.rows for piece in left),
-            "failed": dict(failed),
-            **request.provenance,
-        }
-    )
-    work = Work(str(run.folder), found, formula.text, request)
-    seconds = {"reading": 0.0, "scoring": 0.0, "writing": 0.0}
-    golden = _run(work, left, spread, failed, seconds, on_rows) if left else None
-    _join_pieces(pieces, failed, request)
-    records = []
-    for file in files:
-        if file.shown not in failed:
-            record = read_record(output, file.relative, file.identity)
-            assert record is not None, file.relative
-            records.append(record)
-            for part in record.get("pieces", [record]):
-                total.merge(Tally.empty(run.encoder, run.experiment).restore(part))
-    manifest = _manifest(run, found, request, total, records, failed)
-    output.write(MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
-    if not failed:
-        for folder in (PIECES, f"{RECORDS}/{PIECES}"):
-            output.delete_folder(folder)
-    scored_rows = sum(piece.rows for piece in left if piece.file.shown not in failed)
-    session = {"rows": scored_rows, "wall_seconds": time.monotonic() - began, "golden": golden, "seconds": seconds}
-    return {**manifest, "session": session}
+    return Work(str(run.folder), found, formula.text, request)
 
 
 def _absolute(path: str) -> str:
@@ -225,6 +217,17 @@ def _absolute(path: str) -> str:
 
 def _absolute_paths(paths: str | Sequence[str]) -> str | list[str]:
     return _absolute(paths) if isinstance(paths, str) else [_absolute(path) for path in paths]
+
+
+def _inputs(request: Request, run: Run) -> tuple[list[InputFile], dict[str, str]]:
+    """The files that can be scored, and {path: what is wrong} of the others. Raises ValueError where there is none to score."""
+    made = Tally.empty(run.encoder, run.experiment)
+    files, failed = open_inputs(request, run.encoder, made.labelled, tuple(made.summaries))
+    if not files:
+        shown = list(failed.values())[:3]
+        raise ValueError("\n".join([*shown, *([f"... and {len(failed) - 3:,} more files"] if len(failed) > 3 else [])]))
+    check_group_column(request, files)
+    return files if request.top is None else _one_identity(files), failed
 
 
 def _one_identity(files: Sequence[InputFile]) -> list[InputFile]:
@@ -243,36 +246,41 @@ def _check_nothing_is_replaced(request: Request, output: Output, pending: Sequen
         )
 
 
-def _check_nulls(run: Run, counts: FeatureCounts) -> None:
-    jumps = null_jumps(run.encoder, counts)
+def _check_rows(run: Run, files: Sequence[InputFile], allow_null_jump: bool) -> dict[str, str]:
+    """{path: what is wrong} of files with rows that cannot be encoded, by a sample. Raises ValueError where nulls are many."""
+    counts, bad = sampled_counts(files, run.encoder)
+    jumps = {} if allow_null_jump else null_jumps(run.encoder, counts)
     if jumps:
         listed = "; ".join(f"`features.{name}`: {before:.1%} -> {now:.1%}" for name, (before, now) in jumps.items())
         raise ValueError(
             f"Nulls are more than 10 points more frequent in the input than in training ({listed}). If a source of these "
             "features is broken, the scores are worth little. If it is meant, add --allow-null-jump."
         )
+    return bad
 
 
-def _run(
-    work: Work,
-    pieces: Sequence[Piece],
-    spread: Spread,
-    failed: dict[str, str],
-    seconds: dict[str, float],
-    on_rows: Callable[[int], None],
-) -> float:
-    """Has the pieces scored; fills `failed` and `seconds`, returns the largest difference of a golden row."""
-    golden = 0.0
-    for event in spread(work, pieces):
+@dataclasses.dataclass
+class _Told:
+    """What the workers told: the largest difference of a golden row, what pieces took, {path: what is wrong with the file}."""
+
+    golden: float | None
+    seconds: dict[str, float] = dataclasses.field(default_factory=lambda: {"reading": 0.0, "scoring": 0.0, "writing": 0.0})
+    problems: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def _run(work: Work, pieces: Sequence[Piece], spread: Spread, on_rows: Callable[[int], None]) -> _Told:
+    """Has the pieces scored; no worker starts where there are none."""
+    told = _Told(golden=0.0 if pieces else None)
+    for event in spread(work, pieces) if pieces else ():
         if isinstance(event, Progress):
-            golden = max(golden, event.golden or 0.0)
+            told.golden = max(told.golden or 0.0, event.golden or 0.0)
             on_rows(event.rows)
         elif event.record is not None:
-            for name in seconds:
-                seconds[name] += event.record["seconds"][name]
+            for name in told.seconds:
+                told.seconds[name] += event.record["seconds"][name]
         else:
-            failed.setdefault(pieces[event.index].file.shown, event.problem or "")
-    return golden
+            told.problems.setdefault(pieces[event.index].file.shown, event.problem or "")
+    return told
 
 
 def _join_pieces(pieces: Sequence[Piece], failed: dict[str, str], request: Request) -> None:
@@ -297,28 +305,23 @@ def _join_pieces(pieces: Sequence[Piece], failed: dict[str, str], request: Reque
             each.result()
 
 
-def _manifest(
-    run: Run,
-    found: Checkpoint,
-    request: Request,
-    total: Tally,
-    records: Sequence[dict[str, Any]],
-    failed: dict[str, str],
-) -> dict[str, Any]:
+def _records(output: Output, files: Sequence[InputFile]) -> list[dict[str, Any]]:
+    """The records of files that are finished."""
+    records = []
+    for file in files:
+        record = read_record(output, file.relative, file.identity)
+        assert record is not None, file.relative
+        records.append(record)
+    return records
+
+
+def _manifest(run: Run, work: Work, records: Sequence[dict[str, Any]], failed: dict[str, str]) -> dict[str, Any]:
     """What stands in `_manifest.json`: the same for the same result, however it came about (no times in it)."""
-    before = training_summaries(run, found, ranking_formula(run.experiment, request.provenance["formula"]))
-    predictions = {}
-    for name, summary in total.summaries.items():
-        predictions[name] = {
-            "mean": _number(summary.mean),
-            **{f"q{share:g}": _number(value) for share, value in zip(QUANTILES, summary.quantiles(QUANTILES), strict=True)},
-            "training_mean": _number(before[name].mean),
-            **{
-                f"training_q{share:g}": _number(value)
-                for share, value in zip(QUANTILES, before[name].quantiles(QUANTILES), strict=True)
-            },
-            "psi": _number(before[name].stability_index(summary)),
-        }
+    request, total = work.request, Tally.empty(run.encoder, run.experiment)
+    for record in records:
+        for part in record.get("pieces", [record]):
+            total.merge(Tally.empty(run.encoder, run.experiment).restore(part))
+    before = training_summaries(run, work.checkpoint, ranking_formula(run.experiment, work.formula))
     nulls, unseen = total.counts.null_share(), total.counts.unseen_share()
     return {
         "format": 1,
@@ -344,10 +347,20 @@ def _manifest(
             for name in nulls
         },
         "null_jumps": sorted(null_jumps(run.encoder, total.counts)),
-        "predictions": predictions,
+        "predictions": {name: _against(before[name], summary) for name, summary in total.summaries.items()},
         "labels": total.labelled.compute(),
         "notes": total.notes,
     }
+
+
+def _against(before: DistributionSummary, summary: DistributionSummary) -> dict[str, float | None]:
+    """A column's distribution beside its training one."""
+    figures = {}
+    for side, each in (("", summary), ("training_", before)):
+        figures[f"{side}mean"] = _number(each.mean)
+        for share, value in zip(QUANTILES, each.quantiles(QUANTILES), strict=True):
+            figures[f"{side}q{share:g}"] = _number(value)
+    return {**figures, "psi": _number(before.stability_index(summary))}
 
 
 def _number(value: float) -> float | None:

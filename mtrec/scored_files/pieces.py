@@ -109,8 +109,7 @@ def score_piece(scorer: Scorer, piece: Piece, request: Request) -> Generator[int
 
 
 def _footer(file: InputFile) -> pq.FileMetaData:
-    stored = file.data.files[0]
-    with open_file(stored.location, stored.identity) as parquet:
+    with open_file(file.data.files[0]) as parquet:
         return parquet.metadata
 
 

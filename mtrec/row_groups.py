@@ -1,0 +1,121 @@
+"""Row groups: what footers and folder names say of their columns, and in which of them a condition can be true."""
+
+import dataclasses
+import datetime
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mtrec.files import File, Location, read_footer
+from mtrec.schema import key_value
+from mtrec.where import TRUE, Bounds, Condition, columns_of, outcomes
+
+_COMPARABLE = (bool, int, float, str, datetime.date)
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A row group of the dataset: row group `index` of file `file_index`. `filtered`: `where` may drop rows in it."""
+
+    file_index: int
+    index: int
+    num_rows: int
+    filtered: bool = False
+
+
+class Look(NamedTuple):
+    """A file as its footer tells of it: the rows of each row group, and {column: its bounds in each}."""
+
+    file: File
+    rows: tuple[int, ...]
+    bounds: dict[str, list[Bounds | None]]
+
+
+def look_at(location: Location, columns: Collection[str]) -> Look:
+    """Reads the footer of a file, for the bounds of `columns`. Raises as `read_footer`."""
+    file, metadata = read_footer(location)
+    rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+    return Look(file, rows, footer_bounds(metadata, columns))
+
+
+def prune(looks: Sequence[Look], condition: Condition | None, partition_types: Mapping[str, pa.DataType]) -> list[RowGroup]:
+    """The row groups in which the condition can be true for a row; None keeps all that are not empty."""
+    kept = []
+    for file_index, (file, counts, bounds) in enumerate(looks):
+        keys = dict(file.location.keys)
+        for index, num_rows in enumerate(counts):
+            group = RowGroup(file_index, index, num_rows)
+            if num_rows == 0:
+                continue
+            if condition is None:
+                kept.append(group)
+                continue
+            known = {
+                name: unstored_bounds(file, name, group, partition_types)
+                if name in keys or name not in bounds
+                else bounds[name][index]
+                for name in columns_of(condition)
+            }
+            outcome = outcomes(condition, known.get)
+            if outcome & TRUE:
+                kept.append(dataclasses.replace(group, filtered=outcome != TRUE))
+    return kept
+
+
+def unstored_bounds(file: File, column: str, group: RowGroup, partition_types: Mapping[str, pa.DataType]) -> Bounds:
+    """Bounds of a column that is not stored in the file: one value for a partition key, null for a missing column."""
+    keys = dict(file.location.keys)
+    value = key_value(keys[column], partition_types[column]) if column in keys else None
+    return Bounds(value, value, group.num_rows if value is None else 0, group.num_rows)
+
+
+def footer_bounds(metadata: pq.FileMetaData, columns: Collection[str]) -> dict[str, list[Bounds | None]]:
+    """{column: what the footer says of it, for each row group}, of the columns that the file has.
+
+    None where it says nothing, and for columns of several leaves (structs). A list's bounds are those of its items.
+    """
+    if not columns:
+        return {}
+    names = set(metadata.schema.to_arrow_schema().names)
+    leaves: dict[str, list[int]] = {}
+    for number in range(metadata.num_columns):
+        path = metadata.schema.column(number).path
+        leaves.setdefault(path if path in names else path.split(".")[0], []).append(number)
+    groups = range(metadata.num_row_groups)
+    return {
+        name: [_chunk_bounds(metadata, i, leaves[name][0]) if len(leaves[name]) == 1 else None for i in groups]
+        for name in columns
+        if name in leaves
+    }
+
+
+def _chunk_bounds(metadata: pq.FileMetaData, row_group: int, leaf: int) -> Bounds | None:
+    group = metadata.row_group(row_group)
+    chunk = group.column(leaf)
+    statistics = chunk.statistics if chunk.is_stats_set else None
+    if statistics is None:
+        return None
+    # below a list, nulls are counted over its items, not over rows
+    nested = metadata.schema.column(leaf).max_repetition_level > 0
+    nulls = statistics.null_count if statistics.has_null_count and not nested else None
+    unsure = Bounds(None, None, nulls, group.num_rows)
+    if not statistics.has_min_max or statistics.physical_type in ("FIXED_LEN_BYTE_ARRAY", "INT96"):
+        return unsure
+    logical = json.loads(statistics.logical_type.to_json())
+    if logical.get("timeUnit") == "nanoseconds":  # Python's clock ends at microseconds: round outwards
+        if logical["Type"] != "Timestamp":
+            return unsure
+        low, high = _from_microseconds(statistics.min_raw // 1000), _from_microseconds(-(-statistics.max_raw // 1000))
+    else:
+        low, high = statistics.min, statistics.max
+    if isinstance(low, datetime.datetime) and low.tzinfo is not None:
+        low, high = (moment.astimezone(datetime.UTC).replace(tzinfo=None) for moment in (low, high))
+    return Bounds(low, high, nulls, group.num_rows) if isinstance(low, _COMPARABLE) else unsure
+
+
+def _from_microseconds(count: int) -> datetime.datetime:
+    return datetime.datetime(1970, 1, 1) + datetime.timedelta(microseconds=count)
