@@ -384,6 +384,11 @@ def test_partitions_conditions_and_files_without_rows(run: Run, log: Path, tmp_p
     }
     assert made["dt=2026-01-02/a.parquet"]["dt"].type == pa.date32()
     assert len({each.schema for each in made.values()}) == 1
+    # columns that no feature reads, kept or not
+    score(run, tmp_path / "in" / "dt=2026-01-02" / "a.parquet", tmp_path / "other", where="row_id < 9 and click == 0")
+    made_other = pq.read_table(tmp_path / "other" / "a.parquet")
+    assert made_other["row_id"].to_pylist() == [row for row in range(9) if table["click"][row].as_py() == 0]
+    assert "click" not in made_other.column_names
     score(run, str(tmp_path / "in" / "dt=*" / "a*"), tmp_path / "glob")
     assert names(tmp_path / "glob") == ["dt=2026-01-01/a.parquet", "dt=2026-01-02/a.parquet"]
 

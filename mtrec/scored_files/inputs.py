@@ -167,9 +167,12 @@ def _input_file(
     names = dict.fromkeys([*(c for c in encoder.columns if c in data.schema.names), *kept, *label_columns])
     fields = []
     for name in names:
-        stored = name in file.schema.names and name not in keys
-        # the file's own type, so that what is kept stays as it is; what the condition reads must suit the condition
-        fields.append(file.schema.field(name) if stored and name not in data.condition_schema.names else data.schema.field(name))
+        if name in data.condition_schema.names:  # must suit the condition
+            fields.append(data.condition_schema.field(name))
+        elif name in file.schema.names and name not in keys:  # the file's own type: what is kept stays as it is
+            fields.append(file.schema.field(name))
+        else:
+            fields.append(data.schema.field(name))
     data = dataclasses.replace(data, schema=pa.schema(fields))
     what = {
         "provenance": request.provenance,
