@@ -22,7 +22,7 @@ from mtrec.features import BadRowsError, Encoder, Feature, psi
 from mtrec.feed import bad_row, bad_rows, check_encodes, usable_rows, without_bad_rows
 from mtrec.formula import ranking_formula
 from mtrec.gradients import check_place
-from mtrec.labels import LabelFit, LabelStatistics, labels_of
+from mtrec.labels import LabelFit, LabelStatistics, check_trained, labels_of
 from mtrec.metrics import auc
 from mtrec.model import MultiTaskModel, loss_weights, task_specs
 from mtrec.run import (
@@ -83,7 +83,7 @@ def check_experiment(experiment: Experiment, sample_rows: int = 100_000, device:
     weights = loss_weights(experiment, objectives, statistics)
     drift = {} if validation is None else _drift(encoder, validation, sample.schema.names, sample_rows)
     leaks = _leaks(sample, encoder, labels, objectives)
-    _check_trained(experiment, statistics)
+    check_trained(statistics, experiment, "sampled")
     partial = sample.num_rows < train.num_rows
     return {
         "tables": {
@@ -127,17 +127,6 @@ def _check_labels(sample: pa.Table, labels: Mapping[str, Label], dataset: Datase
             except BadRowsError as error:
                 found = bad_row(dataset, [label.column], functools.partial(label_values, label=label)) or error
                 raise ValueError(f"`tasks.{name}.label`, `{dataset.place}`: {found}") from error
-
-
-def _check_trained(experiment: Experiment, statistics: Mapping[str, LabelStatistics]) -> None:
-    """Every task should have a row to learn from."""
-    for name, each in statistics.items():
-        if not each.trained:
-            given = experiment.tasks[name].given
-            raise ValueError(
-                f"`tasks.{name}.label`: column '{experiment.label_column(name)}' should hold labels"
-                f"{f' where {given} is 1' if given else ''}. Found none in {each.rows:,} sampled rows."
-            )
 
 
 def _facts(experiment: Experiment, train: Dataset, validation: Dataset | None, sampled: int, model: MultiTaskModel) -> list[str]:

@@ -127,3 +127,14 @@ def load(folder: Path) -> dict[str, LabelStatistics]:
     plain = json.loads((folder / "labels.json").read_text())
     with np.load(folder / "labels.npz") as samples:
         return {name: LabelStatistics(**{**values, "sample": samples[name]}) for name, values in plain.items()}
+
+
+def check_trained(statistics: Mapping[str, LabelStatistics], experiment: Experiment, which: str) -> None:
+    """Every task should have a row to learn from. Raises ValueError naming the one that has none; `which` rows were looked at."""
+    for name, each in statistics.items():
+        if not each.trained:
+            given = f" where {experiment.tasks[name].given} is 1" if experiment.tasks[name].given else ""
+            raise ValueError(
+                f"`tasks.{name}.label`: column '{experiment.label_column(name)}' should hold labels{given}. Found none in "
+                f"{each.rows:,} {which} rows."
+            )

@@ -36,7 +36,7 @@ from mtrec.feed import bad_row, bad_rows, check_encodes, usable_rows, without_ba
 from mtrec.formula import ranking_formula
 from mtrec.gradients import check_place
 from mtrec.kinds import check_options, resolve
-from mtrec.labels import LabelFit, LabelStatistics, labels_of
+from mtrec.labels import LabelFit, LabelStatistics, check_trained, labels_of
 from mtrec.metrics import group_keys
 from mtrec.mirror import Mirror
 from mtrec.model import task_specs
@@ -250,37 +250,14 @@ def prepare(experiment: Experiment, folder: Path, previous: Run | None = None) -
     if experiment.data.on_bad_rows == "error":
         for source in sources:
             check_footers(source, specs, experiment)
-    assert isinstance(experiment.model.embedding_dim, int)
-    features = feature_list(experiment)
-    fit = LabelFit(labels_of(experiment, specs), objectives)
-    columns, _ = feature_columns(features)
-    labels = labels_of(experiment, specs)
-    read = list(dict.fromkeys([*columns, *label_columns(experiment)]))
-    batches = without_bad_rows(train.batches(read, FIT_ROWS), labels, features, bad_rows(experiment.data, train.num_rows))
-    try:
-        encoder = Encoder.fit(
-            features,
-            fit.watch(batches),
-            schema=train.schema,
-            embedding_dim=experiment.model.embedding_dim,
-            previous=previous.encoder if previous else None,
-        )
-    except BadRowsError as error:
-        raise ValueError(_bad_row(train, read, labels, features) or str(error)) from error
+    encoder, statistics = _fitted(experiment, train, objectives, previous)
     for source in sources[1:]:
         check_encodes(encoder, source)
-    statistics = fit.statistics()
-    for name, each in statistics.items():
-        if not each.trained:
-            given = f" where {experiment.tasks[name].given} is 1" if experiment.tasks[name].given else ""
-            raise ValueError(
-                f"`tasks.{name}.label`: column '{experiment.label_column(name)}' should hold labels{given}. Found none in the "
-                f"{each.rows:,} training rows."
-            )
+    check_trained(statistics, experiment, "training")
     folder.mkdir(parents=True, exist_ok=True)
     encoder.save(folder / "encoder")
     label_fit.save(statistics, folder)
-    sample = train.sample(SAMPLE_ROWS, columns)
+    sample = train.sample(SAMPLE_ROWS, feature_columns(feature_list(experiment))[0])
     pq.write_table(usable_rows(sample, encoder) if experiment.data.on_bad_rows == "skip" else sample, folder / SAMPLE_FILE)
     (folder / "checkpoints").mkdir(exist_ok=True)
     write_atomically(folder / "experiment.yaml", to_yaml(experiment))
@@ -299,6 +276,28 @@ def prepare(experiment: Experiment, folder: Path, previous: Run | None = None) -
     }
     write_atomically(folder / "run.json", json.dumps(info, indent=1))  # last: a folder with it is a whole run
     return Run(folder.absolute())
+
+
+def _fitted(
+    experiment: Experiment, train: Dataset, objectives: Objectives, previous: Run | None
+) -> tuple[Encoder, dict[str, LabelStatistics]]:
+    """The encoder and the statistics of the labels, from one pass over the training rows."""
+    features, labels = feature_list(experiment), labels_of(experiment, objectives.specs)
+    fit = LabelFit(labels, objectives)
+    read = list(dict.fromkeys([*feature_columns(features)[0], *label_columns(experiment)]))
+    batches = without_bad_rows(train.batches(read, FIT_ROWS), labels, features, bad_rows(experiment.data, train.num_rows))
+    assert isinstance(experiment.model.embedding_dim, int)
+    try:
+        encoder = Encoder.fit(
+            features,
+            fit.watch(batches),
+            schema=train.schema,
+            embedding_dim=experiment.model.embedding_dim,
+            previous=previous.encoder if previous else None,
+        )
+    except BadRowsError as error:
+        raise ValueError(_bad_row(train, read, labels, features) or str(error)) from error
+    return encoder, fit.statistics()
 
 
 def _bad_row(data: Dataset, columns: Sequence[str], labels: Mapping[str, Label], features: Sequence[Feature]) -> str | None:
