@@ -54,24 +54,30 @@ class ExtractionLevel(nn.Module):
 
         At the last level there is no shared mixture, G is K, and no shared gate, None.
         """
-        gates = [self.task_gates] if self.shared_gate is None else [self.task_gates, self.shared_gate]
-        first, blocks = x.dim() == 2, (self.task_experts, self.shared_experts)
-        one = (first or self._split[0] == self._split[1]) and not are_apart()
-        experts = [Abreast(*blocks)] if one else [Abreast(block) for block in blocks]
-        if first:
-            found = together(x, *gates, *experts)
-        else:
-            of_tasks, of_all = x[:-1], x[-1:]
-            found = [block(inputs) for block, inputs in zip(gates, (of_tasks, of_all), strict=False)]
-            found += [block(inputs) for block, inputs in zip(experts, (x,) if one else (of_tasks, of_all), strict=True)]
-        gates_KBE, *shared_gate = found[: len(gates)]
+        (gates_KBE, *shared_gate), experts = self._blocks(x)
         own_KBM, seen_KBS = gates_KBE.split(self._split, dim=2)
         # Each task's weights stand in the columns of its own experts and are zero elsewhere, so that all tasks are
         # mixed by one product that reads every expert once.
         own_KBE = torch.diag_embed(own_KBM.permute(1, 2, 0), dim1=0, dim2=2).flatten(2)
         gates_GBE = torch.cat([own_KBE, seen_KBS], dim=2)
-        mixed_BGH = mix(torch.cat([gates_GBE, *shared_gate]), *found[len(gates) :])
+        mixed_BGH = mix(torch.cat([gates_GBE, *shared_gate]), *experts)
         return mixed_BGH, gates_KBE, shared_gate[0] if shared_gate else None
+
+    def _blocks(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The weights of the tasks' gates and of the shared one, if any; all experts, in one tensor where they run as one."""
+        gates = [self.task_gates] if self.shared_gate is None else [self.task_gates, self.shared_gate]
+        own, shared = self.task_experts, self.shared_experts
+        first, as_many = x.dim() == 2, self._split[0] == self._split[1]
+        as_one = (first or as_many) and not are_apart()
+        experts = [Abreast(own, shared)] if as_one else [Abreast(own), Abreast(shared)]
+        if first:
+            found = together(x, *gates, *experts)
+            return found[: len(gates)], found[len(gates) :]
+        inputs = (x[:-1], x[-1:])
+        return (
+            [gate(of) for gate, of in zip(gates, inputs, strict=False)],
+            [block(of) for block, of in zip(experts, (x,) if as_one else inputs, strict=True)],
+        )
 
     def flops_per_row(self) -> int:
         """Of the matrix products of forward, the zeros in the mixture included."""
