@@ -1,4 +1,4 @@
-"""The helpers beside the tests (logs, ranks, runs) are importable from all of them, spawned ranks included."""
+"""The helpers beside the tests (logs, ranks, runs, oracles, ...) are importable from all of them, spawned ranks included."""
 
 import os
 import sys

@@ -3,6 +3,7 @@
 import copy
 import io
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mtrec.balancing import BALANCERS, Balancer, make_balancer
-from mtrec.balancing.balancer import bound
+from mtrec.balancing.balancer import Observing, bound
 
 TASKS = ["click", "conversion", "dwell"]
 ALL = torch.tensor([True, True, True])
@@ -75,12 +76,18 @@ def test_two_ranks_with_different_generators_agree(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", BALANCERS)
-def test_weights_are_finite_not_negative_and_sum_to_the_number_of_weighed_tasks(kind: str) -> None:
+def test_weights_are_the_methods_not_negative_and_sum_to_the_number_of_weighed_tasks(kind: str) -> None:
     balancer = make(kind, every=1, normalize=True)
+    alone = make(kind).method  # the same method without a balancer around it
     for step in range(20):
         losses_K, gramian_KK, active_K = batch(step)
         before = balancer.weights_K.clone()
         weights = balancer(losses_K, gramian_KK, step, active_K)
+        if isinstance(alone, Observing):
+            alone.observe(losses_K.double(), step, active_K)
+        raw_K = torch.where(active_K, alone(losses_K.double(), gramian_KK.double(), step, active_K), 0.0).clamp(min=0.0)
+        expected_K = raw_K / raw_K.sum() * active_K.sum()
+        torch.testing.assert_close(weights[active_K].double(), expected_K[active_K], rtol=1e-6, atol=1e-7)
         assert weights.dtype == losses_K.dtype
         assert weights.isfinite().all()
         assert (weights >= 0.0).all()
@@ -99,8 +106,9 @@ def test_a_task_left_out_does_not_change_what_the_others_get(kind: str) -> None:
         losses_K[1], gramian_KK[1], gramian_KK[:, 1] = torch.nan, torch.nan, torch.nan
         found = three(losses_K, gramian_KK, step, kept)
         expected = two(losses_K[kept], gramian_KK[kept][:, kept], step, torch.tensor([True, True]))
-        if kind == "rlw":  # one draw for each task, so the draws differ
-            continue
+        if kind == "rlw":  # one draw for each task, so those of two differ; of three the others keep theirs
+            drawn = make(kind)(torch.ones(3), None, step, ALL)[kept]
+            expected = drawn / drawn.sum() * 2.0
         torch.testing.assert_close(found[kept], expected, rtol=1e-6, atol=1e-7)
         assert found[1] == 1.0
 
@@ -238,7 +246,7 @@ def test_the_moving_average_of_the_gramian_is_corrected_for_its_start() -> None:
     low=st.floats(0.0, 1.0),
     high=st.one_of(st.none(), st.floats(1.0, 10.0)),
 )
-def test_bounded_weights_keep_bounds_sum_and_order(raw: list[float], low: float, high: float | None) -> None:
+def test_bounded_weights_keep_bounds_sum_order_and_proportions(raw: list[float], low: float, high: float | None) -> None:
     values = torch.tensor(raw, dtype=torch.float64).numpy()
     weights = bound(values, low, high, float(len(raw)))
     assert weights.sum() == pytest.approx(len(raw), rel=1e-9)
@@ -246,6 +254,13 @@ def test_bounded_weights_keep_bounds_sum_and_order(raw: list[float], low: float,
     assert high is None or (weights <= high + 1e-9).all()
     order = values.argsort(kind="stable")
     assert (weights[order][1:] - weights[order][:-1] >= -1e-9).all()
+    if values.max() <= 0.0:
+        assert weights.tolist() == pytest.approx([1.0] * len(raw))
+        return
+    shares = values / values.max()
+    free = (shares > 1e-100) & (weights > low + 1e-9) & (weights < (np.inf if high is None else high - 1e-9))
+    factors = weights[free] / shares[free]  # what no bound holds is multiplied by one number
+    assert np.allclose(factors / factors[:1], 1.0)
 
 
 def test_min_and_max_weight_hold_for_a_method() -> None:

@@ -60,7 +60,9 @@ def test_the_report_finds_the_method_that_helps_and_says_what_is_missing() -> No
     assert "Better than tuned static (p < 0.05): upgrad. Worse: mgda. For the other 1 no difference" in text
     assert "| `parameters` | -0.250 (sd 0.100) | 1 : 1 |" in text
     assert "| click | 0.8350 ± 0.0158 | +0.00" in text
-    assert study_report.markdown([run("trial 0", 0, 0.5)], 40, {"processes": 2, "versions": {}}, 0.1)
+    begun = study_report.markdown([run("trial 0", 0, 0.5)], 40, {"processes": 2, "versions": {}}, 0.1)
+    assert "1 of 40 planned runs" in begun
+    assert "Only trials of the search for static weights so far." in begun
 
 
 def test_a_run_is_known_by_what_was_asked_of_it(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Each rank hashes the files that it wrote; the manifest has them all, and one that cannot read its own fails the save."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,7 @@ def test_every_rank_hashes_its_own_files(background: bool, tmp_path: Path) -> No
     (kept,) = checkpoint.find(tmp_path / "checkpoints")
     written = {path.name for path in kept.folder.glob("*.distcp")}
     assert {name.split("_")[2] for name in written} == {"0", "1"}
+    assert json.loads((kept.folder / "manifest.json").read_text())["files"].keys() == {".metadata", "state.json", *written}
     for rank, (hashed, _) in enumerate(found):
         assert {name for name in hashed if name in written} == {name for name in written if name.startswith(f"__{rank}_")}
     assert all(name in written for name in found[1][0])  # the rest is rank 0's

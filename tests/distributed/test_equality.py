@@ -1,4 +1,4 @@
-"""One rank against two, against itself, and against plain torch: the same losses, gradients, tables and metrics."""
+"""One rank against two and three: the same losses and metrics; a seed repeats itself; tables move, however they are cut."""
 
 from pathlib import Path
 

@@ -67,11 +67,12 @@ def exchanged(group: Any) -> list[Tensor]:
     return [*found, even, largest, reduced if group is dist.group.WORLD else strided]
 
 
-def both_ways() -> dict[str, list[Tensor]]:
+def both_ways() -> dict[str, Any]:
+    """Results of either way, and how many operations went through shared memory."""
     with parallel.process_group(CPU):
         group = shared_memory.connect(SECONDS)
         assert group is not None
-        found = {"shared memory": exchanged(group), "gloo": exchanged(dist.group.WORLD)}
+        found = {"shared memory": exchanged(group), "operations": group._operation, "gloo": exchanged(dist.group.WORLD)}
         group.close()
         return found
 
@@ -79,6 +80,7 @@ def both_ways() -> dict[str, list[Tensor]]:
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_the_results_are_gloos(tmp_path: Path, ranks: int) -> None:
     for found in run_ranks(ranks, both_ways, folder=tmp_path):
+        assert found["operations"] == 182  # all but the maximum: these are not gloo's results against gloo's
         for ours, theirs in zip(found["shared memory"], found["gloo"], strict=True):
             # gloo adds in another order from three ranks on, and rounds bf16 after each
             exact = ranks == 2 or not ours.is_floating_point()
@@ -259,11 +261,16 @@ def test_where_one_rank_cannot_all_of_them_take_gloo(tmp_path: Path, how: str) -
     assert run_ranks(3, where_one_cannot, how, folder=tmp_path) == [True, True, True]
 
 
-def losses(folder: str, exchange: str) -> Tensor:
-    run = Run(Path(folder))
-    assert run.experiment.training.exchange == exchange
-    found: Tensor = trained(folder)["losses"]
-    return found
+def losses(folder: str) -> tuple[Tensor, int]:
+    """The losses of a training, and how many operations of it went through shared memory."""
+    groups, connect = [], shared_memory.connect
+
+    def noted(timeout_seconds: float) -> shared_memory.SharedMemoryGroup | None:
+        groups.append(connect(timeout_seconds))
+        return groups[-1]
+
+    shared_memory.connect = noted  # in this process, which ends with the function
+    return trained(folder)["losses"], sum(group._operation for group in groups if group is not None)
 
 
 ROWS, WIDTHS = [2, 0, 3], [4, 1, 0]  # a rank without rows, one without tables
@@ -319,35 +326,40 @@ def test_training_has_the_same_losses_to_the_bit_either_way(tmp_path: Path, feat
     for exchange in ("auto", "gloo"):
         options = (f"training.exchange={exchange}", "training.log_every=1", *features)
         run = small_run(tmp_path, *options)
-        found[exchange] = run_ranks(2, losses, str(run.folder), exchange, folder=run.folder / "ranks")[0]
-    assert len(found["auto"]) > 10
-    assert torch.equal(found["auto"], found["gloo"])
+        found[exchange] = run_ranks(2, losses, str(run.folder), folder=run.folder / "ranks")[0]
+    (ours, operations), (theirs, none) = found["auto"], found["gloo"]
+    assert len(ours) > 10
+    assert torch.equal(ours, theirs)
+    assert operations > len(ours)  # these are not gloo's losses against gloo's
+    assert none == 0
 
 
-def fails_amid_training(folder: str) -> str:
-    run, steps = Run(Path(folder)), 0
+def fails_amid_training(folder: str) -> tuple[str, float]:
+    """What ended the training of this rank, and when by the host's clock: for rank 1, when it failed."""
+    run, steps, failed = Run(Path(folder)), 0, None
 
     def at_every_step() -> bool:
-        nonlocal steps
+        nonlocal steps, failed
         steps += 1
         if os.environ["RANK"] == "1" and steps == 5:
+            failed = time.monotonic()
             raise RuntimeError("this rank has had enough")
         return False
 
-    started = time.monotonic()
     try:
         for _ in train(run, device=CPU, stop_requested=at_every_step):
             pass
     except RuntimeError as error:
-        return f"{error} after {time.monotonic() - started:.0f} s"
-    return "no error"
+        return str(error), failed or time.monotonic()
+    return "no error", time.monotonic()
 
 
 def test_a_rank_that_fails_amid_training_ends_the_others_at_once(tmp_path: Path) -> None:
     run = small_run(tmp_path)
-    first, second = run_ranks(2, fails_amid_training, str(run.folder), folder=tmp_path)
+    (first, ended), (second, failed) = run_ranks(2, fails_amid_training, str(run.folder), folder=tmp_path)
     assert "Connection closed by peer" in first
-    assert second.startswith("this rank has had enough")
+    assert second == "this rank has had enough"
+    assert 0 < ended - failed < 20  # the timeout is 600 s
 
 
 def test_memory_that_is_freed_is_kept_unless_the_user_tunes_the_allocator() -> None:

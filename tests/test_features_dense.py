@@ -1,0 +1,123 @@
+"""Numbers scaled as in plain Python, whatever is missing, constant or infinite among them."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from encoders import FAST, NUMBERS, fitted, sliced
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mtrec.features import BadRowsError, Dense
+
+
+@given(
+    NUMBERS, st.sampled_from(["none", "log1p"]), st.sampled_from(["none", "standardize", "minmax"]), st.integers(0, 5)
+)
+@FAST
+def test_dense_scaling_agrees_with_plain_python(
+    values: list[float | None], transform: Any, scale: Any, lead: int
+) -> None:
+    feature = Dense("x", transform=transform, scale=scale, clip=(-1e6, 1e6), missing_values=(-1.0,), clip_sd=2.0)
+    array = sliced(values, pa.float32(), lead, dictionary=False)
+    encoder = fitted([feature], {"x": array})
+    known = [None if v is None or not math.isfinite(v) or v == -1.0 else min(max(v, -1e6), 1e6) for v in values]
+    if transform == "log1p":
+        known = [None if v is None else math.copysign(math.log1p(abs(v)), v) for v in known]
+    there = [v for v in known if v is not None]
+    mean = math.fsum(there) / len(there) if there else 0.0
+    sd = math.sqrt(math.fsum((v - mean) ** 2 for v in there) / len(there)) if there else 0.0
+    low, span = (min(there), max(there) - min(there)) if there else (0.0, 0.0)
+    if scale == "standardize":
+        constant = sd <= 1e-12 * max(abs(mean), 1e-300)
+        expected = [0.0 if v is None else min(max((v - mean) / (1 if constant else sd), -2), 2) for v in known]
+    elif scale == "minmax":
+        expected = [((mean if v is None else v) - low) / span if span > 0 else 0.0 for v in known]
+    else:
+        expected = [mean if v is None else v for v in known]
+    encoded = encoder.encode(pa.record_batch({"x": array}))
+    missing = [v is None for v in known]
+    assert encoder.dense_names == (("x", "x_missing") if any(missing) else ("x",))
+    np.testing.assert_allclose(encoded.dense_BF[:, 0], np.array(expected, np.float32), rtol=1e-4, atol=1e-5)
+    if any(missing):
+        assert encoded.dense_BF[:, 1].tolist() == [float(each) for each in missing]
+    counts = encoder.counts()
+    encoder.encode(pa.record_batch({"x": array}), counts)
+    assert counts.counts_F4[0].tolist() == [len(values), sum(missing), len(values), 0]
+
+
+TYPED = {pa.float16(): 16, pa.float32(): 32, pa.float64(): 64}
+
+
+@given(
+    st.sampled_from(list(TYPED)).flatmap(
+        lambda type_: st.tuples(
+            st.just(type_), *[st.lists(st.floats(width=TYPED[type_]) | st.just(1.0), max_size=20) for _ in range(2)]
+        )
+    ),
+    st.sampled_from(["standardize", "minmax"]),
+    st.sampled_from([None, 0.3, 2.0]),
+    st.integers(0, 3),
+)
+@FAST
+def test_dense_columns_without_fault_are_scaled_as_others_are(column: Any, scale: Any, clip_sd: float | None, lead: int) -> None:
+    type_, known, values = column
+    feature = Dense("x", scale=scale, clip_sd=clip_sd)
+    encoding = fitted([feature], {"x": pa.array(known, type_)})._dense[0][1]
+    array = pa.array([7.0] * lead + values, type_).slice(lead)
+    quick, slow = np.empty((2, len(encoding.names), len(values)), np.float32)
+    taken = encoding._encode_plain(array, quick[0])
+    with np.errstate(over="ignore", invalid="ignore"):  # beyond what a float32, or a double, holds
+        scaled = (array.to_numpy().astype(np.float64) - encoding._shift_W) * encoding._factor_W
+        assert taken == (len(values) > 0 and bool((np.abs(scaled) <= np.finfo(np.float32).max).all()))
+        missing = encoding.encode(array, quick.T)
+        encoding._plain = False
+        assert encoding.encode(array, slow.T) == missing
+    np.testing.assert_array_equal(quick, slow)  # but for the sign of 0, which a bound of 0 may take away
+
+
+def test_quantile_scale_is_the_rank() -> None:
+    values = np.random.default_rng(0).lognormal(size=5000)
+    encoder = fitted([Dense("x", scale="quantile")], {"x": pa.array(values)})
+    queries = np.sort(values)[[0, 1250, 2500, 4999]]
+    found = encoder.encode(pa.record_batch({"x": pa.array([*queries, -5.0, 1e9, None])})).dense_BF[:, 0]
+    np.testing.assert_allclose(found, [0.0, 0.25, 0.5, 1.0, 0.0, 1.0, 0.5], atol=1e-3)
+    ties = fitted([Dense("x", scale="quantile")], {"x": pa.array([0.0] * 90 + [1.0] * 10)})
+    np.testing.assert_allclose(ties.encode(pa.record_batch({"x": [0.0]})).dense_BF[:, 0], [0.45], atol=0.01)
+
+
+def test_vectors_of_a_fixed_size() -> None:
+    type_ = pa.list_(pa.float32(), 2)
+    array = pa.array([[9, 9], [1, 2], None, [3, None], [5, 6]], type_).slice(1)
+    for column, width in ((array, None), (array.cast(pa.list_(pa.float32())), 2)):
+        encoder = fitted([Dense("v", scale="none", width=width)], {"v": column})
+        assert encoder.dense_names == ("v_0", "v_1", "v_missing")
+        expected = [[1, 2, 0], [3, 4, 1], [3, 4, 1], [5, 6, 0]]
+        assert encoder.encode(pa.record_batch({"v": column})).dense_BF.tolist() == expected
+    with pytest.raises(
+        BadRowsError, match=r"`features.v.column`: column 'v' should hold 2 numbers a row. Found 1 numbers in row 1"
+    ):
+        encoder.encode(pa.record_batch({"v": pa.array([[1.0, 2.0], [1.0]])}))
+
+
+@given(
+    st.lists(st.floats(width=32), min_size=1, max_size=30),
+    st.sampled_from(["standardize", "minmax"]),
+    st.sampled_from([None, 0.5, 5.0]),
+)
+@FAST
+def test_numbers_without_nulls_are_scaled_as_those_with(values: list[float], scale: Any, clip_sd: float | None) -> None:
+    known = [value for value in values if math.isfinite(value)]
+    feature = Dense("x", scale=scale, clip_sd=clip_sd, missing_indicator=True)
+    encoder = fitted([feature], {"x": pa.array([*known, 0.0, 1.0], pa.float32())})
+    plain = encoder.encode(pa.record_batch({"x": pa.array(values, pa.float32())})).dense_BF
+    with_null = encoder.encode(pa.record_batch({"x": pa.array([*values, None], pa.float32())})).dense_BF
+    assert plain.tobytes() == with_null[:-1].tobytes()
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_infinity_in_a_constant_column_is_missing_without_a_warning() -> None:
+    encoder = fitted([Dense("x", scale="minmax")], {"x": pa.array([2.0, 2.0], pa.float32())})
+    assert encoder.encode(pa.record_batch({"x": pa.array([2.0, math.inf], pa.float32())})).dense_BF[:, 0].tolist() == [0.0, 0.0]

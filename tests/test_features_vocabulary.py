@@ -1,0 +1,55 @@
+"""A vocabulary finds every one of its words and nothing else, and its file can be read by others."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mtrec.features import FIRST_ROW, UNSEEN_ROW
+from mtrec.features import vocabulary as vocabulary_module
+from mtrec.features.vocabulary import IntegerIndex, TextIndex, Vocabulary
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        np.arange(1000) - 500,
+        np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 5000),
+        np.arange(3000) << 44,
+        np.array([-(2**63), 2**63 - 1]),
+        np.array([2**63 - 1]),
+        np.zeros(0, np.int64),
+        np.arange(1, 9) * 2**60,
+        np.array([0, 2**62, -(2**62), 2**53, 2**53 + 1]),
+    ],
+)
+def test_integer_index_finds_every_word_and_nothing_else(words: np.ndarray) -> None:
+    words = np.unique(words)
+    np.random.default_rng(1).shuffle(words)
+    index = IntegerIndex(words)
+    assert index.rows(words).tolist() == list(range(FIRST_ROW, FIRST_ROW + len(words)))
+    queries = np.concatenate(
+        [words + 1, words - 1, np.random.default_rng(2).integers(-(2**63), 2**63 - 1, 2000), [0, -1]]
+    )
+    known = {int(word): FIRST_ROW + place for place, word in enumerate(words)}
+    assert index.rows(queries).tolist() == [known.get(int(query), UNSEEN_ROW) for query in queries]
+
+
+def test_strings_with_one_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary_module, "hash_strings", lambda offsets, data: np.diff(offsets).astype(np.uint64))
+    words = pa.array([b"aa", b"b", b"cc", b"dd"], pa.large_binary())
+    index = TextIndex(words)
+    queries = pa.array([b"dd", b"cc", b"b", b"aa", b"zz", b"", b"c"], pa.large_binary())
+    assert index.rows(queries).tolist() == [5, 4, 3, 2, 1, 1, 1]
+
+
+def test_a_vocabulary_file_can_be_read_by_others(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    Vocabulary("string", pa.array([b"b", b"a"], pa.large_binary()), np.array([3, 1])).save(tmp_path / "v.parquet")
+    assert pq.read_table(tmp_path / "v.parquet").to_pydict() == {"id": ["b", "a"], "count": [3, 1]}
+    Vocabulary("string", pa.array([b"\xff"], pa.large_binary()), np.array([3])).save(tmp_path / "v.parquet")
+    assert pq.read_table(tmp_path / "v.parquet")["id"].to_pylist() == [b"\xff"]
+    Vocabulary("uint64", np.array([-1]), np.array([3])).save(tmp_path / "v.parquet")
+    assert pq.read_table(tmp_path / "v.parquet")["id"].to_pylist() == [2**64 - 1]
