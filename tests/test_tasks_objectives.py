@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.optimize
 import scipy.special
 import scipy.stats
 import sklearn.metrics
@@ -26,6 +27,7 @@ def test_base_loss_is_the_entropy_the_variance_or_the_fitted_minimum():
             "reaction": TaskSpec(Multiclass("reaction", num_classes=3)),
             "price": TaskSpec(Regression("price")),
             "dwell": TaskSpec(Dwell("dwell", loss="tweedie")),
+            "robust": TaskSpec(Regression("robust", loss="huber", delta=2.0, scale=5.0)),
         }
     )
     # The sample holds no click at all; the mean knows better.
@@ -40,29 +42,34 @@ def test_base_loss_is_the_entropy_the_variance_or_the_fitted_minimum():
     expected = sklearn.metrics.mean_tweedie_deviance(seconds_N.numpy(), np.full(len(seconds_N), mean), power=1.5) / 2
     assert objectives.base_loss("dwell", mean, seconds_N) == pytest.approx(expected, rel=1e-4)
 
+    def huber(constant: float) -> float:
+        return float(scipy.special.huber(2.0, seconds_N.numpy() / 5.0 - constant).mean())
 
-def test_base_rates_take_the_rows_that_count():
+    least = scipy.optimize.minimize_scalar(huber, bounds=(0.0, mean), method="bounded").fun
+    assert least < 0.9 * huber(mean / 5.0)  # skewed: the mean would not do
+    assert objectives.base_loss("robust", mean, seconds_N) == pytest.approx(least, rel=1e-4)
+
+
+def test_heads_and_losses_see_the_rows_that_count():
     objectives = funnel(space="entire")
     labels = {
         "click": torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, NAN]),
         "conversion": torch.tensor([1.0, 0.0, 0.0, NAN, NAN, 1.0, 0.0, 1.0]),
         "dwell": torch.tensor([2.0, 4.0, NAN, 6.0, 99.0, NAN, NAN, 99.0]),
     }
-    rates = objectives.base_rates(labels)
-    assert (rates["click"].rows, rates["click"].mean) == (7, pytest.approx(4 / 7))
-    assert rates["click"].share == pytest.approx(7 / 8)
+
+    def known_values(name: str) -> list[list[float]]:
+        both = objectives.reached_label(name, labels), objectives.target(name, labels)
+        return [values[~values.isnan()].tolist() for values in both]
+
+    known = {name: known_values(name) for name in labels}
+    every_click = [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    assert known["click"] == [every_click, every_click]
     # The head predicts p(conversion | click) = 1/3; its loss is on the product, known on 6 rows, 1 in one of them.
-    assert rates["conversion"].mean == pytest.approx(1 / 3)
-    assert rates["conversion"].bias_C.sigmoid().item() == pytest.approx(1 / 3, rel=1e-5)
-    assert (rates["conversion"].rows, rates["conversion"].loss) == (
-        6,
-        pytest.approx(scipy.stats.entropy([1 / 6, 5 / 6])),
-    )
-    assert (rates["dwell"].rows, rates["dwell"].mean) == (3, pytest.approx(4.0))
-    assert rates["dwell"].bias_C[0].item() == pytest.approx(np.log1p([2.0, 4.0, 6.0]).mean(), rel=1e-5)
-    labels["conversion"] = torch.tensor([NAN, NAN, NAN, NAN, 0.0, 0.0, 0.0, 0.0])
-    with pytest.raises(ValueError, match=r"`tasks\.conversion` should have a label on a row where its given, 'click'"):
-        objectives.base_rates(labels)
+    assert known["conversion"] == [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]]
+    assert known["dwell"] == [[2.0, 4.0, 6.0], [2.0, 4.0, 6.0]]
+    bias_C = objectives.initial_bias("conversion", 1 / 3, torch.tensor(known["conversion"][0]))
+    assert bias_C.sigmoid().item() == pytest.approx(1 / 3, rel=1e-5)
 
 
 def test_automatic_weight_is_clipped():

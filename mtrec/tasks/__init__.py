@@ -1,6 +1,7 @@
 """Tasks: heads, losses per row, predictions in natural units, and which rows count.
 
     finite.py        arithmetic that stays finite at any logit
+    huber.py         the constant prediction of least Huber loss
     task.py          the protocol a task satisfies; write yours against it
     binary.py        click, conversion: one logit, p = sigmoid(logit)
     dwell.py         seconds; dwell_losses.py holds its seven losses
@@ -15,14 +16,13 @@ from mtrec.tasks.binary import Binary
 from mtrec.tasks.dwell import Dwell
 from mtrec.tasks.dwell_losses import DWELL_LOSSES, DwellLoss
 from mtrec.tasks.multiclass import Multiclass
-from mtrec.tasks.objectives import BaseRate, Objectives, TaskSpec, automatic_weight
+from mtrec.tasks.objectives import Objectives, TaskSpec, automatic_weight
 from mtrec.tasks.regression import Regression
 from mtrec.tasks.task import LabelRange, Task
 
 __all__ = [
     "DWELL_LOSSES",
     "TASKS",
-    "BaseRate",
     "Binary",
     "Dwell",
     "DwellLoss",

@@ -32,6 +32,7 @@ from mtrec.tasks.finite import (
     log_softplus,
     tangent,
 )
+from mtrec.tasks.huber import huber_center
 
 TweediePower = Annotated[float, Gt(1.0), Lt(2.0)]
 
@@ -186,13 +187,7 @@ class Huber:
 
     def initial_bias(self, mean: float, sample_N: Tensor) -> Tensor:
         """(1,): the constant of least loss on the sample, by 50 steps of reweighted least squares; `mean` is not looked at."""
-        sample_N = sample_N.double()
-        target_N = sample_N.log1p() if self.on == "log1p" else sample_N
-        center = target_N.median()
-        for _ in range(50):  # reweighted least squares: the loss has no closed minimiser
-            weight_N = self.delta / (target_N - center).abs().clamp(min=self.delta)
-            center = (weight_N * target_N).sum() / weight_N.sum()
-        return center.reshape(1)
+        return huber_center(sample_N.double().log1p() if self.on == "log1p" else sample_N, self.delta)
 
 
 class WeightedLogistic:

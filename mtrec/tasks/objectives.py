@@ -36,18 +36,6 @@ class TaskSpec:
     space: Space = "observed"
 
 
-@dataclass(frozen=True)
-class BaseRate:
-    """What a constant knows of a task: `rows` that count and their `share` of all, the `mean` of the labels its head
-    sees, the logits `bias_C` that predict it, and the `loss` of doing so."""
-
-    rows: int
-    share: float
-    mean: float
-    bias_C: Tensor
-    loss: float
-
-
 class Objectives:
     """Losses, masks and predictions of several tasks, in the order given.
 
@@ -163,30 +151,6 @@ class Objectives:
             for name, spec in self.specs.items()
             for column in spec.task.prediction_names() + (self.expected_names(name) if spec.given is not None else ())
         )
-
-    def base_rates(self, labels: Mapping[str, Tensor]) -> dict[str, BaseRate]:
-        """{task: BaseRate} from the labels of a sample of rows, {task: (N,)} in natural units, NaN = unobserved.
-
-        Raises ValueError for a task without a label on a row where what it is given is 1.
-        """
-        rates = {}
-        for name, spec in self.specs.items():
-            # A head predicts the conditional label in both spaces; only the loss of `entire` is on the joint one.
-            head_N = self.reached_label(name, labels)
-            head_N = head_N[~head_N.isnan()].double()
-            if len(head_N) == 0:
-                given = f" on a row where its given, '{spec.given}', is 1" if spec.given is not None else ""
-                raise ValueError(f"`tasks.{name}` should have a label{given} in the training data. Found none.")
-            target_N = self.target(name, labels)
-            target_N = target_N[~target_N.isnan()].double()
-            rates[name] = BaseRate(
-                rows=len(target_N),
-                share=len(target_N) / len(labels[name]),
-                mean=float(head_N.mean()),
-                bias_C=self.initial_bias(name, float(head_N.mean()), head_N),
-                loss=self.base_loss(name, float(target_N.mean()), target_N),
-            )
-        return rates
 
     def initial_bias(self, name: str, mean: float, sample_N: Tensor) -> Tensor:
         """(C,) constant logits that predict the base rate; `mean` and sample of the labels where `given` is 1."""

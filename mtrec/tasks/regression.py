@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mtrec.kinds import PositiveFloat
 from mtrec.tasks.finite import bounded
+from mtrec.tasks.huber import huber_center
 from mtrec.tasks.task import Family, LabelRange
 
 
@@ -64,7 +65,9 @@ class Regression:
         return None
 
     def initial_bias(self, mean: float, sample_N: Tensor) -> Tensor:
-        """(1,): mean / scale, for huber too; the sample is not looked at."""
+        """(1,): mean / scale; for huber, which predicts no mean, the constant of least loss on the sample."""
+        if self.loss_kind == "huber":
+            return huber_center(sample_N.double() / self.scale, self.delta)
         return torch.tensor([mean / self.scale])
 
     def prediction_names(self) -> tuple[str, ...]:
