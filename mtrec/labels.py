@@ -136,5 +136,5 @@ def check_trained(statistics: Mapping[str, LabelStatistics], experiment: Experim
             given = f" where {experiment.tasks[name].given} is 1" if experiment.tasks[name].given else ""
             raise ValueError(
                 f"`tasks.{name}.label`: column '{experiment.label_column(name)}' should hold labels{given}. Found none in "
-                f"{each.rows:,} {which} rows."
+                f"the {each.rows:,} {which} rows."
             )

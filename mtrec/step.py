@@ -449,14 +449,18 @@ def _gramian(
 
 
 def _sampled_shares(state: TrainState, batch: Batch, leaf_BD: Tensor) -> tuple[Tensor, Tensor]:
-    """(share_K, leaf_BD) of `balancing.rows` of each stream's rows: a forward pass of their own through the dense part."""
+    """(share_K, leaf_BD) of `balancing.rows` of each stream's rows: a forward pass of their own through the dense part.
+
+    Where the backward passes go towards the shared parameters, what is not shared stays apart from them; towards x they go
+    through all of it.
+    """
     chosen = sampled_rows(state.balancing.rows, batch.stream_rows, state.streams, state.seed, state.step)
     rows = torch.cat(chosen).to(state.device)
     labels = {name: label[rows] for name, label in batch.labels.items()}
     weight_B = None if batch.sample_weight_B is None else batch.sample_weight_B[rows]
     counting = _start_counting(state, labels, weight_B)
     sampled_BD = leaf_BD.detach()[rows].requires_grad_()
-    with apart() if state.model.dense.begins_at_x else nullcontext():  # the passes go towards the shared parameters alone
+    with nullcontext() if state.balancing.at != "parameters" else apart("readers" if state.model.dense.begins_at_x else "blocks"):
         share_K, _ = _shares(state, sampled_BD, [len(index) for index in chosen], counting)
     return share_K, sampled_BD
 

@@ -157,7 +157,7 @@ def test_outputs_and_gradients_are_those_of_plain_experts(variant, own_products)
 def test_blocks_apart_and_together_make_the_same(variant, own_products):
     model, x = build(variant), torch.randn(17, D)
     ours = model(x)
-    with apart():
+    with apart("readers"):
         separate = model(x)
     parameters = list(model.parameters())
     found, expected = (
@@ -174,7 +174,7 @@ def test_passes_towards_shared_experts_alone_leave_the_tasks_own_out(variant):
     model = build(variant)
     level = model.levels[-1] if variant.startswith("ple") else model.level
     reached = {}
-    for together, within in ((True, nullcontext()), (False, apart())):
+    for together, within in ((True, nullcontext()), (False, apart("blocks"))):
         with within:
             loss = sum(y.sum() for y in model(torch.randn(17, D)).values())
         nodes, seen = [loss.grad_fn], set()

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from runs import small_run
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+import mtrec.step
 from mtrec import parallel
 from mtrec.atomic import write_atomically
 from mtrec.balancing import BALANCERS
@@ -107,6 +109,42 @@ def test_the_gramian_is_that_of_the_plain_gradients(run: Run, at: str, rows: flo
         expected = jacobian @ jacobian.T
         train_step(state, batch)
     assert_close(state.balancer.gramian_KK, expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
+
+
+@pytest.mark.parametrize(
+    ("at", "interaction", "own_experts"),
+    [("parameters", "none", False), ("parameters", "dcn_v2", False), ("batch_sum", "none", True), ("batch_sum", "dcn_v2", True)],
+)
+def test_passes_on_a_share_of_the_rows_go_through_the_tasks_own_experts_only_on_the_way_to_x(
+    run: Run, monkeypatch: pytest.MonkeyPatch, at: str, interaction: str, own_experts: bool
+) -> None:
+    seen: list[tuple[Tensor, list[nn.Parameter]]] = []
+    real = mtrec.step._sampled_shares
+
+    def noted(state: TrainState, batch: Batch, leaf_BD: Tensor) -> tuple[Tensor, Tensor]:
+        share_K, sampled_BD = real(state, batch, leaf_BD)
+        experts = [state.model.dense.architecture.level.task_experts, state.model.dense.architecture.level.shared_experts]
+        seen.append((share_K, [each.linears[-1].weight for each in experts]))
+        return share_K, sampled_BD
+
+    monkeypatch.setattr(mtrec.step, "_sampled_shares", noted)
+    architecture = "model.architecture={kind: cgc, expert_layers: [8, 4]}"
+    options = (architecture, f"balancing.at={at}", "balancing.rows=0.25", f"model.interaction={interaction}")
+    with parallel.process_group(CPU):
+        state, batch = state_and_batch(run, "balancing.kind=upgrad", *options)
+        train_step(state, batch)
+    ((share_K, weights),) = seen
+    assert share_K.grad_fn is not None
+    graph, found = [share_K.grad_fn], set[Any]()
+    while graph:
+        node = graph.pop()
+        if node not in found:
+            found.add(node)
+            graph += [each for each, _ in node.next_functions if each is not None]
+    own, shared = ({n for n in found for each, _ in n.next_functions if getattr(each, "variable", None) is w} for w in weights)
+    assert bool(own & shared) == own_experts  # a node that computes the gradients of both
+    assert own
+    assert shared
 
 
 @pytest.mark.parametrize("interaction", ["dcn_v2", "none"])  # the tasks' passes go down to x_BD, or end above it

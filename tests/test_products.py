@@ -179,7 +179,7 @@ def test_what_is_not_trained_or_asked_to_be_apart_has_a_product_of_its_own() -> 
         maps.weight.requires_grad_()
     together = fan_out(x, frozen, one, other)
     assert together[1].grad_fn is together[2].grad_fn is not together[0].grad_fn
-    with apart():
+    with apart("readers"):
         separate = fan_out(x, frozen, one, other)
     assert len({y.grad_fn for y in separate}) == 3
     for y, z in zip(together, separate, strict=True):
@@ -191,7 +191,7 @@ def test_several_passes_through_one_product_are_those_through_several(library: b
     readers = [Maps(drawn(3, 64, 45, seed=seed).requires_grad_(), drawn(3, 64).requires_grad_(), True) for seed in range(2)]
     leaves = [x, *(leaf for maps in readers for leaf in maps[:2])]
     together = fan_out(x, *readers)
-    with apart():
+    with apart("readers"):
         separate = fan_out(x, *readers)
     for weights in ((1.0, 0.0), (0.5, 2.0)):
         found, exact = (

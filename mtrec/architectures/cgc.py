@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mtrec.architectures.experts import Abreast, BatchedMLP, Gates, checked_names, mix, together
-from mtrec.architectures.fan_out import are_apart
+from mtrec.architectures.fan_out import blocks_are_apart
 from mtrec.dropout import without_dropout
 from mtrec.kinds import Fraction, NonEmptyWidths, PositiveInt
 
@@ -50,9 +50,9 @@ class ExtractionLevel(nn.Module):
         self._mix_flops = 2 * (num_tasks + (not last)) * (own + shared) * expert_layers[-1]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(B, D), or (G, B, H) of the level before -> mixtures (B, G, H), and the weights of the tasks' and of the shared gates.
+        """(B, D), or (K + 1, B, H) of the level before -> mixtures (B, G, H), weights of the tasks' and of the shared gates.
 
-        At the last level there is no shared mixture, G is K, and no shared gate, None.
+        G is K + 1, and K at the last level, which has no shared gate (None) and so no shared mixture.
         """
         (gates_KBE, *shared_gate), experts = self._blocks(x)
         own_KBM, seen_KBS = gates_KBE.split(self._split, dim=2)
@@ -67,8 +67,8 @@ class ExtractionLevel(nn.Module):
         """The weights of the tasks' gates and of the shared one, if any; all experts, in one tensor where they run as one."""
         gates = [self.task_gates] if self.shared_gate is None else [self.task_gates, self.shared_gate]
         own, shared = self.task_experts, self.shared_experts
-        first, as_many = x.dim() == 2, self._split[0] == self._split[1]
-        as_one = (first or as_many) and not are_apart()
+        first, as_many = x.dim() == 2, self._split[0] == self._split[1]  # maps of unlike inputs run as one in groups of one size
+        as_one = (first or as_many) and not blocks_are_apart()
         experts = [Abreast(own, shared)] if as_one else [Abreast(own), Abreast(shared)]
         if first:
             found = together(x, *gates, *experts)

@@ -49,15 +49,11 @@ class BatchedLinear(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(B, in), read by every map, or (G, B, in), where N / G consecutive maps read x[g], -> (N, B, out), which is not to be
-        changed in place. `relu` sets what is negative to 0, in the same pass.
+        changed in place.
         """
-        return _mapped(x, self.maps(relu))
-
-    def maps(self, relu: bool) -> Maps:
-        """The maps as they are now, a ReLU after them or not."""
-        return Maps(self.weight, self.bias, relu)
+        return _mapped(x, Maps(self.weight, self.bias))
 
     def flops_per_row(self) -> int:
         """2 x the number of weights."""
@@ -65,7 +61,7 @@ class BatchedLinear(nn.Module):
 
 
 def _mapped(x: Tensor, maps: Maps) -> Tensor:
-    """As `BatchedLinear.forward`."""
+    """As `BatchedLinear.forward`, with the ReLU that may follow in the same pass."""
     num_maps, output_dim, _ = maps.weight.shape
     if x.dim() == 2 or x.shape[0] == 1:  # one product with all maps side by side
         return _fanned_out(x, [maps])[0]
@@ -86,11 +82,7 @@ def _fanned_out(x: Tensor, readers: Sequence[Maps]) -> list[Tensor]:
 
 
 class BatchedLayerNorm(nn.Module):
-    """Layer norm (Ba et al., 2016) over the last dimension of (N, B, H), with scale and shift of its own for each n.
-
-    >>> BatchedLayerNorm(2, 8)(torch.randn(2, 5, 8)).shape
-    torch.Size([2, 5, 8])
-    """
+    """Scale and shift, of its own for each n, of a layer norm (Ba et al., 2016) over the last dimension of (N, B, H)."""
 
     def __init__(self, num_maps: int, dim: int) -> None:
         super().__init__()
@@ -103,18 +95,11 @@ class BatchedLayerNorm(nn.Module):
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x_NBH: Tensor) -> Tensor:
-        """(N, B, H) -> (N, B, H)."""
-        return _normalised(x_NBH, self.weight, self.bias)
-
-
-def _normalised(x_NBH: Tensor, scale_N1H: Tensor, shift_N1H: Tensor) -> Tensor:
-    normal_NBH: Tensor = functional.layer_norm(x_NBH, x_NBH.shape[-1:])
-    return normal_NBH * scale_N1H + shift_N1H
-
 
 class BatchedMLP(nn.Module):
     """N perceptrons of the same widths that run as one. Each layer: linear, layer norm (option), ReLU, dropout.
+
+    Its layers hold parameters and are not called as modules (see `Abreast`): hooks on them are not run.
 
     >>> BatchedMLP(4, 8, (16, 3))(torch.ones(5, 8)).shape
     torch.Size([4, 5, 3])
@@ -168,16 +153,18 @@ class Abreast:
         for i, (weight, bias) in enumerate(self._linears):
             if i > 0:
                 x_NBH = _mapped(x_NBH, Maps(weight, bias, relu=not self._norms))
-            x_NBH = functional.relu(_normalised(x_NBH, *self._norms[i])) if self._norms else x_NBH
+            if self._norms:
+                scale_N1H, shift_N1H = self._norms[i]
+                x_NBH = functional.relu(functional.layer_norm(x_NBH, x_NBH.shape[-1:]) * scale_N1H + shift_N1H)
             x_NBH = self._dropout(x_NBH, row_dim=1)
         return x_NBH
 
 
 def _joined(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor]:
     """Weights and biases of layers of several blocks, one after the other."""
-    both = [(layer.weight, layer.bias) for layer in layers if isinstance(layer, BatchedLinear | BatchedLayerNorm)]
-    weights, biases = zip(*both, strict=True)
-    return (weights[0], biases[0]) if len(both) == 1 else (torch.cat(weights), torch.cat(biases))
+    weights: list[Tensor] = [layer.get_parameter("weight") for layer in layers]
+    biases: list[Tensor] = [layer.get_parameter("bias") for layer in layers]
+    return (weights[0], biases[0]) if len(layers) == 1 else (torch.cat(weights), torch.cat(biases))
 
 
 class Gates(nn.Module):
@@ -203,7 +190,7 @@ class Gates(nn.Module):
     @property
     def first(self) -> Maps:
         """The linear maps; no ReLU follows."""
-        return self.linear.maps(relu=False)
+        return Maps(self.linear.weight)
 
     def rest(self, logits_GBE: Tensor) -> Tensor:
         """The weights, (G, B, E) in fp32, of logits."""

@@ -14,7 +14,7 @@ Letters in shapes: B rows, N maps, I inputs, O outputs of a map, Q outputs of al
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ from mtrec.architectures.products import (
 _LANES = 16  # numbers in a register and in a line of the cache
 _LEAST_WIDENED = 64  # outputs, for which widening pays
 _ALIASED = 512  # numbers: rows of a multiple of them are padded
-_apart: ContextVar[bool] = ContextVar("apart", default=False)
+_apart: ContextVar[str] = ContextVar("apart", default="")
 
 
 class Maps(NamedTuple):
@@ -75,24 +75,27 @@ def fan_out(x_BI: Tensor, *readers: Maps) -> list[Tensor]:
 
 
 @contextmanager
-def apart() -> Iterator[None]:
-    """Within it each reader has a product of its own: for backward passes towards some of them, which would cost that of all."""
-    token = _apart.set(True)
+def apart(what: Literal["blocks", "readers"]) -> Iterator[None]:
+    """Within it blocks of maps that are trained for different tasks are products of their own ("blocks"), or every reader of
+    the same inputs is ("readers", which holds for blocks, too): for backward passes towards some of them, which would cost that
+    of all.
+    """
+    token = _apart.set(what)
     try:
         yield
     finally:
         _apart.reset(token)
 
 
-def are_apart() -> bool:
+def blocks_are_apart() -> bool:
     """Whether this is within `apart`."""
-    return _apart.get()
+    return _apart.get() != ""
 
 
 def _groups(readers: Sequence[Maps]) -> list[list[int]]:
     """Which readers are one product: those that are trained. The widest first: it begins where a register does."""
     order = sorted(range(len(readers)), key=lambda i: -readers[i].outputs)
-    if are_apart():
+    if _apart.get() == "readers":
         return [[i] for i in order]
     trained = [i for i in order if readers[i].weight.requires_grad]
     return [each for each in (trained, [i for i in order if i not in trained]) if each]

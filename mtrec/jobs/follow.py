@@ -49,14 +49,16 @@ class Log:
         """The stream begins anew: forgets the text, but not how far it was printed."""
         self.text = ""
 
-    def add(self, text: str) -> None:
-        """Appends a piece of the stream; prints the lines that it ends, but for those printed before and Ray's own."""
+    def add(self, text: str) -> bool:
+        """Takes more of the log and prints the lines that are whole and new; whether there was one."""
         self.text += text
+        before = self._printed
         while (end := self.text.find("\n", self._printed)) >= 0:
             line = self.text[self._printed : end]
             self._printed = end + 1
             if not _RAYS_OWN_LINES.match(line):
                 self._say(line)
+        return self._printed > before
 
     def finish(self) -> None:
         """Prints a last line that has no newline."""
@@ -72,18 +74,29 @@ async def _stream(client: Any, job: str, log: Log) -> None:
         log.restart()  # the cluster sends the log from its start
         try:
             async for text in client.tail_job_logs(job):
-                failures = 0  # of losses in a row: a job may run for days
-                log.add(text)
+                if log.add(text):
+                    failures = 0  # of losses in a row without a new line: a job may run for days
             if client.get_job_info(job).status not in ACTIVE:
                 log.finish()
                 return
         except (aiohttp.ClientError, OSError, RuntimeError) as error:
             failures += 1
             if failures > RECONNECTS:
+                if _has_ended(client, job):
+                    log.finish()
+                    return
                 raise ValueError(
                     f"The connection to the cluster was lost: {error}. The job runs on; see mtrec jobs status {job}."
                 ) from error
         await asyncio.sleep(RECONNECT_SECONDS if failures else 1.0)
+
+
+def _has_ended(client: Any, job: str) -> bool:
+    """Whether the cluster says so; not where it says nothing."""
+    try:
+        return client.get_job_info(job).status not in ACTIVE
+    except (OSError, RuntimeError):
+        return False
 
 
 def _ended(client: Any, job: str, address: str, log: str, say: Callable[[str], None]) -> int:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray.train
 from ray.exceptions import RayActorError
@@ -20,10 +20,8 @@ from ray.train import UserCallback
 
 from mtrec import hang
 from mtrec.atomic import write_atomically
+from mtrec.events import Restarted
 from mtrec.jobs.backend import terminated
-
-if TYPE_CHECKING:
-    from mtrec.events import Restarted
 
 STOP, FAILURE, MISTAKE, WORKERS = "stop-requested", "failure.json", "mistake.json", "workers.json"
 LOOK_EVERY_SECONDS = 0.5  # between two looks at the stop file: on network storage each costs a round trip
@@ -155,10 +153,8 @@ def root(error: BaseException) -> BaseException:
     return error
 
 
-def restarted(run_folder: Path, step: int, world_size: int) -> "Restarted | None":
+def restarted(run_folder: Path, step: int, world_size: int) -> Restarted | None:
     """The event of a restart from the checkpoint of `step` (0: from the start), None for the first workers of a job."""
-    from mtrec.events import Restarted
-
     workers, failure, before, cause = run_folder / WORKERS, run_folder / FAILURE, world_size, None
     if workers.is_file():
         before = int(json.loads(workers.read_text())["world_size"])

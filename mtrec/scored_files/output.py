@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pyarrow as pa
@@ -73,7 +73,8 @@ class Output:
                 sink.before_rename()
             self.filesystem.move(unfinished, self.path(relative))
         except BaseException:
-            self.delete_path(unfinished)
+            with suppress(OSError):  # what went wrong before is what is said
+                self.delete_path(unfinished)
             raise
 
     def delete(self, relative: str) -> None:

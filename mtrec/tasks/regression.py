@@ -67,7 +67,7 @@ class Regression:
     def initial_bias(self, mean: float, sample_N: Tensor) -> Tensor:
         """(1,): mean / scale; for huber, which predicts no mean, the constant of least loss on the sample."""
         if self.loss_kind == "huber":
-            return huber_center(sample_N.double() / self.scale, self.delta)
+            return huber_center(sample_N.double() / self.scale, self.delta).float()
         return torch.tensor([mean / self.scale])
 
     def prediction_names(self) -> tuple[str, ...]:

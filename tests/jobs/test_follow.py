@@ -56,11 +56,22 @@ def test_a_job_that_runs_for_days_may_lose_the_connection_often(waits: list[floa
     assert set(waits) == {module.RECONNECT_SECONDS}
 
 
-def test_a_cluster_that_does_not_come_back_is_given_up(waits: list[float]) -> None:
-    client = Client(chain(["step 0\n"], repeat(None)), breaks=10**6)
+@pytest.mark.parametrize("again", [None, "step 0\n"], ids=["nothing comes", "the same comes"])
+def test_a_cluster_that_does_not_come_back_is_given_up(again: str | None, waits: list[float]) -> None:
+    said: list[str] = []
+    client = Client(chain(["step 0\n"], repeat(again)), breaks=10**6)
     with pytest.raises(ValueError, match=r"was lost: lost\. The job runs on; see mtrec jobs status job-1"):
-        follow(client, JOB, ADDRESS, lambda line: None, None)
+        follow(client, JOB, ADDRESS, said.append, None)
     assert len(waits) == RECONNECTS
+    assert said == ["step 0"]
+
+
+def test_a_log_that_always_breaks_off_ends_with_the_job(waits: list[float]) -> None:
+    said: list[str] = []
+    client = Client(repeat("step 0\nstep 1"), breaks=10**6)
+    client.status = "SUCCEEDED"
+    assert follow(client, JOB, ADDRESS, said.append, None) == 0
+    assert said == ["step 0", "step 1"]
 
 
 @pytest.mark.parametrize(
