@@ -11,7 +11,7 @@ from mtrec.checkpoint import find, read
 
 SGD = (
     "optimizer.tables.kind=sgd",
-    "optimizer.tables.learning_rate=1.0",
+    "optimizer.tables.learning_rate=100",  # with 1 a table whose gradient was never summed over the ranks changed no loss by 1e-5
     "optimizer.dense.kind=sgd",
     "optimizer.dense.learning_rate=0.1",
 )
