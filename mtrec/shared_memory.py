@@ -202,11 +202,6 @@ class SharedMemoryGroup(dist.ProcessGroup):
         opts: Any = None,
     ) -> dist.Work:
         """Part r of the input goes to rank r and becomes part of its output; parts are cut along the first dimension."""
-        if source.device.type != "cpu":
-            work: dist.Work = super().alltoall_base(
-                output, source, list(output_split_sizes or []), list(input_split_sizes or []), opts or dist.AllToAllOptions()
-            )
-            return work
         sent = source.detach().split(_sizes(source, input_split_sizes, self.size()))
         received = output.detach().split(_sizes(output, output_split_sizes, self.size()))
         return self._exchanging(sent, received)
