@@ -98,13 +98,21 @@ def newest(checkpoints: Path) -> Checkpoint | None:
     return next(_valid(checkpoints, verify=True), None)
 
 
+def damaged(checkpoints: Path) -> dict[str, str]:
+    """{name: what is wrong} of the checkpoints that were written whole and cannot be trusted any more, newest first."""
+    whole = (each for each in sorted(checkpoints.glob("step-*"), reverse=True) if (each / "manifest.json").is_file())
+    return {folder.name: problem for folder in whole if (problem := check(folder)) is not None}
+
+
 def check(folder: Path) -> str | None:
     """What is wrong with a checkpoint (the file, and what was found), or None."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        files = dict(manifest["files"])
+        files, written = dict(manifest["files"]), manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"manifest.json is not readable ({error})."
+    if written != FORMAT:
+        return f"it has the format {written}, of another mtrec; this one reads {FORMAT}."
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():

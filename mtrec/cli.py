@@ -1,6 +1,7 @@
 """The command `mtrec`: thin. Every command imports what it needs when it runs, so that `--help` answers at once."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -22,16 +23,28 @@ RunFolder = Annotated[Path, typer.Argument(help="folder of a run")]
 
 
 def main() -> None:
-    """Runs the command; a user's mistake ends it with one message and exit code 1, without a stack trace."""
+    """Runs the command; a user's mistake, or a file that cannot be read or written, ends it with one message and exit code 1,
+    without a stack trace.
+    """
+    _warn_in_plain_words()
     try:
         app(standalone_mode=True)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if "--debug" in sys.argv:
             raise
-        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        where = "" if isinstance(error, ValueError) else " (mtrec --debug ... shows where)"
+        typer.secho(f"error: {error}{where}", fg=typer.colors.RED, err=True)
         _end(1)
     except SystemExit as ended:  # every other way: done, Ctrl-C, SIGTERM
         _end(ended.code)
+
+
+def _warn_in_plain_words() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    log = logging.getLogger("mtrec")
+    log.addHandler(handler)
+    log.propagate = False  # other libraries set up the root logger as they like
 
 
 def _end(code: str | int | None) -> None:

@@ -269,7 +269,7 @@ AnyBalancing = Annotated[Balancing, BeforeValidator(_from_word("kind"), json_sch
 class Experiment(Section):
     """Everything that a run depends on but the data itself and the number of workers."""
 
-    name: str = "experiment"
+    name: str = Field("experiment", min_length=1, description="of its runs' folders: no '/' in it")
     seed: NonNegativeInt = 0
     data: Data
     features: dict[str, AnyKind] = Field(min_length=1)
@@ -281,6 +281,13 @@ class Experiment(Section):
     evaluation: Evaluation = Evaluation()
     scoring: Scoring = Scoring()
     output: str | None = Field(None, description="folder of the run; default: runs/<name>")
+
+    @pydantic.field_validator("name")
+    @classmethod
+    def _a_folder(cls, value: str) -> str:
+        if "/" in value or "\0" in value:
+            raise ValueError(f"should be usable as the name of a folder, without '/'. Found '{value}'.")
+        return value
 
     def label_column(self, task: str) -> str:
         """The column with the task's label."""

@@ -5,6 +5,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -85,6 +86,8 @@ def show_scoring(manifest: Mapping[str, Any], output: str) -> None:
     for note in manifest["notes"]:
         to.print(f"[yellow]note:[/] {note}", soft_wrap=True)
     _show_session(manifest["session"], to)
+    if not manifest["rows"] and manifest["where"] is not None:
+        to.print(f"[yellow]warning:[/] no row of the input fulfils --where {escape(manifest['where'])}", soft_wrap=True)
     to.print(
         f"{len(manifest['files']):,} files, {manifest['rows']:,} rows in {output}; what they are: {output}/_manifest.json",
         soft_wrap=True,

@@ -69,6 +69,12 @@ def launch(
         run = _open_or_prepare(experiment, folder, resume, warm_start, display)
         copy_to_mirror(run)
         found = checkpoint.newest(run.checkpoints)
+        if found is None and (bad := checkpoint.damaged(run.checkpoints)):
+            raise ValueError(
+                f"--resume: no checkpoint of {run.folder} can be trusted: "
+                f"{'; '.join(f'{name}: {problem}' for name, problem in bad.items())} Put one back from a copy, or begin a new "
+                "run with another --output."
+            )
         display.start(run, found)
         note = slow_precision(run.experiment, local_device().type)
         if note is not None and (local or "RAY_ADDRESS" not in os.environ):
@@ -106,6 +112,8 @@ def _open_or_prepare(
         if (folder / "run.json").exists():
             raise ValueError(f"--output {folder} holds a run already. Add --resume to continue it, or choose another folder.")
         check_mirror(experiment, folder)
+        if resume:
+            display.say(f"--resume: there is no run in {folder} yet; a new one begins")
         with display.preparing():
             return prepare(experiment, folder, open_run(warm_start) if warm_start else None)
     run = open_run(folder)
@@ -217,10 +225,10 @@ def inspect_run(folder: Path) -> dict[str, Any]:
                 "bytes": sum(f["bytes"] for f in files.values()),
             }
         found.append(entry)
-    valid = checkpoint.find(run.checkpoints, verify=False)
+    valid = [run.checkpoints / entry["folder"] for entry in found if entry["problem"] is None]
     touched: dict[str, int] = {}
     if valid:
-        states = checkpoint.read(valid[0].folder, "tables_state.")
+        states = checkpoint.read(valid[-1], "tables_state.")
         for table in run.encoder.tables:
             moments = [value for key, value in states.items() if key.startswith(f"tables_state.{table.name}.")]
             if moments:

@@ -46,6 +46,7 @@ from mtrec.yaml_tree import read_yaml
 SMALL_ROWS = 1_000_000  # below, `auto` means batches of 512 and tables of 8 columns
 FIT_ROWS = 65_536
 SAMPLE_ROWS, SAMPLE_FILE = 4_096, "sample.parquet"  # training rows kept in the run; see mtrec/predictions.py
+RUN_FILES = ("experiment.yaml", "encoder/encoder.json", "labels.json", "labels.npz", SAMPLE_FILE)
 STREAMED = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "pyarrow", "ray", "mtrec")
 
 
@@ -67,7 +68,11 @@ class Run:
     @functools.cached_property
     def info(self) -> dict[str, Any]:
         """run.json: what was prepared from what, and by which versions."""
-        found: dict[str, Any] = json.loads((self.folder / "run.json").read_text())
+        path = self.folder / "run.json"
+        try:
+            found: dict[str, Any] = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} should be JSON, as mtrec wrote it. Found: {error}.") from error
         return found
 
     @functools.cached_property
@@ -94,7 +99,9 @@ class Run:
         """The valid checkpoint with the best metric. Raises ValueError where the run has none."""
         found = checkpoint.best(checkpoint.find(self.checkpoints))
         if found is None:
-            raise ValueError(f"{self.folder} holds no valid checkpoint: the run ended before its first one.")
+            bad = checkpoint.damaged(self.checkpoints)
+            why = "; ".join(f"{name}: {problem}" for name, problem in bad.items()) or "the run ended before its first one."
+            raise ValueError(f"{self.folder} holds no valid checkpoint: {why}")
         return found
 
 
@@ -103,6 +110,9 @@ def open_run(folder: str | Path) -> Run:
     run = Run(Path(folder).absolute())
     if not (run.folder / "run.json").is_file():
         raise ValueError(f"{folder} is not a run: it has no run.json. `mtrec train` makes runs; it prints where.")
+    missing = [name for name in RUN_FILES if not (run.folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder} is no whole run any more: {', '.join(missing)} is missing. Put it back from a copy.")
     return run
 
 
