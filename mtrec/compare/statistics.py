@@ -177,8 +177,8 @@ def half_width(parts: Sequence[Part], level: float) -> float:
     1960). The interval holds the truth at least as often as it says, whatever the true parts are: the distribution function
     of a squared normal variable is concave, so that the chance of the mixture is at least the mixture of the chances, and each
     of those is 1 - level. A single t with Satterthwaite's degrees of freedom does not: where two seeds happen to be alike, it
-    takes the many degrees of the users, and of two seeds rejects equal variants in up to 13 % at 5 %, up to 5 % at .1 %. Cochran's
-    mean of the t's, weighted by the variances, is narrower than the root and rejects up to .6 % at .1 %.
+    takes the many degrees of the users, and of two seeds rejects equal variants in up to 13 % at 5 %, up to 5 % at .1 %.
+    Cochran's mean of the t's, weighted by the variances, is narrower than the root and rejects up to .6 % at .1 %.
 
     >>> round(half_width([(1.0, math.inf)], 0.05), 3), round(half_width([(1.0, math.inf), (0.01, 1.0)], 0.05), 3)
     (1.96, 2.336)
