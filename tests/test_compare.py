@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from logs import experiment_tree, write_log
+from rich.console import Console
 from scipy import stats
 from sklearn.metrics import log_loss, mean_absolute_error, roc_auc_score
 from typer.testing import CliRunner
@@ -21,6 +22,7 @@ from mtrec.cli import app
 from mtrec.compare.plan import Budget, Comparison, Plan, Search, dense_size, load_plan, matched, search_draws
 from mtrec.compare.results import Measured, finished_runs
 from mtrec.compare.runs import conduct, folder_of, gate_shares, make_folders, read_done, with_budget
+from mtrec.compare.table import show_results
 from mtrec.compare.whole import compare
 
 CPU = torch.device("cpu")
@@ -187,10 +189,9 @@ def test_numbers_are_those_of_scikit_learn_on_the_saved_predictions(whole: tuple
     mine = [roc_auc_score(t["label/click"], t["p_click"]) for t in tables.values()]
     assert row["value"] == pytest.approx(np.mean(mine) - np.mean(base), abs=1e-12)
     assert row["variance_seeds"] == pytest.approx(np.var(np.subtract(mine, base), ddof=1) / 2, abs=1e-12)
-    error = np.sqrt(row["variance_users"] + row["variance_seeds"])
-    parts = [(row["variance_users"], row["degrees_users"]), (row["variance_seeds"], row["degrees_seeds"])]
-    degrees = error**4 / sum(variance**2 / free for variance, free in parts)
-    assert row["high"] - row["value"] == pytest.approx(stats.t.ppf(0.975, degrees) * error, rel=1e-9)
+    assert row["degrees_seeds"] == 1
+    squared = sum(stats.t.ppf(0.975, row[f"degrees_{of}"]) ** 2 * row[f"variance_{of}"] for of in ("users", "seeds"))
+    assert row["high"] - row["value"] == pytest.approx(np.sqrt(squared), rel=1e-9)
     assert row["num_users"] == len(np.unique(tables[0]["user"]))
 
 
@@ -235,6 +236,16 @@ def test_files_hold_the_results_and_the_page_needs_no_network(whole: tuple[Plan,
     for heading in ("Paired differences", "Where the variance comes from", "Gates", "Calibration", "Cost against quality"):
         assert f"<h2>{heading}</h2>" in outside
     assert "no difference" in outside
+
+
+def test_few_seeds_are_told_on_the_page_and_in_the_terminal(whole: tuple[Plan, Path, dict[str, Any]]) -> None:
+    _, folder, results = whole
+    said = "2 seeds say little about how much re-runs differ, and make the intervals wide: run five or more."
+    assert results["notes"] == [said]
+    assert f'<p class="note">{said}</p>' in (folder / "report.html").read_text()
+    console = Console(record=True, width=200)
+    show_results(results, console)
+    assert f"note: {said}" in console.export_text()
 
 
 def test_resume_makes_only_what_is_missing(whole: tuple[Plan, Path, dict[str, Any]], log: Path) -> None:

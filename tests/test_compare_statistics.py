@@ -20,7 +20,10 @@ from mtrec.compare.auc_variance import auc_influence, placements
 from mtrec.compare.bootstrap import SUM_METRICS, Rows, bootstrap, user_counts
 from mtrec.compare.statistics import (
     METRIC_NAMES,
+    Difference,
     Scores,
+    _difference,
+    half_width,
     paired_difference,
     smallest_detectable,
     what_sharpens,
@@ -290,13 +293,12 @@ def test_the_parts_add_up() -> None:
     assert found.num_seeds == 4
     assert found.num_users == 250
     # The interval and the p-value are of one test: at the edge of the interval p is 1 - confidence
-    degrees = (found.variance_users + found.variance_seeds) ** 2 / (
-        found.variance_users**2 / found.degrees_users + found.variance_seeds**2 / found.degrees_seeds
-    )
-    assert 3 < degrees < 250
+    assert found.degrees_seeds == 3
+    assert 50 < found.degrees_users < 250
     assert found.high - found.value == pytest.approx(found.value - found.low)
-    assert found.high - found.value == pytest.approx(stats.t.ppf(0.975, degrees) * found.standard_error, rel=1e-9)
-    assert found.p_value == pytest.approx(2 * stats.t.sf(found.value / found.standard_error, degrees), rel=1e-9)
+    t_users, t_seeds = (stats.t.ppf(0.975, degrees) for degrees in (found.degrees_users, found.degrees_seeds))
+    squared = t_users**2 * found.variance_users + t_seeds**2 * found.variance_seeds
+    assert found.high - found.value == pytest.approx(math.sqrt(squared), rel=1e-9)
     edge = paired_difference("auc", baseline, variant, confidence=1 - found.p_value)
     assert edge.low == pytest.approx(0, abs=1e-9)
 
@@ -317,7 +319,10 @@ def test_other_seeds_are_not_paired() -> None:
     by_side = [[roc_auc_score(each.label, p) for p in each.prediction.values()] for each in (baseline, variant)]
     assert found.variance_seeds == pytest.approx(sum(np.var(each, ddof=1) / 5 for each in by_side), rel=1e-9)
     assert found.value == pytest.approx(paired_difference("auc", baseline, variant).value)
+    assert found.degrees_seeds == 4
     assert "not paired" in found.method
+    fewer = replace(moved, prediction={s: each for s, each in moved.prediction.items() if s < 102})
+    assert paired_difference("auc", baseline, fewer).degrees_seeds == 1  # of the side that knows least
 
 
 def test_a_seed_that_one_side_lacks_is_left_out() -> None:
@@ -427,6 +432,78 @@ def test_mistakes_are_named(change: Callable[[Scores, Scores], tuple[str, Scores
 # --- Many comparisons: what the intervals promise
 
 
+def told(value: float, users: tuple[float, float], seeds: tuple[float, float], confidence: float = 0.95) -> Difference:
+    """What is said of a difference whose (variance, degrees of freedom) are these."""
+    return _difference(
+        metric="auc",
+        value=value,
+        variance_users=users[0],
+        degrees_users=users[1],
+        variance_seeds=seeds[0],
+        degrees_seeds=seeds[1],
+        confidence=confidence,
+        num_seeds=2,
+        num_users=500,
+        num_rows=500,
+        baseline=0.5,
+        variant=0.5 + value,
+        method="",
+    )
+
+
+@pytest.mark.parametrize("level", [0.05, 0.001])
+@pytest.mark.parametrize("num_seeds", [2, 3, 5])
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 1.0, 4.0, 9.0])
+def test_few_seeds_hold_the_level(num_seeds: int, ratio: float, level: float) -> None:
+    # Without draws: over quantiles of the estimates of both variances, the seeds' being `ratio` times the users'
+    free, middle = num_seeds - 1, (np.arange(300) + 0.5) / 300
+    rejected = []
+    for of_users in stats.chi2.ppf([0.1, 0.3, 0.5, 0.7, 0.9], 500) / 500:
+        for of_seeds in ratio * stats.chi2.ppf(middle, free) / free:
+            found = told(0.0, (of_users, 500.0), (of_seeds, free), 1 - level)
+            rejected.append(2 * stats.norm.sf(found.high / math.sqrt(1 + ratio)))
+    assert np.mean(rejected) <= 1.01 * level
+    assert level < 0.05 or np.mean(rejected) > 0.01  # a test that never says anything would be no test
+
+
+def test_two_seeds_that_happen_to_be_alike_are_no_proof() -> None:
+    # 4.5 standard errors of the users, and two seeds that differ by a fifth of that error
+    found = told(4.5, (1.0, 500.0), (0.01, 1.0))
+    assert 0.01 < found.p_value < 0.02
+    assert told(4.5, (1.0, 500.0), (0.01, 9.0)).p_value < 0.001
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.floats(1e-12, 1e12),
+    st.sampled_from([0.0, 1e-30, 1e-6, 0.3, 1.0, 40.0, 1e9]),
+    st.sampled_from([0.0, 1e-30, 1e-6, 0.3, 1.0, 40.0, 1e9]),
+    st.sampled_from([0.3, 1.0, 2.0, 40.0, 500.0, 1e7, math.inf]),
+    st.sampled_from([1.0, 2.0, 9.0]),
+)
+def test_at_the_edge_of_the_interval_p_is_its_level(size: float, users: float, seeds: float, free: float, few: float) -> None:
+    found = told(-size, (users, free), (seeds, few))
+    assert 0 <= found.p_value <= 1
+    assert (found.p_value < 0.05) == (found.high < 0)
+    if 1e-250 < found.p_value < 1 - 1e-6:
+        assert half_width([(users, free), (seeds, few)], found.p_value) == pytest.approx(size, rel=1e-6)
+
+
+def test_undefined_variances_are_told_as_undefined() -> None:
+    for users, seeds in (((math.nan, 9.0), (1.0, 1.0)), ((1.0, 9.0), (math.nan, 1.0)), ((math.nan, math.nan), (0.0, 1.0))):
+        found = told(1.0, users, seeds)
+        assert math.isnan(found.low)
+        assert math.isnan(found.p_value)
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_equal_variants_of_few_seeds_are_rarely_told_apart(seeds: int) -> None:
+    rng = np.random.default_rng(15)
+    found = [paired_difference("auc", *simulated(rng, users=60, seeds=seeds, skill=0.7, user_error=0.3)) for _ in range(600)]
+    assert np.mean([each.variance_seeds for each in found]) > np.mean([each.variance_users for each in found])
+    assert np.mean([each.p_value < 0.05 for each in found]) <= 0.05
+    assert np.mean([each.p_value < 0.001 for each in found]) <= 1 / 600
+
 @pytest.mark.parametrize(
     ("metric", "kind", "users", "naive_at_least"),
     [("auc", "click", 150, 0.2), ("log_loss", "click", 150, 0.1), ("xauc", "dwell", 60, 0.2)],
@@ -483,4 +560,5 @@ def test_intervals_cover_the_true_difference(metric: str, kind: str, users: int)
     ]
     truth = np.mean([each.value for each in found])  # known to 1 / sqrt(500) of a standard error
     assert abs(truth) > 0
-    assert 0.93 <= np.mean([each.low <= truth <= each.high for each in found]) <= 0.97
+    # of four seeds somewhat more than it says
+    assert 0.93 <= np.mean([each.low <= truth <= each.high for each in found]) <= 0.985

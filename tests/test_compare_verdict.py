@@ -57,6 +57,16 @@ def test_the_smallest_detectable_difference_is_detected(degrees_seeds: float, co
     assert np.mean(statistic > stats.t.ppf(1 - 0.025 / comparisons, degrees_seeds)) == pytest.approx(0.8, abs=0.006)
 
 
+@pytest.mark.parametrize(("seeds", "degrees_seeds", "comparisons"), [(1.0, 1.0, 1), (0.1, 1.0, 15), (2.0, 2.0, 6), (1.0, 4.0, 1)])
+def test_it_is_detected_with_the_luck_of_both_variances(seeds: float, degrees_seeds: float, comparisons: int) -> None:
+    d = made(variance_users=1.0, degrees_users=30.0, variance_seeds=seeds, degrees_seeds=degrees_seeds)
+    rng, level = np.random.default_rng(1), 0.05 / comparisons
+    found = smallest_detectable(d, comparisons=comparisons) + math.sqrt(1 + seeds) * rng.normal(size=100_000)
+    parts = [(1.0, 30.0), (seeds, degrees_seeds)]
+    squared = sum(v * rng.chisquare(df, 100_000) / df * stats.t.isf(level / 2, df) ** 2 for v, df in parts)
+    assert np.mean(found > np.sqrt(squared)) == pytest.approx(0.8, abs=0.006)
+
+
 def test_with_many_degrees_of_freedom_it_is_the_normal_one() -> None:
     d = made(variance_users=1.0, variance_seeds=0.0, degrees_users=1e8)
     assert smallest_detectable(d) == pytest.approx(stats.norm.ppf(0.975) + stats.norm.ppf(0.8), rel=1e-5)

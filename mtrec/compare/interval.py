@@ -7,10 +7,9 @@ import dataclasses
 import math
 
 import numpy as np
-from scipy import stats
 
 from mtrec.compare.sample import Scores, sample_metric
-from mtrec.compare.statistics import satterthwaite
+from mtrec.compare.statistics import half_width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,5 +39,5 @@ def metric_interval(metric: str, scores: Scores, bootstrap_draws: int = 200) -> 
         users = (sample.variance(np.full(len(seeds), 1 / len(seeds))), sample.degrees)
         by_seed = (float(np.var(sample.value, ddof=1)) / len(seeds), len(seeds) - 1.0)
         if not math.isnan(users[0]):
-            half = math.sqrt(users[0] + by_seed[0]) * float(stats.t.ppf(0.975, satterthwaite([users, by_seed])))
+            half = half_width([users, by_seed], 0.05)
     return Interval(value, value - half, value + half, dict(zip(seeds, sample.value.tolist(), strict=True)))

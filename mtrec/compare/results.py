@@ -56,6 +56,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
 MAX_SEGMENTS = 10  # the largest; the others are added up
 CALIBRATION_BINS = 12
 POWER = 0.8
+FEW_SEEDS = 4  # fewer than that: a note says what they are worth
 
 
 class Measured:
@@ -166,6 +167,9 @@ def compute(plan: Plan, folder: Path, facts: Mapping[str, Any]) -> dict[str, Any
         if name not in short and len(by_seed) < len(plan.seeds)
     ]
     runs = {name: by_seed for name, by_seed in runs.items() if name not in short}
+    fewest = min(len(by_seed) for by_seed in runs.values())
+    if fewest < FEW_SEEDS:
+        notes.append(f"{fewest} seeds say little about how much re-runs differ, and make the intervals wide: run five or more.")
     measured = Measured(folder, runs, plan.experiments[plan.baseline])
     metrics = {
         task: list(dict.fromkeys([plan.primary.get(task, ""), *measured.metrics(task)])) for task in measured.objectives.names

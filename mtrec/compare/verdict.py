@@ -66,7 +66,7 @@ def verdict(name: str, baseline_name: str, task: str, difference: Difference, ad
     >>> from mtrec.compare.statistics import Difference
     >>> d = Difference("auc", 0.0004, -0.0008, 0.0016, 0.0006, 2e-7, 1.6e-7, 5, 12951, 0.5, "", 0.95, 9, 0.7, 0.7, 1e4, 4.0)
     >>> verdict("PLE", "MMoE", "click", d, 1.0)
-    'PLE against MMoE, click: no difference found (AUC +.0004, -.0008 to +.0016; 5 seeds, 12,951 users); .0018 would be seen'
+    'PLE against MMoE, click: no difference found (AUC +.0004, -.0008 to +.0016; 5 seeds, 12,951 users); .0019 would be seen'
     """
     found = outcome(difference, adjusted_p)
     start = f"{name} against {baseline_name}, {task}:"
