@@ -189,7 +189,15 @@ FILES: dict[str, tuple[Change, list[str]]] = {
     "unknown file system": (train_is(path="ftp://host/logs"), ["`data.train.path`", "ftp://host/logs", "Unrecognized"]),
     "column missing in one file": (
         in_table(lambda table: table.drop_columns(["price"])),
-        ["`data.train` should have a column 'price'", PART, "`optional: true`"],
+        ["`data.train` should have a column 'price', which `features.price` asks for", PART, "`optional: true` on `features"],
+    ),
+    "column missing in all files": (
+        put(features__cost={"kind": "dense"}),
+        ["column 'cost', which `features.cost` asks for", "Columns there: row_id", "`optional: true` on `features.cost` reads"],
+    ),
+    "group misspelt": (
+        put(evaluation__group_by="userid"),
+        ["`data.validation` should have a column 'userid', which `evaluation.group_by` asks for", "Did you mean 'user_id'?"],
     ),
     "column twice": (in_table(lambda table: table.append_column("price", table["price"])), [PART, "Found twice: price"]),
     "strings beside integers": (
@@ -246,7 +254,7 @@ FILES: dict[str, tuple[Change, list[str]]] = {
     "where that drops all": (train_is(where="price < -5"), ["`data.train`", "`where: price < -5`"]),
     "validation without label": (
         in_table(lambda table: table.drop_columns(["click"]), VALIDATION),
-        ["`data.validation` should have a column 'click'", VALIDATION, "Columns there: row_id"],
+        ["`data.validation` should have a column 'click', which `tasks.click.label`", VALIDATION, "Columns there: row_id"],
     ),
     "validation without rows": (in_table(no_rows, VALIDATION), ["`data.validation` should have at least one row", VALIDATION]),
     "validation of other types": (
