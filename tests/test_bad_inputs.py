@@ -162,6 +162,10 @@ VALIDATION = "validation/part-0.parquet"
 no_rows, no_clicks = (lambda table: table.slice(0, 0)), (lambda table: replaced(table, "click", pa.array([0] * len(table), I8)))
 
 
+def no_seconds(table: pa.Table) -> pa.Table:
+    return replaced(table, "dwell_seconds", pa.nulls(len(table), F32))
+
+
 def replaced(table: pa.Table, name: str, values: Any) -> pa.Table:
     return table.set_column(table.schema.get_field_index(name), name, values)
 
@@ -301,8 +305,12 @@ BAD_ROWS: dict[str, tuple[Change, list[str]]] = {
         ["`tasks.m.label`: column 'm' should hold labels. Found none in"],
     ),
     "no label where `given` is 1": (
-        both(in_table(no_clicks), in_table(no_clicks, "train/part-0.parquet")),
+        both(in_table(no_seconds), in_table(no_seconds, "train/part-0.parquet")),
         ["`tasks.dwell.label`: column 'dwell_seconds' should hold labels where click is 1. Found none in"],
+    ),
+    "`given` never 1": (
+        both(in_table(no_clicks), in_table(no_clicks, "train/part-0.parquet")),
+        ["`tasks.dwell.given`: click should be 1 in some rows", "Found column 'click' 1 in none of the 600"],
     ),
     "text for a weight": (put(data__sample_weight="item_id"), ["`data.sample_weight`", "numbers", "'item_id' of type string"]),
     "weight negative": (
