@@ -157,11 +157,21 @@ def _feature_rows(
             "column": feature.columns[0],
             "type": str(train.schema.field(feature.columns[0]).type) if feature.columns[0] in train.schema.names else "missing",
             "null": encoder.profiles[feature.name].null_share,
-            "AUC alone": max(leaks[feature.name].values()) if feature.name in leaks else None,
+            **_most_telling(leaks.get(feature.name, {})),
             **({"PSI": drift[feature.name][0], "unseen": drift[feature.name][1]} if drift else {}),
         }
         for feature in encoder.features
     ]
+
+
+def _most_telling(leak: Mapping[str, float]) -> dict[str, Any]:
+    """Of the AUCs that a feature alone reaches, the largest and its task.
+
+    >>> _most_telling({"click": 0.7, "dwell": 0.8})
+    {'AUC alone': 0.8, 'of task': 'dwell'}
+    """
+    task = max(leak, key=lambda name: leak[name], default=None)
+    return {"AUC alone": None if task is None else leak[task], "of task": task}
 
 
 def _table_rows(experiment: Experiment, encoder: Encoder) -> list[dict[str, Any]]:
