@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
@@ -97,6 +98,7 @@ def check_experiment(experiment: Experiment, sample_rows: int = 100_000, device:
             *filter(None, [slow_precision(experiment, device)]),
             *_drift_warnings(drift, encoder),
             *_leak_warnings(leaks),
+            *_infinite_warnings(sample, features),
             *_given_warnings(experiment, statistics),
         ],
     }
@@ -268,6 +270,22 @@ def _leak_warnings(leaks: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
                     f"`features.{feature}` gives the label of task '{task}' away: alone it reaches an AUC of {value:.3f}. "
                     "Is it known before the impression?"
                 )
+
+
+def _infinite_warnings(sample: pa.Table, features: Sequence[Feature]) -> Iterator[str]:
+    for feature in features:
+        column = feature.columns[0]
+        if feature.family != "dense" or column not in sample.schema.names:
+            continue
+        values = pc.list_flatten(sample[column]) if pa.types.is_nested(sample[column].type) else sample[column]
+        if not pa.types.is_floating(values.type):
+            continue
+        infinite = pc.sum(pc.is_inf(values)).as_py() or 0
+        if infinite:
+            yield (
+                f"`features.{feature.name}`: {infinite:,} of {len(values):,} sampled values in column '{column}' are infinite "
+                f"({infinite / len(values):.2%}). They count as missing."
+            )
 
 
 def _given_warnings(experiment: Experiment, statistics: Mapping[str, LabelStatistics]) -> Iterator[str]:
