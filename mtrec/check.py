@@ -23,6 +23,7 @@ from mtrec.features import BadRowsError, Encoder, Feature, psi
 from mtrec.feed import bad_row, bad_rows, check_encodes, usable_rows, without_bad_rows
 from mtrec.formula import ranking_formula
 from mtrec.gradients import check_place
+from mtrec.kinds import counted
 from mtrec.labels import LabelFit, LabelStatistics, check_trained, labels_of
 from mtrec.metrics import auc
 from mtrec.model import MultiTaskModel, loss_weights, task_specs
@@ -137,9 +138,9 @@ def _facts(experiment: Experiment, train: Dataset, validation: Dataset | None, s
     assert isinstance(size, int)
     dense = sum(parameter.numel() for parameter in model.dense.parameters())
     return [
-        f"{train.num_rows:,} training rows in {len(train.files)} files ({sampled:,} sampled)"
+        f"{train.num_rows:,} training rows in {counted(len(train.files), 'file')} ({sampled:,} sampled)"
         + (f", {validation.num_rows:,} validation rows" if validation else ", no validation rows"),
-        f"batches of {size:,} rows: {math.ceil(train.num_rows / size):,} steps an epoch",
+        f"batches of {size:,} rows: {counted(math.ceil(train.num_rows / size), 'step')} an epoch",
         f"dense part: {dense:,} parameters, {model.dense.flops_per_row() / 1e6:.3f} MFLOP a row to score, "
         f"{3 * model.dense.flops_per_row() / 1e6:.3f} to train; shared representation of {model.embeddings.output_dim} columns",
     ]

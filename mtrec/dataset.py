@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from mtrec import where as conditions
 from mtrec.files import File, Location, find_files, open_file, read_footer, several
+from mtrec.kinds import counted
 from mtrec.row_groups import RowGroup, footer_bounds, look_at, prune, unstored_bounds
 from mtrec.schema import check_column, key_types, key_value, unify
 from mtrec.where import Bounds, Condition
@@ -340,7 +341,7 @@ def _absent_days(
     if not absent:
         return []
     shown = ", ".join(absent[:7]) + (", ..." if len(absent) > 7 else "")
-    return [f"`{place}.window`: no files for {len(absent)} of {len(days)} days ({shown})."]
+    return [f"`{place}.window`: no files for {len(absent)} of {counted(len(days), 'day')} ({shown})."]
 
 
 def _no_rows(source: Source, place: str, dataset: Dataset) -> str:
@@ -354,7 +355,7 @@ def _no_rows(source: Source, place: str, dataset: Dataset) -> str:
         limits.append(f"{source.window[0]} <= {source.window_column} <= {source.window[1]}")
     return (
         f"`{place}` should have at least one row. Found none with `{'` and `'.join(limits)}`: the footers and "
-        f"folder names of the {len(dataset.files)} files ({rows} rows) rule it out."
+        f"folder names of {counted(len(dataset.files), 'file')} ({counted(rows, 'row')}) rule it out."
     )
 
 

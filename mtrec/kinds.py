@@ -40,6 +40,15 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
+def counted(count: int, noun: str) -> str:
+    """A number and what it counts, as messages say it.
+
+    >>> counted(1, "other file"), counted(1_200, "row")
+    ('1 other file', '1,200 rows')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def resolve(kind: str, known: Mapping[str, type], place: str) -> type:
     """The class that `kind` names: a key of `known`, or an import path `module:Class`.
 

@@ -234,7 +234,7 @@ FILES: dict[str, tuple[Change, list[str]]] = {
     ),
     "no rows": (
         both(in_table(no_rows), in_table(no_rows, "train/part-0.parquet")),
-        ["`data.train` should have at least one row", "part-0.parquet' and 1 other files, with no rows"],
+        ["`data.train` should have at least one row", "part-0.parquet' and 1 other file, with no rows"],
     ),
     "window without files": (
         both(by_day, train_is(path="{}/days", window=["2027-01-01", "2027-01-02"])),
