@@ -278,15 +278,15 @@ def show_run(found: Mapping[str, Any]) -> None:
             each["folder"], _cell(each.get("step")), _cell(each.get("metric")), megabytes, each["problem"] or "yes"
         )
     to.print(table)
-    tables = Table(
-        title="tables (rows, rows with a value, rows trained)", title_justify="left", box=None, pad_edge=False
-    )
-    for name in ("table", "rows", "used", "touched", "dim", "sharding", "MB"):
+    tables = Table(title="tables", title_justify="left", box=None, pad_edge=False)
+    for name in ("table", "rows", "known ids", "rows trained", "dim", "sharding", "MB"):
         tables.add_column(name)
     for each in found["tables"]:
+        known = None if each.get("encoding") in ("hash", "identity") else each["used"]  # their rows are there for any id
         tables.add_row(
             each["table"],
-            *(_cell(each[k]) for k in ("rows", "used", "touched", "dim", "sharding")),
+            *(_cell(value) for value in (each["rows"], known, each["touched"], each["dim"], each["sharding"])),
             f"{each['bytes'] / 1e6:.2f}",
         )
     to.print(tables)
+    to.print("rows trained: those that a gradient reached, the rows for null and for unseen ids among them", soft_wrap=True)

@@ -14,6 +14,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from mtrec.cli import app
+from mtrec.display import show_run
 
 NAMES = {
     "train": {"experiment", "--output", "--workers", "--set", "--resume", "--warm-start", "--local"},
@@ -70,7 +71,9 @@ def test_from_log_to_evaluation(tmp_path: Path) -> None:
             assert found["tasks"][task][name] == (None if value is None else pytest.approx(value, abs=1e-6)), (task, name)
     segments = found["by"]["item_id"]
     assert sum(segment["rows"] for segment in segments.values()) == 800
-    assert "tables" in mtrec("inspect", str(run))
+    shown = mtrec("inspect", str(run))
+    assert "known ids" in shown
+    assert "rows trained: those that a gradient reached, the rows for null and for unseen ids among them" in shown
 
     again = CliRunner().invoke(app, ["train", str(path), "--local", "--output", str(run)])
     assert "holds a run already. Add --resume" in str(again.exception)
@@ -89,3 +92,12 @@ def test_a_mistake_ends_with_one_line_and_exit_code_1(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert result.stderr.startswith("error: There is no experiment file")
     assert "Traceback" not in result.stderr
+
+
+def test_inspect_leaves_out_the_known_ids_of_a_table_that_counts_none(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"rows": 100, "used": 98, "touched": 57, "dim": 8, "sharding": "auto", "bytes": 3_200}
+    tables = [{"table": "tag", "encoding": "hash", **sizes}, {"table": "user", "encoding": "vocabulary", **sizes}]
+    show_run({"run": "runs/mine", "info": {"made": "today", "versions": {}}, "checkpoints": [], "tables": tables})
+    lines = capsys.readouterr().out.splitlines()
+    assert next(line for line in lines if line.startswith("tag")).split()[1:4] == ["100", "-", "57"]
+    assert next(line for line in lines if line.startswith("user")).split()[1:4] == ["100", "98", "57"]
