@@ -42,8 +42,21 @@ def _end(code: str | int | None) -> None:
     sys.exit(code)
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"mtrec {version('mtrec')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _common(debug: Annotated[bool, typer.Option("--debug", help="show the stack trace of an error")] = False) -> None:
+def _common(
+    debug: Annotated[bool, typer.Option("--debug", help="show the stack trace of an error")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="show mtrec's version")
+    ] = False,
+) -> None:
     """Checks that the installed packages fit together before any of them is imported."""
     from mtrec.versions import check_versions
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,10 @@ def test_the_names_that_others_rely_on(command: str) -> None:
     assert names >= NAMES[command]
 
 
-def test_help_answers_without_torch() -> None:
+@pytest.mark.parametrize(("option", "answer"), [("--help", "evaluate"), ("--version", f"mtrec {version('mtrec')}")])
+def test_help_and_version_answer_without_torch(option: str, answer: str) -> None:
     code = (
-        "import sys\nsys.argv = ['mtrec', '--help']\nfrom mtrec.cli import main\n"
+        f"import sys\nsys.argv = ['mtrec', '{option}']\nfrom mtrec.cli import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "heavy = {'torch', 'torchrec', 'ray', 'pyarrow', 'pydantic', 'numpy'} & sys.modules.keys()\n"
         "assert not heavy, heavy"
@@ -42,7 +44,7 @@ def test_help_answers_without_torch() -> None:
     started = time.monotonic()
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert "evaluate" in result.stdout
+    assert answer in result.stdout
     assert time.monotonic() - started < 5.0  # a hang, not a benchmark: 0.2 s on an idle machine
 
 
