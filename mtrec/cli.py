@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -318,10 +318,18 @@ def bench(
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON Schema of experiment files, for editors that complete and check."""
-    from mtrec.config import json_schema
-
+def schema(
+    of: Annotated[
+        Literal["experiment", "comparison", "search"], typer.Option(help="which file: of train, of compare, or tune's --space")
+    ] = "experiment",
+) -> None:
+    """Print the JSON Schema of a YAML file, for editors that complete and check."""
+    if of == "comparison":
+        from mtrec.compare.plan import json_schema
+    elif of == "search":
+        from mtrec.tune.plan import json_schema
+    else:
+        from mtrec.config import json_schema
     typer.echo(json.dumps(json_schema(), indent=1))
 
 

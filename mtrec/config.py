@@ -297,6 +297,7 @@ KNOWN = {
 }
 
 
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
 DEFAULT_KINDS = {"architecture": "mmoe", "interaction": "dcn_v2", "balancing": "static"}
 
 
@@ -464,8 +465,7 @@ def json_schema() -> dict[str, Any]:
     top["balancing"] = {"$ref": "#/$defs/kind_of_balancing"}
     for place in ("architecture", "interaction"):
         model[place] = {"$ref": f"#/$defs/kind_of_{place}"}
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    return schema
+    return {**schema, "$schema": DIALECT}
 
 
 def to_yaml(experiment: Experiment) -> str:

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 from logs import experiment_tree, write_log
@@ -16,13 +18,14 @@ from typer.testing import CliRunner
 
 from mtrec.cli import app
 from mtrec.display import show_run
+from mtrec.yaml_tree import read_yaml
 
 NAMES = {
     "train": {"experiment", "--output", "--workers", "--set", "--resume", "--warm-start", "--local"},
     "check": {"experiment", "--set"},
     "evaluate": {"run", "--data", "--by", "--json"},
     "synth": {"out", "--rows", "--seed"},
-    "schema": set(),
+    "schema": {"--of"},
 }
 
 
@@ -103,3 +106,29 @@ def test_inspect_leaves_out_the_known_ids_of_a_table_that_counts_none(capsys: py
     lines = capsys.readouterr().out.splitlines()
     assert next(line for line in lines if line.startswith("tag")).split()[1:4] == ["100", "-", "57"]
     assert next(line for line in lines if line.startswith("user")).split()[1:4] == ["100", "98", "57"]
+
+
+ROOT = Path(__file__).parents[1]
+README_BLOCKS = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+README_TREES = [read_yaml(block, "README.md") for block in README_BLOCKS]
+PIPELINE_TREES = [read_yaml(path.read_text(), str(path)) for path in ROOT.glob("pipelines/*/*.yaml")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "has", "wrong"),
+    [
+        ("experiment", "features", {"features": {"age": {"kind": "dense", "transfrom": "log1p"}}}),
+        ("comparison", "variants", {"variants": {"ple": {"sets": {}}}}),
+        ("search", "parameters", {"parameters": {"seed": {"log_unifrom": [1, 2]}}}),
+    ],
+)
+def test_the_printed_schema_accepts_our_files_and_refuses_a_typo(kind: str, has: str, wrong: dict[str, object]) -> None:
+    result = CliRunner().invoke(app, ["schema", "--of", kind], catch_exceptions=False)
+    found = json.loads(result.output)
+    jsonschema.Draft202012Validator.check_schema(found)
+    trees = [tree for tree in [*README_TREES, *PIPELINE_TREES] if has in tree]
+    assert any(tree in README_TREES for tree in trees)
+    for tree in trees:
+        jsonschema.validate(tree, found)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(tree | wrong, found)
