@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
@@ -22,6 +23,7 @@ from mtrec.features import BadRowsError, Encoder, Feature, psi
 from mtrec.feed import bad_row, bad_rows, check_encodes, usable_rows, without_bad_rows
 from mtrec.formula import ranking_formula
 from mtrec.gradients import check_place
+from mtrec.kinds import counted
 from mtrec.labels import LabelFit, LabelStatistics, check_trained, labels_of
 from mtrec.metrics import auc
 from mtrec.model import MultiTaskModel, loss_weights, task_specs
@@ -97,6 +99,7 @@ def check_experiment(experiment: Experiment, sample_rows: int = 100_000, device:
             *filter(None, [slow_precision(experiment, device)]),
             *_drift_warnings(drift, encoder),
             *_leak_warnings(leaks),
+            *_infinite_warnings(sample, features),
             *_given_warnings(experiment, statistics),
         ],
     }
@@ -135,9 +138,9 @@ def _facts(experiment: Experiment, train: Dataset, validation: Dataset | None, s
     assert isinstance(size, int)
     dense = sum(parameter.numel() for parameter in model.dense.parameters())
     return [
-        f"{train.num_rows:,} training rows in {len(train.files)} files ({sampled:,} sampled)"
+        f"{train.num_rows:,} training rows in {counted(len(train.files), 'file')} ({sampled:,} sampled)"
         + (f", {validation.num_rows:,} validation rows" if validation else ", no validation rows"),
-        f"batches of {size:,} rows: {math.ceil(train.num_rows / size):,} steps an epoch",
+        f"batches of {size:,} rows: {counted(math.ceil(train.num_rows / size), 'step')} an epoch",
         f"dense part: {dense:,} parameters, {model.dense.flops_per_row() / 1e6:.3f} MFLOP a row to score, "
         f"{3 * model.dense.flops_per_row() / 1e6:.3f} to train; shared representation of {model.embeddings.output_dim} columns",
     ]
@@ -157,11 +160,21 @@ def _feature_rows(
             "column": feature.columns[0],
             "type": str(train.schema.field(feature.columns[0]).type) if feature.columns[0] in train.schema.names else "missing",
             "null": encoder.profiles[feature.name].null_share,
-            "AUC alone": max(leaks[feature.name].values()) if feature.name in leaks else None,
+            **_most_telling(leaks.get(feature.name, {})),
             **({"PSI": drift[feature.name][0], "unseen": drift[feature.name][1]} if drift else {}),
         }
         for feature in encoder.features
     ]
+
+
+def _most_telling(leak: Mapping[str, float]) -> dict[str, Any]:
+    """Of the AUCs that a feature alone reaches, the largest and its task.
+
+    >>> _most_telling({"click": 0.7, "dwell": 0.8})
+    {'AUC alone': 0.8, 'of task': 'dwell'}
+    """
+    task = max(leak, key=lambda name: leak[name], default=None)
+    return {"AUC alone": None if task is None else leak[task], "of task": task}
 
 
 def _table_rows(experiment: Experiment, encoder: Encoder) -> list[dict[str, Any]]:
@@ -258,6 +271,22 @@ def _leak_warnings(leaks: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
                     f"`features.{feature}` gives the label of task '{task}' away: alone it reaches an AUC of {value:.3f}. "
                     "Is it known before the impression?"
                 )
+
+
+def _infinite_warnings(sample: pa.Table, features: Sequence[Feature]) -> Iterator[str]:
+    for feature in features:
+        column = feature.columns[0]
+        if feature.family != "dense" or column not in sample.schema.names:
+            continue
+        values = pc.list_flatten(sample[column]) if pa.types.is_nested(sample[column].type) else sample[column]
+        if not pa.types.is_floating(values.type):
+            continue
+        infinite = pc.sum(pc.is_inf(values)).as_py() or 0
+        if infinite:
+            yield (
+                f"`features.{feature.name}`: {infinite:,} of {len(values):,} sampled values in column '{column}' are infinite "
+                f"({infinite / len(values):.2%}). They count as missing."
+            )
 
 
 def _given_warnings(experiment: Experiment, statistics: Mapping[str, LabelStatistics]) -> Iterator[str]:

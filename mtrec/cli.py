@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -55,8 +55,21 @@ def _end(code: str | int | None) -> None:
     sys.exit(code)
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"mtrec {version('mtrec')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _common(debug: Annotated[bool, typer.Option("--debug", help="show the stack trace of an error")] = False) -> None:
+def _common(
+    debug: Annotated[bool, typer.Option("--debug", help="show the stack trace of an error")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="show mtrec's version")
+    ] = False,
+) -> None:
     """Checks that the installed packages fit together before any of them is imported."""
     from mtrec.versions import check_versions
 
@@ -318,10 +331,18 @@ def bench(
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON Schema of experiment files, for editors that complete and check."""
-    from mtrec.config import json_schema
-
+def schema(
+    of: Annotated[
+        Literal["experiment", "comparison", "search"], typer.Option(help="which file: of train, of compare, or tune's --space")
+    ] = "experiment",
+) -> None:
+    """Print the JSON Schema of a YAML file, for editors that complete and check."""
+    if of == "comparison":
+        from mtrec.compare.plan import json_schema
+    elif of == "search":
+        from mtrec.tune.plan import json_schema
+    else:
+        from mtrec.config import json_schema
     typer.echo(json.dumps(json_schema(), indent=1))
 
 

@@ -29,6 +29,7 @@ from mtrec.kinds import (
     Widths,
     check_options,
     explain,
+    kind_schema,
     nearest,
     option_types,
     options_model,
@@ -68,16 +69,16 @@ def _from_word(key: str, default: str | None = None) -> Any:
 
 
 class Source(Section):
-    """Parquet files, and which of their rows.
+    """Parquet files, and which of their rows."""
 
-    `path`: a file, a folder, a glob or a list of these; local or s3://, gs://, hdfs://. `where`: a condition on columns or
-    Hive partitions, such as `dt <= 2026-01-14 and tab in [0, 1]`. `window`: first and last value of the date partition.
-    """
-
-    path: str | list[str]
-    where: str | None = Field(None, description="rows that it drops leave their places in the batches empty")
-    window: tuple[str, str] | None = None
-    window_column: str = "dt"
+    path: str | list[str] = Field(description="file, folder, glob or a list of these; local or s3://, gs://, hdfs://")
+    where: str | None = Field(
+        None,
+        description="condition on columns or Hive partitions, such as `dt <= 2026-01-14 and tab in [0, 1]`; rows that it drops "
+        "leave their places in the batches empty",
+    )
+    window: tuple[str, str] | None = Field(None, description="first and last value of `window_column`, both included")
+    window_column: str = Field("dt", description="as a rule the key of date partitions")
 
     @pydantic.field_validator("window", mode="before")
     @classmethod
@@ -303,6 +304,7 @@ KNOWN = {
 }
 
 
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
 DEFAULT_KINDS = {"architecture": "mmoe", "interaction": "dcn_v2", "balancing": "static"}
 
 
@@ -460,33 +462,17 @@ def json_schema() -> dict[str, Any]:
     balancing_fields = (
         schema["$defs"].pop("Balancing")["properties"] | options_model(Balancer).model_json_schema()["properties"]
     )
+    house = {"tasks": task_fields, "balancing": balancing_fields}
     for place, known in KNOWN.items():
-        house = task_fields if place == "tasks" else balancing_fields if place == "balancing" else {}
-        choices: list[dict[str, Any]] = [] if place in ("features", "tasks") else [{"enum": sorted(known)}]
-        for name, cls in known.items():
-            options = options_model(cls).model_json_schema()
-            schema["$defs"].update(options.pop("$defs", {}))
-            properties = {**house, **options.get("properties", {}), "kind": {"const": name}}
-            choices.append(
-                {
-                    "type": "object",
-                    "title": name,
-                    "description": (cls.__doc__ or "").strip().split("\n")[0],
-                    "properties": properties,
-                    "required": ["kind", *options.get("required", [])],
-                    "additionalProperties": False,
-                }
-            )
-        own = {"type": "object", "properties": {"kind": {"type": "string", "pattern": ":"}}, "required": ["kind"]}
-        schema["$defs"][f"kind_of_{place}"] = {"anyOf": [*choices, own]}
+        default = DEFAULT_KINDS.get(place)
+        schema["$defs"][f"kind_of_{place}"] = kind_schema(known, house.get(place), default=default, short=place != "tasks")
     top, model = schema["properties"], schema["$defs"]["Model"]["properties"]
     for place in ("features", "tasks"):
         top[place]["additionalProperties"] = {"$ref": f"#/$defs/kind_of_{place}"}
     top["balancing"] = {"$ref": "#/$defs/kind_of_balancing"}
     for place in ("architecture", "interaction"):
         model[place] = {"$ref": f"#/$defs/kind_of_{place}"}
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    return schema
+    return {**schema, "$schema": DIALECT}
 
 
 def to_yaml(experiment: Experiment) -> str:

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from mtrec import where as conditions
 from mtrec.files import File, Location, find_files, open_file, read_footer, several
+from mtrec.kinds import counted
 from mtrec.row_groups import RowGroup, footer_bounds, look_at, prune, unstored_bounds
 from mtrec.schema import check_column, key_types, key_value, unify
 from mtrec.where import Bounds, Condition
@@ -202,8 +203,15 @@ class Dataset:
         return min(bound.low for bound in known if bound), max(bound.high for bound in known if bound)
 
 
-def open_dataset(source: Source, columns: Sequence[str], optional: Collection[str] = (), *, place: str) -> Dataset:
-    """Opens the Parquet files that `source` names, for reading `columns`.
+def open_dataset(
+    source: Source,
+    columns: Sequence[str],
+    optional: Collection[str] = (),
+    *,
+    place: str,
+    asked_by: Mapping[str, Sequence[str]] | None = None,
+) -> Dataset:
+    """Opens the Parquet files that `source` names, for reading `columns`; `asked_by` are the YAML paths that name each.
 
     Files may hold further columns, in any order. A column of `optional` may be missing from some or all files: it is
     null there. Types may differ as far as `mtrec.schema.common_type` goes. Folders `dt=2026-01-01` are columns (dates,
@@ -221,7 +229,7 @@ def open_dataset(source: Source, columns: Sequence[str], optional: Collection[st
     (1, [{'user': [3]}])
     """
     locations, twice = find_files(source.path, place)
-    dataset = _open(source, locations, key_types(locations), columns, frozenset(optional), place)
+    dataset = _open(source, locations, key_types(locations), columns, frozenset(optional), place, asked_by or {})
     if not dataset.row_groups:
         raise ValueError(_no_rows(source, place, dataset))
     notes = [f"`{place}.path` names '{path}' twice; it is read once." for path in twice]
@@ -243,7 +251,7 @@ def open_each(
 
     def opened(location: Location) -> Dataset | ValueError:
         try:
-            return _open(source, [location], partition_types, columns, frozenset(optional), place)
+            return _open(source, [location], partition_types, columns, frozenset(optional), place, {})
         except ValueError as error:
             return error
 
@@ -258,6 +266,7 @@ def _open(
     columns: Sequence[str],
     optional: frozenset[str],
     place: str,
+    asked_by: Mapping[str, Sequence[str]],
 ) -> Dataset:
     """The dataset of some files; it may have no row groups."""
     condition = None if source.where is None else conditions.parse(source.where, f"{place}.where")
@@ -271,7 +280,7 @@ def _open(
             continue
         check_column(name, files, partition_types, f"{place}.where" if name != source.window_column else f"{place}.window_column")
     needed = list(dict.fromkeys([*columns, *named]))
-    types, notes = unify(needed, files, partition_types, optional, place)
+    types, notes = unify(needed, files, partition_types, optional, place, asked_by)
     condition = _bound_condition(source, condition, types, place)
     row_groups = prune(looks, condition, partition_types)
     return Dataset(
@@ -332,7 +341,7 @@ def _absent_days(
     if not absent:
         return []
     shown = ", ".join(absent[:7]) + (", ..." if len(absent) > 7 else "")
-    return [f"`{place}.window`: no files for {len(absent)} of {len(days)} days ({shown})."]
+    return [f"`{place}.window`: no files for {len(absent)} of {counted(len(days), 'day')} ({shown})."]
 
 
 def _no_rows(source: Source, place: str, dataset: Dataset) -> str:
@@ -346,7 +355,7 @@ def _no_rows(source: Source, place: str, dataset: Dataset) -> str:
         limits.append(f"{source.window[0]} <= {source.window_column} <= {source.window[1]}")
     return (
         f"`{place}` should have at least one row. Found none with `{'` and `'.join(limits)}`: the footers and "
-        f"folder names of the {len(dataset.files)} files ({rows} rows) rule it out."
+        f"folder names of {counted(len(dataset.files), 'file')} ({counted(rows, 'row')}) rule it out."
     )
 
 

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from mtrec.checkpoint import Checkpoint
+from mtrec.kinds import counted
 from mtrec.run import Run
 
 QUIET_SECONDS = 5.0  # where the output is no terminal, a line at most so often
@@ -118,7 +119,7 @@ class TrainDisplay:
             losses = "  ".join(f"{name} {value:.4f}" for name, value in event["losses"].items())
             text = f"{event['rows_per_second']:,.0f} rows/s, data wait {event['data_wait']:.0%}, losses {losses}"
             if event["nonfinite_steps"]:
-                text += f", [red]{event['nonfinite_steps']} steps not finite[/]"
+                text += f", [red]{counted(event['nonfinite_steps'], 'step')} not finite[/]"
             if self._progress is not None and self._task is not None:
                 self._progress.update(self._task, completed=event["step"], total=event["total_steps"], description=text)
             elif time.monotonic() - self._printed > QUIET_SECONDS or event["step"] == event["total_steps"]:
@@ -153,7 +154,7 @@ class TrainDisplay:
             best = f", best at step {event['best_step']:,}" if event["best_step"] else ""
             self._console.print(f"ended at step {event['step']:,}: {reason[event['reason']]}{best}")
             for what, count in event["skipped_rows"].items():
-                self._console.print(f"{count:,} rows left out: {what}", soft_wrap=True, markup=False, style="yellow")
+                self._console.print(f"{counted(count, 'row')} left out: {what}", soft_wrap=True, markup=False, style="yellow")
 
     def close(self) -> None:
         """Prints the last validation's metrics and where the run lies."""
@@ -180,14 +181,10 @@ def _restart(event: Mapping[str, Any]) -> str:
     """
     size, before = event["world_size"], event["world_size_before"]
     if event["cause"] is None:
-        what = f"{'grew' if size > before else 'shrank'} from {before} to {_workers(size)}: went on"
+        what = f"{'grew' if size > before else 'shrank'} from {before} to {counted(size, 'worker')}: went on"
     else:
-        what = f"{event['cause']}: went on with {_workers(size)}" + (f" instead of {before}" if size != before else "")
+        what = f"{event['cause']}: went on with {counted(size, 'worker')}" + (f" instead of {before}" if size != before else "")
     return f"{what} from the checkpoint of step {event['step']:,}; {event['repeated_steps']:,} logged steps are repeated"
-
-
-def _workers(count: int) -> str:
-    return f"{count} worker{'' if count == 1 else 's'}"
 
 
 def show_metrics(metrics: Mapping[str, Any], title: str, to: Console | None = None) -> None:
@@ -281,15 +278,15 @@ def show_run(found: Mapping[str, Any]) -> None:
             each["folder"], _cell(each.get("step")), _cell(each.get("metric")), megabytes, each["problem"] or "yes"
         )
     to.print(table)
-    tables = Table(
-        title="tables (rows, rows with a value, rows trained)", title_justify="left", box=None, pad_edge=False
-    )
-    for name in ("table", "rows", "used", "touched", "dim", "sharding", "MB"):
+    tables = Table(title="tables", title_justify="left", box=None, pad_edge=False)
+    for name in ("table", "rows", "known ids", "rows trained", "dim", "sharding", "MB"):
         tables.add_column(name)
     for each in found["tables"]:
+        known = None if each.get("encoding") in ("hash", "identity") else each["used"]  # their rows are there for any id
         tables.add_row(
             each["table"],
-            *(_cell(each[k]) for k in ("rows", "used", "touched", "dim", "sharding")),
+            *(_cell(value) for value in (each["rows"], known, each["touched"], each["dim"], each["sharding"])),
             f"{each['bytes'] / 1e6:.2f}",
         )
     to.print(tables)
+    to.print("rows trained: those that a gradient reached, the rows for null and for unseen ids among them", soft_wrap=True)

@@ -9,6 +9,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mtrec.kinds import counted
+
 DRIFT_PSI = 0.25  # Siddiqi (2006): above it is a shift
 UNSEEN_SHARE = 0.01  # of a feature's ids, from which on it is listed
 
@@ -32,8 +34,8 @@ class ScoreDisplay:
         """Says what there is to do: the argument of `score_files`' `on_start`."""
         finished = f", {facts['finished']:,} of them finished already" if facts["finished"] else ""
         self._console.print(
-            f"{facts['files']:,} files, {facts['rows']:,} rows{finished}; {facts['run']}, {facts['checkpoint']}; "
-            f"score = {facts['formula']}",
+            f"{counted(facts['files'], 'file')}, {counted(facts['rows'], 'row')}{finished}; {facts['run']}, "
+            f"{facts['checkpoint']}; score = {facts['formula']}",
             soft_wrap=True,
         )
         for message in facts["failed"].values():
@@ -89,11 +91,12 @@ def show_scoring(manifest: Mapping[str, Any], output: str) -> None:
     if not manifest["rows"] and manifest["where"] is not None:
         to.print(f"[yellow]warning:[/] no row of the input fulfils --where {escape(manifest['where'])}", soft_wrap=True)
     to.print(
-        f"{len(manifest['files']):,} files, {manifest['rows']:,} rows in {output}; what they are: {output}/_manifest.json",
+        f"{counted(len(manifest['files']), 'file')}, {counted(manifest['rows'], 'row')} in {output}; "
+        f"what they are: {output}/_manifest.json",
         soft_wrap=True,
     )
     if manifest["failed"]:
-        to.print(f"[red]{len(manifest['failed'])} files could not be scored:[/]")
+        to.print(f"[red]{counted(len(manifest['failed']), 'file')} could not be scored:[/]")
         for message in manifest["failed"].values():
             to.print(f"  {message}", soft_wrap=True)
 

@@ -15,6 +15,7 @@ from mtrec.batch import Batch, Examples, Label, join_examples, label_values, mak
 from mtrec.config import Data
 from mtrec.dataset import Dataset
 from mtrec.features import BadRowsError, Encoder, Feature
+from mtrec.kinds import counted
 from mtrec.reader import Piece, Reader
 
 LOOK_ROWS = 65_536
@@ -46,7 +47,7 @@ class BadRows:
             self.skipped[error.reason] += len(error.rows)
             total = self.skipped.total()
         if total > self.max_fraction * self.rows:
-            listed = "; ".join(f"{reason}: {count:,} rows" for reason, count in self.skipped.most_common())
+            listed = "; ".join(f"{reason}: {counted(count, 'row')}" for reason, count in self.skipped.most_common())
             raise ValueError(
                 f"`data.max_bad_fraction` ({self.max_fraction:g}) is exceeded: {total:,} bad rows ({listed}). "
                 f"The newest one: {place}: {error.what}"

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from mtrec.kinds import nearest
+from mtrec.kinds import counted, nearest
 
 SUFFIXES = (".parquet", ".parq", ".pq")
 _MAGIC = b"PAR1"
@@ -193,7 +193,7 @@ class File:
 
 def several(files: Sequence[File]) -> str:
     """Some files as messages name them: the first, and how many others."""
-    return f"'{files[0].path}'" + (f" and {len(files) - 1} other files" if len(files) > 1 else "")
+    return f"'{files[0].path}'" + (f" and {counted(len(files) - 1, 'other file')}" if len(files) > 1 else "")
 
 
 def read_footer(location: Location) -> tuple[File, pq.FileMetaData]:

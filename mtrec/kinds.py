@@ -9,6 +9,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -37,6 +38,15 @@ def nearest(word: str, words: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def counted(count: int, noun: str) -> str:
+    """A number and what it counts, as messages say it.
+
+    >>> counted(1, "other file"), counted(1_200, "row")
+    ('1 other file', '1,200 rows')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def resolve(kind: str, known: Mapping[str, type], place: str) -> type:
@@ -72,6 +82,37 @@ def resolve(kind: str, known: Mapping[str, type], place: str) -> type:
     return found
 
 
+_ENTRY = re.compile(r"    (\w+(?:, \w+)*)(?: \([^)]*\))?: (.*)")
+
+
+def option_descriptions(cls: type) -> dict[str, str]:
+    """{option: what the class's docstring says of it}, from its sections `Args:` and `Options:`; `a, b: ...` is of both.
+
+    >>> class Mean:
+    ...     '''The mean of what lies near.
+    ...
+    ...     Options:
+    ...         width: values on each side; the more,
+    ...             the smoother.
+    ...     '''
+    >>> option_descriptions(Mean)
+    {'width': 'values on each side; the more, the smoother.'}
+    """
+    found: dict[str, str] = {}
+    names: list[str] = []
+    inside = False
+    for line in inspect.cleandoc(cls.__doc__ or "").splitlines():
+        entry = _ENTRY.fullmatch(line)
+        if line and not line.startswith(" "):
+            inside, names = line in ("Args:", "Options:"), []
+        elif inside and entry:
+            names = entry[1].split(", ")
+            found |= dict.fromkeys(names, entry[2])
+        elif inside and line:
+            found |= {name: f"{found[name]} {line.strip()}" for name in names}
+    return found
+
+
 def option_types(cls: type) -> dict[str, tuple[Any, Any]]:
     """{option: (type, default)} of a kind, read from the keyword-only parameters of its `__init__`; `...` is no default.
 
@@ -92,10 +133,52 @@ def option_types(cls: type) -> dict[str, tuple[Any, Any]]:
 @functools.cache
 def options_model(cls: type) -> type[pydantic.BaseModel]:
     """A pydantic model with the options of a kind, which forbids any other key."""
-    fields: dict[str, Any] = option_types(cls)
+    said = option_descriptions(cls)
+    fields: dict[str, Any] = {
+        name: (type_, pydantic.Field(default, description=said.get(name))) for name, (type_, default) in option_types(cls).items()
+    }
     return pydantic.create_model(
         cls.__name__, __config__=pydantic.ConfigDict(extra="forbid", protected_namespaces=()), **fields
     )
+
+
+def kind_schema(
+    known: Mapping[str, type], house: Mapping[str, Any] | None = None, *, default: str | None = None, short: bool = True
+) -> dict[str, Any]:
+    """The JSON Schema of a node that names one of the `known` kinds, with its options, or an import path.
+
+    `house`: properties beside the options of every kind; `default`: the kind of a node without `kind`; `short`: the name alone
+    may stand for the node.
+    """
+    own_kind = {"type": "string", "pattern": ":", "description": "import path module:Class"}
+    choices: list[dict[str, Any]] = [{"enum": sorted(known)}, own_kind] if short else []
+    for name, cls in known.items():
+        options = options_model(cls).model_json_schema()
+        choices.append(
+            {
+                "type": "object",
+                "title": name,
+                "description": " ".join(inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].split()),
+                "properties": {**(house or {}), **options.get("properties", {}), "kind": {"const": name}},
+                "required": [*([] if name == default else ["kind"]), *options.get("required", [])],
+                "additionalProperties": False,
+            }
+        )
+    choices.append({"type": "object", "properties": {**(house or {}), "kind": own_kind}, "required": ["kind"]})
+    return {"anyOf": choices}
+
+
+class KindOf:
+    """Says of an option that it names a kind itself: `Annotated[str | dict[str, Any], KindOf(DWELL_LOSSES)]`.
+
+    For the JSON Schema alone: the class with that option resolves and checks the kind.
+    """
+
+    def __init__(self, known: Mapping[str, type]) -> None:
+        self.known = known
+
+    def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> dict[str, Any]:
+        return kind_schema(self.known)
 
 
 def check_options(cls: type, options: Mapping[str, Any], place: str, also_known: Iterable[str] = ()) -> dict[str, Any]:

@@ -132,9 +132,15 @@ def load(folder: Path) -> dict[str, LabelStatistics]:
 def check_trained(statistics: Mapping[str, LabelStatistics], experiment: Experiment, which: str) -> None:
     """Every task should have a row to learn from. Raises ValueError naming the one that has none; `which` rows were looked at."""
     for name, each in statistics.items():
-        if not each.trained:
-            given = f" where {experiment.tasks[name].given} is 1" if experiment.tasks[name].given else ""
+        given = experiment.tasks[name].given
+        if each.trained:
+            continue
+        if given and not statistics[given].mean:  # a binary task: none of its labels is 1
             raise ValueError(
-                f"`tasks.{name}.label`: column '{experiment.label_column(name)}' should hold labels{given}. Found none in "
-                f"the {each.rows:,} {which} rows."
+                f"`tasks.{name}.given`: {given} should be 1 in some rows, or nothing can be learned of {name}. Found column "
+                f"'{experiment.label_column(given)}' 1 in none of the {each.rows:,} {which} rows."
             )
+        raise ValueError(
+            f"`tasks.{name}.label`: column '{experiment.label_column(name)}' should hold labels"
+            f"{f' where {given} is 1' if given else ''}. Found none in the {each.rows:,} {which} rows."
+        )

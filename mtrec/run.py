@@ -193,10 +193,23 @@ def open_source(experiment: Experiment, source: Source, place: str, extra: Seque
     columns, optional = feature_columns(features)
     columns = list(dict.fromkeys([*columns, *label_columns(experiment), *extra]))
     files = dataset.Source(source.path, source.where, source.window, source.window_column)
-    opened = dataset.open_dataset(files, columns, optional, place=place)
+    opened = dataset.open_dataset(files, columns, optional, place=place, asked_by=_asked_by(experiment, features))
     check_schema(features, opened.schema)
     _check_label_types(experiment, opened)
     return opened
+
+
+def _asked_by(experiment: Experiment, features: Sequence[Feature]) -> dict[str, list[str]]:
+    """{column: the keys of the experiment that ask for it}."""
+    keys = [(column, f"features.{feature.name}") for feature in features for column in feature.columns]
+    keys += [(experiment.label_column(name), f"tasks.{name}.label") for name in experiment.tasks]
+    keys += [(column, "evaluation.group_by") for column in evaluation_columns(experiment)]
+    if experiment.data.sample_weight:
+        keys.append((experiment.data.sample_weight, "data.sample_weight"))
+    found: dict[str, list[str]] = {}
+    for column, key in keys:
+        found.setdefault(column, []).append(key)
+    return found
 
 
 def _check_label_types(experiment: Experiment, data: Dataset) -> None:

@@ -127,11 +127,12 @@ def unify(
     partition_types: Mapping[str, pa.DataType],
     optional: Collection[str],
     place: str,
+    asked_by: Mapping[str, Sequence[str]],
 ) -> tuple[dict[str, pa.DataType], list[str]]:
     """{column: type for all files}, and notes that say where files differ.
 
-    Raises ValueError naming `place` (a YAML path) and the files, where some lack a column that is not `optional`, or hold
-    types that do not go together.
+    Raises ValueError naming `place` (a YAML path) and the files, where some lack a column that is not `optional` (with its
+    keys in `asked_by`: {column: YAML paths}), or hold types that do not go together.
     """
     types: dict[str, pa.DataType] = {}
     notes = []
@@ -146,7 +147,7 @@ def unify(
             else:
                 absent.append(file)
         if absent and name not in optional:
-            raise ValueError(_missing_column(name, absent, files, place))
+            raise ValueError(_missing_column(name, absent, files, place, asked_by.get(name, ())))
         if absent and len(absent) < len(files):
             notes.append(f"Column '{name}' is missing from {several(absent)} and null there.")
         elif absent:
@@ -172,14 +173,19 @@ def _type_of(file: File, name: str) -> str:
     return str(file.schema.field(name).type) if name in file.schema.names else "a partition key"
 
 
-def _missing_column(name: str, absent: Sequence[File], files: Sequence[File], place: str) -> str:
+def _missing_column(name: str, absent: Sequence[File], files: Sequence[File], place: str, keys: Sequence[str]) -> str:
     known = _shared_columns(absent)
     hint = nearest(name, known)
     if len(absent) < len(files):
-        hint += " Other files have it: `optional: true` on the feature reads it as null where it is missing."
+        hint += " Other files have it."
     elif not hint:
         hint = f" Columns there: {', '.join(known[:40])}{', ...' if len(known) > 40 else ''}."
-    return f"`{place}` should have a column '{name}'. Found none in {several(absent)}.{hint}"
+    features = [f"`{key}`" for key in keys if key.startswith("features.")]
+    if keys and len(features) == len(keys):  # a label, a weight or a group cannot be optional
+        hint += f" `optional: true` on {' and '.join(features)} reads it as null where it is missing."
+    asked = " and ".join(f"`{key}`" for key in keys)
+    what = f"'{name}'" + (f", which {asked} {'asks' if len(keys) == 1 else 'ask'} for" if keys else "")
+    return f"`{place}` should have a column {what}. Found none in {several(absent)}.{hint}"
 
 
 def _shared_columns(files: Sequence[File]) -> list[str]:

@@ -162,6 +162,10 @@ VALIDATION = "validation/part-0.parquet"
 no_rows, no_clicks = (lambda table: table.slice(0, 0)), (lambda table: replaced(table, "click", pa.array([0] * len(table), I8)))
 
 
+def no_seconds(table: pa.Table) -> pa.Table:
+    return replaced(table, "dwell_seconds", pa.nulls(len(table), F32))
+
+
 def replaced(table: pa.Table, name: str, values: Any) -> pa.Table:
     return table.set_column(table.schema.get_field_index(name), name, values)
 
@@ -189,7 +193,15 @@ FILES: dict[str, tuple[Change, list[str]]] = {
     "unknown file system": (train_is(path="ftp://host/logs"), ["`data.train.path`", "ftp://host/logs", "Unrecognized"]),
     "column missing in one file": (
         in_table(lambda table: table.drop_columns(["price"])),
-        ["`data.train` should have a column 'price'", PART, "`optional: true`"],
+        ["`data.train` should have a column 'price', which `features.price` asks for", PART, "`optional: true` on `features"],
+    ),
+    "column missing in all files": (
+        put(features__cost={"kind": "dense"}),
+        ["column 'cost', which `features.cost` asks for", "Columns there: row_id", "`optional: true` on `features.cost` reads"],
+    ),
+    "group misspelt": (
+        put(evaluation__group_by="userid"),
+        ["`data.validation` should have a column 'userid', which `evaluation.group_by` asks for", "Did you mean 'user_id'?"],
     ),
     "column twice": (in_table(lambda table: table.append_column("price", table["price"])), [PART, "Found twice: price"]),
     "strings beside integers": (
@@ -222,7 +234,7 @@ FILES: dict[str, tuple[Change, list[str]]] = {
     ),
     "no rows": (
         both(in_table(no_rows), in_table(no_rows, "train/part-0.parquet")),
-        ["`data.train` should have at least one row", "part-0.parquet' and 1 other files, with no rows"],
+        ["`data.train` should have at least one row", "part-0.parquet' and 1 other file, with no rows"],
     ),
     "window without files": (
         both(by_day, train_is(path="{}/days", window=["2027-01-01", "2027-01-02"])),
@@ -246,7 +258,7 @@ FILES: dict[str, tuple[Change, list[str]]] = {
     "where that drops all": (train_is(where="price < -5"), ["`data.train`", "`where: price < -5`"]),
     "validation without label": (
         in_table(lambda table: table.drop_columns(["click"]), VALIDATION),
-        ["`data.validation` should have a column 'click'", VALIDATION, "Columns there: row_id"],
+        ["`data.validation` should have a column 'click', which `tasks.click.label`", VALIDATION, "Columns there: row_id"],
     ),
     "validation without rows": (in_table(no_rows, VALIDATION), ["`data.validation` should have at least one row", VALIDATION]),
     "validation of other types": (
@@ -293,8 +305,12 @@ BAD_ROWS: dict[str, tuple[Change, list[str]]] = {
         ["`tasks.m.label`: column 'm' should hold labels. Found none in"],
     ),
     "no label where `given` is 1": (
-        both(in_table(no_clicks), in_table(no_clicks, "train/part-0.parquet")),
+        both(in_table(no_seconds), in_table(no_seconds, "train/part-0.parquet")),
         ["`tasks.dwell.label`: column 'dwell_seconds' should hold labels where click is 1. Found none in"],
+    ),
+    "`given` never 1": (
+        both(in_table(no_clicks), in_table(no_clicks, "train/part-0.parquet")),
+        ["`tasks.dwell.given`: click should be 1 in some rows", "Found column 'click' 1 in none of the 600"],
     ),
     "text for a weight": (put(data__sample_weight="item_id"), ["`data.sample_weight`", "numbers", "'item_id' of type string"]),
     "weight negative": (

@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 from logs import experiment_tree, write_log
@@ -14,13 +17,15 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from mtrec.cli import app
+from mtrec.display import show_run
+from mtrec.yaml_tree import read_yaml
 
 NAMES = {
     "train": {"experiment", "--output", "--workers", "--set", "--resume", "--warm-start", "--local"},
     "check": {"experiment", "--set"},
     "evaluate": {"run", "--data", "--by", "--json"},
     "synth": {"out", "--rows", "--seed"},
-    "schema": set(),
+    "schema": {"--of"},
 }
 
 
@@ -31,9 +36,10 @@ def test_the_names_that_others_rely_on(command: str) -> None:
     assert names >= NAMES[command]
 
 
-def test_help_answers_without_torch() -> None:
+@pytest.mark.parametrize(("option", "answer"), [("--help", "evaluate"), ("--version", f"mtrec {version('mtrec')}")])
+def test_help_and_version_answer_without_torch(option: str, answer: str) -> None:
     code = (
-        "import sys\nsys.argv = ['mtrec', '--help']\nfrom mtrec.cli import main\n"
+        f"import sys\nsys.argv = ['mtrec', '{option}']\nfrom mtrec.cli import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "heavy = {'torch', 'torchrec', 'ray', 'pyarrow', 'pydantic', 'numpy'} & sys.modules.keys()\n"
         "assert not heavy, heavy"
@@ -41,7 +47,7 @@ def test_help_answers_without_torch() -> None:
     started = time.monotonic()
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert "evaluate" in result.stdout
+    assert answer in result.stdout
     assert time.monotonic() - started < 5.0  # a hang, not a benchmark: 0.2 s on an idle machine
 
 
@@ -70,7 +76,9 @@ def test_from_log_to_evaluation(tmp_path: Path) -> None:
             assert found["tasks"][task][name] == (None if value is None else pytest.approx(value, abs=1e-6)), (task, name)
     segments = found["by"]["item_id"]
     assert sum(segment["rows"] for segment in segments.values()) == 800
-    assert "tables" in mtrec("inspect", str(run))
+    shown = mtrec("inspect", str(run))
+    assert "known ids" in shown
+    assert "rows trained: those that a gradient reached, the rows for null and for unseen ids among them" in shown
 
     again = CliRunner().invoke(app, ["train", str(path), "--local", "--output", str(run)])
     assert "holds a run already. Add --resume" in str(again.exception)
@@ -89,3 +97,38 @@ def test_a_mistake_ends_with_one_line_and_exit_code_1(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert result.stderr.startswith("error: There is no experiment file")
     assert "Traceback" not in result.stderr
+
+
+def test_inspect_leaves_out_the_known_ids_of_a_table_that_counts_none(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"rows": 100, "used": 98, "touched": 57, "dim": 8, "sharding": "auto", "bytes": 3_200}
+    tables = [{"table": "tag", "encoding": "hash", **sizes}, {"table": "user", "encoding": "vocabulary", **sizes}]
+    show_run({"run": "runs/mine", "info": {"made": "today", "versions": {}}, "checkpoints": [], "tables": tables})
+    lines = capsys.readouterr().out.splitlines()
+    assert next(line for line in lines if line.startswith("tag")).split()[1:4] == ["100", "-", "57"]
+    assert next(line for line in lines if line.startswith("user")).split()[1:4] == ["100", "98", "57"]
+
+
+ROOT = Path(__file__).parents[1]
+README_BLOCKS = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+README_TREES = [read_yaml(block, "README.md") for block in README_BLOCKS]
+PIPELINE_TREES = [read_yaml(path.read_text(), str(path)) for path in ROOT.glob("pipelines/*/*.yaml")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "has", "wrong"),
+    [
+        ("experiment", "features", {"features": {"age": {"kind": "dense", "transfrom": "log1p"}}}),
+        ("comparison", "variants", {"variants": {"ple": {"sets": {}}}}),
+        ("search", "parameters", {"parameters": {"seed": {"log_unifrom": [1, 2]}}}),
+    ],
+)
+def test_the_printed_schema_accepts_our_files_and_refuses_a_typo(kind: str, has: str, wrong: dict[str, object]) -> None:
+    result = CliRunner().invoke(app, ["schema", "--of", kind], catch_exceptions=False)
+    found = json.loads(result.output)
+    jsonschema.Draft202012Validator.check_schema(found)
+    trees = [tree for tree in [*README_TREES, *PIPELINE_TREES] if has in tree]
+    assert any(tree in README_TREES for tree in trees)
+    for tree in trees:
+        jsonschema.validate(tree, found)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(tree | wrong, found)

@@ -65,6 +65,20 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_comparison_in_the_readme_makes_a_plan(log: Path, tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    block = next(block for block in re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL) if "variants:" in block)
+    base = _tree(log)
+    del base["data"]["test"]
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(base))
+    path = tmp_path / "compare.yaml"
+    path.write_text(block.replace("logs/test", str(log / "test")))
+    plan = load_plan(path)
+    assert list(plan.experiments) == ["mmoe", "ple", "narrow"]
+    assert len(plan.seeds) * len(plan.experiments) + len(plan.again_seeds) == 20
+    assert (plan.seeds[-1], plan.again_seeds[-1]) == (4, 1004)
+
+
 def _conduct_here(folder: Path, names: Sequence[str]) -> None:
     for name in names:
         conduct(folder_of(folder, name), CPU)

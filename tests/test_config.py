@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -9,7 +10,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtrec.config import apply_overrides, json_schema, load_experiment, parse_experiment, to_yaml
+from mtrec.balancing import Balancer
+from mtrec.config import KNOWN, apply_overrides, json_schema, load_experiment, parse_experiment, to_yaml
+from mtrec.kinds import option_descriptions, option_types
+from mtrec.tasks import DWELL_LOSSES
 from mtrec.yaml_tree import read_yaml
 
 BASE = {
@@ -128,6 +132,58 @@ def test_the_schema_accepts_the_recipes_and_refuses_a_typo() -> None:
     wrong["features"]["age"]["transfrom"] = "log1p"
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(wrong, schema)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("features.user_id", "categorical"),
+        ("features.user_id", {"kind": "my_features:Mine", "anything": 1}),
+        ("model", {"architecture": {"num_experts": 2}}),  # of the default kind
+        ("model", {"architecture": "my_architectures:OneLayer"}),
+        ("balancing", {"every": 5}),
+        ("tasks.dwell.loss", "tweedie"),
+        ("tasks.dwell.loss", {"kind": "tweedie", "power": 1.4}),
+        ("tasks.dwell.loss", "my_losses:Mine"),
+    ],
+)
+def test_the_schema_accepts_what_parsing_would(path: str, value: object) -> None:
+    jsonschema.validate(_dwell_tree(path, value), json_schema())
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("tasks.dwell.loss", "tweedy"),
+        ("tasks.dwell.loss", {"power": 1.4}),
+        ("tasks.dwell.loss", {"kind": "tweedie", "power": 2.5}),
+        ("tasks.dwell.loss", {"kind": "tweedie", "delta": 1.0}),
+        ("features.user_id", {"kind": "categorical", "encoding": "hashed"}),
+    ],
+)
+def test_the_schema_refuses_what_parsing_would(path: str, value: object) -> None:
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(_dwell_tree(path, value), json_schema())
+
+
+def _dwell_tree(path: str, value: object) -> dict[str, Any]:
+    tree: dict[str, Any] = json.loads(json.dumps(BASE))
+    node, (*above, last) = tree, path.split(".")
+    for key in above:
+        node = node[key]
+    node[last] = value
+    return tree
+
+
+def test_the_schema_describes_every_option_of_every_kind() -> None:
+    known = [*KNOWN.values(), {"balancer": Balancer}, DWELL_LOSSES]
+    bare = [
+        f"{cls.__name__}.{name}"
+        for cls in (cls for kinds in known for cls in kinds.values())
+        for name in option_types(cls)
+        if len(option_descriptions(cls).get(name, "")) < 10
+    ]
+    assert bare == []
 
 
 @settings(max_examples=200, deadline=None)

@@ -132,7 +132,7 @@ def test_missing_columns_name_the_nearest(tmp_path: Path) -> None:
     found = message(Source([first, second]), ["user_id"])
     assert second in found
     assert first not in found
-    assert "optional: true" in found
+    assert "Other files have it." in found
     for source in (Source(first, where="user_ids > 3"), Source(first, window=(1, 2), window_column="user_ids")):
         assert "Did you mean 'user_id'?" in message(source, ["item_id"])
 

@@ -1,6 +1,7 @@
 """Each mistake gets one clear error that names the place, from `mtrec check` and from `mtrec train`, before a worker starts."""
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,14 +180,19 @@ def test_check_shows_sizes_rates_drift_leaks_and_broken_funnels(log: Path, tmp_p
     def leak(table: pa.Table) -> pa.Table:
         return table.append_column("clicked_before", table["click"])
 
+    def numbers(table: pa.Table) -> pa.Table:
+        table = table.append_column("cost", pa.array([math.inf, -math.inf, None, *[1.5] * (len(table) - 3)]))
+        return table.append_column("vector", pa.array([[0.5, math.inf]] * len(table), pa.list_(pa.float32(), 2)))
+
     leaking = tmp_path / "leak"
     leaking.mkdir()
     for path in (log / "train").iterdir():
-        table = leak(pq.read_table(path))
+        table = numbers(leak(pq.read_table(path)))
         pq.write_table(set_column(table, "conversion", pa.array([1] * len(table), pa.int8())), leaking / path.name)
     tree = copy.deepcopy(experiment_tree(leaking, leaking))
     tree["features"]["leak"] = {"kind": "categorical", "column": "clicked_before"}
     tree["features"]["row"] = {"kind": "dense", "column": "row_id"}
+    tree["features"] |= {"cost": {"kind": "dense"}, "vector": {"kind": "dense"}}
     tree["data"]["validation"] = {"path": str(leaking), "where": "row_id >= 900"}
     path = tmp_path / "experiment.yaml"
     path.write_text(yaml.safe_dump(tree))
@@ -195,6 +201,9 @@ def test_check_shows_sizes_rates_drift_leaks_and_broken_funnels(log: Path, tmp_p
     text = " ".join(result.output.split())
     assert "`features.leak` gives the label of task 'click' away" in text
     assert "`features.row` drifts" in text
+    assert "`features.cost`: 4 of 1,000 sampled values in column 'cost' are infinite (0.40%). They count as missing." in text
+    assert "`features.vector`: 1,000 of 2,000 sampled values" in text
+    assert text.count("are infinite") == 2
     assert "have a label above 0 in column 'conversion' although click is 0" in text
     assert "dense part:" in text
     assert "MFLOP a row" in text

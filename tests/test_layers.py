@@ -72,7 +72,7 @@ LEAVES = {
     "files": {"pyarrow", "mtrec.kinds"},
     "schema": {"pyarrow", "mtrec.kinds", "mtrec.files"},
     "row_groups": {"pyarrow", "mtrec.where", "mtrec.files", "mtrec.schema"},
-    "dataset": {"pyarrow", "mtrec.where", "mtrec.files", "mtrec.schema", "mtrec.row_groups"},
+    "dataset": {"pyarrow", "mtrec.kinds", "mtrec.where", "mtrec.files", "mtrec.schema", "mtrec.row_groups"},
     "row_order": {"numpy"},
     "reader": {"pyarrow", "numpy", "mtrec.kinds", "mtrec.dataset", "mtrec.row_order"},
     "dropout": {"torch"},

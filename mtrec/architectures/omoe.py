@@ -19,7 +19,7 @@ class OMoE(nn.Module):
     Args:
         input_dim: D.
         tasks: their names.
-        num_experts: E.
+        num_experts: number of experts, E.
         expert_layers: widths of each expert, each layer followed by ReLU.
         dropout: share of the outputs of each expert layer that is dropped.
         gate_dropout: probability that an expert is left out of a row's mixture (see `Gates`).

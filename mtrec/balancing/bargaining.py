@@ -23,7 +23,8 @@ class NashMTL(nn.Module):
     bargaining solution); no clipping of the norm of the update, since the Balancer normalises the weights. Two opposite
     gradients have no solution: the limit of a vanishing ridge on the cosines is taken.
 
-    Options: preference, {task: p} (1 where not named).
+    Options:
+        preference: {task: p}; 1 where not named.
 
     >>> method = NashMTL(["click", "dwell"])
     >>> gramian = torch.tensor([[1.0, 0.0], [0.0, 4.0]])
@@ -52,7 +53,9 @@ class FairGrad(nn.Module):
 
     Source: Ban & Ji 2024, equation 4, with p = 1. Deviations: solved exactly; an optional preference p.
 
-    Options: alpha > 0; preference, {task: p} (1 where not named).
+    Options:
+        alpha: above 0; 1: Nash, 2: least delay, large: max-min.
+        preference: {task: p}; 1 where not named.
 
     >>> method = FairGrad(["click", "dwell"], alpha=1.0)
     >>> gramian = torch.tensor([[1.0, 0.0], [0.0, 4.0]])

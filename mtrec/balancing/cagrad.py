@@ -17,7 +17,9 @@ class CAGrad(nn.Module):
     2021. Deviations: solved exactly (TorchJD's needs cvxpy for the same program); a preference may replace the equal
     weights in g_0; where no direction improves all tasks, see `mtrec.balancing.programs.conflict_averse`.
 
-    Options: c; preference, {task: weight} (1 where not named).
+    Options:
+        c: how far the direction may lie from the mean gradient, as a share of its norm; 0: the mean itself.
+        preference: {task: weight}; 1 where not named.
 
     >>> method = CAGrad(["click", "dwell"])
     >>> gramian = torch.tensor([[1.0, 0.0], [0.0, 4.0]])

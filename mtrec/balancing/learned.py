@@ -20,7 +20,9 @@ class Uncertainty(nn.Module):
     (as LibMTL and TorchJD do); |s_k| <= log_variance_bound, because a loss that nears 0 would drive its weight to
     infinity. S may be negative: it is not a loss to log; log the unweighted sum.
 
-    Options: learning_rate of Adam on s; log_variance_bound (4: weights within [.009, 27]).
+    Options:
+        learning_rate: of Adam on s.
+        log_variance_bound: of |s_k|; 4: weights within [.009, 27].
 
     >>> method = Uncertainty(["click", "dwell"])
     >>> method(torch.tensor([0.5, 2.0]), None, 0, torch.tensor([True, True])).tolist()
@@ -55,7 +57,9 @@ class IMTLL(nn.Module):
 
     Source: IMTL-L (Liu et al. 2021). Deviation: |s_k| <= log_scale_bound, for the reason given in `Uncertainty`.
 
-    Options: learning_rate of Adam on s; log_scale_bound (4: weights within [.018, 55]).
+    Options:
+        learning_rate: of Adam on s.
+        log_scale_bound: of |s_k|; 4: weights within [.018, 55].
 
     >>> method = IMTLL(["click", "dwell"])
     >>> method(torch.tensor([0.5, 2.0]), None, 0, torch.tensor([True, True])).tolist()

@@ -19,7 +19,9 @@ class MGDA(nn.Module):
     code applies w to the losses as they are). A task with weight 0 trains its own tower no more in this step: set
     `min_weight` where that hurts.
 
-    Options: normalization. "loss" raises ValueError where a loss is not positive.
+    Options:
+        normalization: what gradients are divided by: "none", "l2" (their norm) or "loss", which raises ValueError where a loss
+            is not positive.
 
     >>> method = MGDA(["click", "dwell"])
     >>> gramian = torch.tensor([[1.0, 0.0], [0.0, 3.0]])

@@ -23,7 +23,10 @@ class GradNorm(nn.Module):
     divided by mean_j(w_j n_j), so that it has no unit; Adam makes the step, which ends at .001 or more (a plain one may end
     below 0) before the sum is restored.
 
-    Options: alpha, the strength of the pull; learning_rate of Adam; warmup_steps.
+    Options:
+        alpha: strength of the pull towards equal training rates.
+        learning_rate: of Adam on w.
+        warmup_steps: steps with weights of 1, whose mean loss is L_k(0).
 
     >>> method = GradNorm(["click", "dwell"], warmup_steps=1)
     >>> both = torch.tensor([True, True])
@@ -106,7 +109,11 @@ class MetaBalance(nn.Module):
     below, "both" all. Source: He et al. 2022 (MetaBalance; strategies A, B, C). Deviations: one norm over the whole
     shared part where the paper has one a parameter tensor; the moving average is corrected for its start at 0.
 
-    Options: target, a task (default: the first); relax; strategy; decay of the moving average.
+    Options:
+        target: a task (default: the first).
+        relax: 1: norms become the target's, 0: they stay.
+        strategy: which norms change: "reduce" the larger, "enlarge" the smaller, "both".
+        decay: share of the past in the moving average.
 
     >>> method = MetaBalance(["click", "dwell"], relax=0.5)
     >>> gramian = torch.tensor([[1.0, 0.0], [0.0, 16.0]])
@@ -162,7 +169,9 @@ class DBMTL(nn.Module):
     of averages. Source: dual balancing (Lin et al. 2023). Deviation: the paper averages the gradients, which a Gramian
     of one step does not show; here their squared norms are averaged. Raises ValueError where a loss is not positive.
 
-    Options: beta; sigma.
+    Options:
+        beta: share of the past in the moving average, at its start.
+        sigma: how fast that share falls, as beta / t^sigma.
 
     >>> method = DBMTL(["click", "dwell"])
     >>> gramian = torch.tensor([[1.0, 0.0], [0.0, 16.0]])

@@ -19,8 +19,11 @@ class DWA(nn.Module):
     epoch, since one epoch is the rule; a step without labels of a task does not count in its mean, and a window without
     any leaves its means as they were. Weights are 1 until two windows are complete.
 
-    Options: temperature; window, in steps. For losses whose means are not negative (that of ziln may be): a ratio of others says
-    nothing.
+    For losses whose means are not negative (that of ziln may be): a ratio of others says nothing.
+
+    Options:
+        temperature: of the softmax; the larger, the more equal the weights.
+        window: steps of a window.
 
     >>> method = DWA(["click", "dwell"], window=1)
     >>> both = torch.tensor([True, True])
@@ -82,7 +85,10 @@ class FAMO(nn.Module):
     evaluate the same batch again after the step; here "after" is the loss of the next batch that has labels of the
     task, so that no second forward pass is paid for (the noise between batches enters delta).
 
-    Options: learning_rate and weight_decay of Adam; minimum, {task: b} (0 where not named), a lower bound of the loss.
+    Options:
+        learning_rate, weight_decay: of Adam on xi.
+        minimum: {task: b}, a lower bound of the loss; 0 where not named.
+
     Raises ValueError where a loss is below its minimum.
 
     >>> method = FAMO(["click", "dwell"])

@@ -16,7 +16,9 @@ class RLW(nn.Module):
     Source: Lin, Ye, Zhang & Tsang 2022. A baseline: a method that does not beat it has learned nothing. The draw
     depends on (seed, step) alone, so it is one for all ranks and nothing has to be saved.
 
-    Options: distribution, "normal" or "dirichlet"; seed (default: the experiment's).
+    Options:
+        distribution: "normal": softmax of normal numbers; "dirichlet": uniform on the simplex.
+        seed: of the draws (default: the experiment's).
 
     >>> method = RLW(["click", "dwell"], seed=1)
     >>> weights = method(torch.tensor([0.5, 2.0]), None, 5, torch.tensor([True, True]))

@@ -21,7 +21,8 @@ class GLS(nn.Module):
     Source: Geometric Loss Strategy (Chennupati et al. 2019), with equal p. For losses >= 0; raises ValueError
     otherwise.
 
-    Options: preference, {task: weight} (1 where not named).
+    Options:
+        preference: {task: weight}; 1 where not named.
 
     >>> GLS(["click", "dwell"])(torch.tensor([0.5, 2.0]), None, 0, torch.tensor([True, True])).tolist()
     [1.0, 0.25]
@@ -59,8 +60,11 @@ class STCH(nn.Module):
     Deviation: with warmup_steps > 0, l_k = L_k / (mean L_k of the first steps), since the losses of click and dwell
     have no common unit; the weights are p_k / (mean so far) until then. With 0, l_k = L_k as in the paper.
 
-    Options: preference, {task: weight} (1 where not named); ideal, {task: z} (0 where not named), in the unit of l;
-    mu, the smoothing; warmup_steps.
+    Options:
+        preference: {task: weight}; 1 where not named.
+        ideal: {task: z}, in the unit of l; 0 where not named.
+        mu: the smoothing; towards 0 only the largest p_k (l_k - z_k) gets weight.
+        warmup_steps: steps whose mean loss is the unit of l; 0: the losses as they are.
 
     >>> method = STCH(["click", "dwell"], mu=1.0, warmup_steps=0)
     >>> [round(w, 4) for w in method(torch.tensor([0.5, 2.0]), None, 0, torch.tensor([True, True])).tolist()]

@@ -11,7 +11,8 @@ from mtrec.kinds import PositiveFloat, PositiveInt
 class Static(nn.Module):
     """Constant weights. What every other method is to be judged against, once tuned.
 
-    Options: weights, {task: weight}; a task that is not named has 1.
+    Options:
+        weights: {task: weight}; 1 where not named.
 
     >>> import torch
     >>> method = Static(["click", "dwell"], weights={"dwell": 0.3})
@@ -37,7 +38,10 @@ class Scheduled(nn.Module):
 
     Deviation: the paper's t counts epochs; here t = step / period, a real number, since one epoch is the rule.
 
-    Options: weights, {task: w(0)} (1 where not named); ratio, {task: ratio} (1 where not named); period, in steps.
+    Options:
+        weights: {task: w(0)}; 1 where not named.
+        ratio: {task: ratio}; 1 where not named.
+        period: steps after which a weight has been multiplied by its ratio once.
 
     >>> import torch
     >>> method = Scheduled(["click", "dwell"], ratio={"dwell": 0.5}, period=100)

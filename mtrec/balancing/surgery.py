@@ -25,7 +25,8 @@ class PCGrad(nn.Module):
 
     Source: Yu et al. 2020, algorithm 1.
 
-    Options: seed of the orders (default: the experiment's).
+    Options:
+        seed: of the orders (default: the experiment's).
 
     >>> method = PCGrad(["click", "dwell"])
     >>> gramian = torch.tensor([[1.0, -1.0], [-1.0, 2.0]])
@@ -65,7 +66,9 @@ class GradVac(nn.Module):
 
     Source: Wang, Tsvetkov, Firat & Cao 2021. A pair's target moves only in steps in which both tasks are active.
 
-    Options: beta, the share of the new cosine in the target; seed of the orders (default: the experiment's).
+    Options:
+        beta: share of the new cosine in the target.
+        seed: of the orders (default: the experiment's).
 
     >>> method = GradVac(["click", "dwell"])
     >>> gramian = torch.tensor([[1.0, 0.5], [0.5, 1.0]])

@@ -49,7 +49,9 @@ class AlignedMTL(nn.Module):
     s is the smallest ("min"), median or mean ("rmse") eigenvalue of G that is not 0. Source: Senushkin et al. 2023;
     TorchJD's AlignedMTL. Weights may be negative: see `IMTLG`.
 
-    Options: scale; preference, {task: weight} (1 where not named).
+    Options:
+        scale: which eigenvalue s is, "min", "median" or "rmse" (the mean).
+        preference: {task: weight}; 1 where not named.
 
     >>> method = AlignedMTL(["click", "dwell"])
     >>> gramian = torch.tensor([[1.0, 0.0], [0.0, 4.0]])
@@ -89,7 +91,8 @@ class UPGrad(nn.Module):
     The sum conflicts with no gradient, and small gradients move it little. Source: Quinton & Rey 2024; TorchJD's UPGrad
     with `ExactProjector`.
 
-    Options: preference, {task: weight} (1 where not named).
+    Options:
+        preference: {task: weight}; 1 where not named.
 
     >>> method = UPGrad(["click", "dwell"])
     >>> gramian = torch.tensor([[1.0, -1.0], [-1.0, 2.0]])
@@ -118,7 +121,8 @@ class DualProj(nn.Module):
 
     Source: Lopez-Paz & Ranzato 2017, equation 11; TorchJD's DualProj with `ExactProjector`.
 
-    Options: preference, {task: weight} (1 where not named).
+    Options:
+        preference: {task: weight}; 1 where not named.
 
     >>> method = DualProj(["click", "dwell"])
     >>> gramian = torch.tensor([[1.0, -3.0], [-3.0, 16.0]])

@@ -23,7 +23,7 @@ from pydantic import Field
 from mtrec.architectures import ARCHITECTURES
 from mtrec.compare.space import Space, active
 from mtrec.compare.sweep import points
-from mtrec.config import Experiment, Section, apply_overrides, load_experiment, parse_experiment, with_absolute_paths
+from mtrec.config import DIALECT, Experiment, Section, apply_overrides, load_experiment, parse_experiment, with_absolute_paths
 from mtrec.evaluate import MAIN_METRIC, Measures, check_best_metric
 from mtrec.formula import ranking_formula
 from mtrec.gradients import check_place
@@ -134,6 +134,11 @@ class Plan:
         named = self.comparison.single_task
         found = [name for name, each in self.experiments.items() if each.model.architecture.kind == "single_task"]
         return named or (found[0] if found else None)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a comparison file."""
+    return {**Comparison.model_json_schema(), "$schema": DIALECT}
 
 
 def load_plan(path: str | Path) -> Plan:

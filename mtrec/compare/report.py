@@ -13,6 +13,7 @@ from mtrec.compare.page import Page, badge, stacked
 from mtrec.compare.runs import events_of, gate_shares
 from mtrec.compare.table import signed, summary
 from mtrec.evaluate import MAIN_METRIC
+from mtrec.kinds import counted
 from mtrec.model import task_specs
 from mtrec.run import Run
 
@@ -48,7 +49,7 @@ def _verdicts(page: Page, results: Results) -> None:
     )
     others = [name for name in results["variants"] if name not in (results["baseline"], results["again"])]
     page.paragraph(
-        f"{len(others)} variants against {results['baseline']}, {len(results['seeds'])} seeds each; "
+        f"{counted(len(others), 'variant')} against {results['baseline']}, {len(results['seeds'])} seeds each; "
         f"{results['test_rows']:,} test rows, {users}. Budget: {_budget(results)}. Widths: "
         f"{'as in the experiments' if results['match'] == 'none' else 'matched by ' + results['match']}."
     )
@@ -332,7 +333,8 @@ def _provenance(page: Page, results: Results) -> None:
             ["seeds", f"{', '.join(map(str, results['seeds']))}; A/A {', '.join(map(str, results['again_seeds']))}"],
             [
                 "training data",
-                f"{train['rows']:,} rows (before `where`) in {train['files']} files, fingerprint {train['fingerprint']}",
+                f"{train['rows']:,} rows (before `where`) in {counted(train['files'], 'file')}, "
+                f"fingerprint {train['fingerprint']}",
             ],
             ["test data", f"{results['test_rows']:,} rows, fingerprint {tested['test_fingerprint']}"],
         ],
@@ -391,7 +393,8 @@ def run_report(run: Run) -> str:
             ["seed", str(run.experiment.seed)],
             [
                 "training data",
-                f"{info['train']['rows']:,} rows in {info['train']['files']} files, fingerprint {info['train']['fingerprint']}",
+                f"{info['train']['rows']:,} rows in {counted(info['train']['files'], 'file')}, "
+                f"fingerprint {info['train']['fingerprint']}",
             ],
             ["warm start", info["warm_start"] or "none"],
         ],

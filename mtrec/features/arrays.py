@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from pyarrow import types
 
 from mtrec.features.vocabulary import NULL_ROW, UNSEEN_ROW, Key, Rows
+from mtrec.kinds import counted
 
 Mask = npt.NDArray[np.bool_]
 
@@ -30,7 +31,7 @@ class BadRowsError(ValueError):
         self.column = column
         self.rows = rows
         self.reason = f"{column} should {should}"
-        more = f" and {len(rows) - 1:,} more rows" if len(rows) > 1 else ""
+        more = f" and {counted(len(rows) - 1, 'more row')}" if len(rows) > 1 else ""
         where = f"in row {rows[0]} of the batch{more}"
         self.what = f"{place}: column '{column}' should {should}. Found {found}."
         super().__init__(f"{self.what[:-1]} {where}.")

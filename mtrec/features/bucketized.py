@@ -29,8 +29,9 @@ class Bucketized:
             (values that come very often leave fewer buckets).
         num_buckets: without `boundaries`.
         dim: width of the table (default: `model.embedding_dim`).
-        sharding, num_column_shards, init_std: as for a categorical feature.
-        optional: the column may be missing from a file.
+        sharding, num_column_shards: how the table is spread over workers.
+        optional: the column may be missing from a file; all of its values are null then.
+        init_std: standard deviation of the initial values (default 0.01).
 
     >>> age = Bucketized("age", boundaries=(18, 30, 50))
     >>> age.restore({"boundaries": [18, 30, 50]}).rows(pa.array([17, 18, None])).tolist()

@@ -49,12 +49,12 @@ class Categorical:
             times what the fit needs. With a number the most frequent ids get the rows.
         min_count: ids that came less often in the training data count as unseen (default 2).
         dim: width of the table (default: `model.embedding_dim`).
-        pooling: of the vectors of a list (default mean).
+        pooling: how the vectors of a list become one (default mean).
         max_length: of a list only the last so many values are used: lists are expected oldest first.
         weights: column with a weight for each value, not negative; null counts as 1. `mean` is then the weighted mean.
         sharding, num_column_shards: how the table is spread over workers.
         optional: the column may be missing from a file; all of its values are null then.
-        init_std: of the initial values (default 0.01).
+        init_std: standard deviation of the initial values (default 0.01).
 
     >>> Categorical("history", column="last_items", table="item_id", max_length=20).columns
     ('last_items',)

@@ -39,7 +39,7 @@ class Dense:
         clip_sd: with `standardize`, values beyond so many standard deviations are set to them; null: off.
         missing_indicator: a further column with 1 where the value is missing; `auto`: if the training data have such
             rows.
-        missing_values: numbers that stand for a missing value, such as -1.
+        missing_values: numbers that stand for a missing value as null, NaN and infinities do, such as -1.
         width: numbers a row of a list column whose type does not say it.
         optional: the column may be missing from a file; all of its values are missing then.
 

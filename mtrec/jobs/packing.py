@@ -9,6 +9,7 @@ from typing import Any
 
 from mtrec.config import Experiment, Source
 from mtrec.files import find_files
+from mtrec.kinds import counted
 
 SOURCES = ("train", "validation", "test")
 MAX_CODE_BYTES = 20_000_000  # Ray sends packages through its control store
@@ -39,7 +40,7 @@ def pin(experiment: Experiment) -> tuple[Experiment, list[str], dict[str, str]]:
             unread[place] = str(error)
             continue
         pinned[name] = source.model_copy(update={"path": files})
-        lines.append(f"{place}: {len(files):,} files pinned")
+        lines.append(f"{place}: {counted(len(files), 'file')} pinned")
     return experiment.model_copy(update={"data": experiment.data.model_copy(update=pinned)}), lines, unread
 
 

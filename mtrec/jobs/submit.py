@@ -24,6 +24,7 @@ from mtrec.jobs import packing
 from mtrec.jobs.cluster import Cluster, check_versions, check_workers, choose_address, connect_client, describe
 from mtrec.jobs.follow import ACTIVE, follow
 from mtrec.jobs.preflight import BASE_YAML, CODE, COMPARISON_YAML, JOB_FILE, SAMPLE_ROWS, SUBMITTED_YAML, continued
+from mtrec.kinds import counted
 from mtrec.model import task_specs
 from mtrec.run import open_run
 from mtrec.tasks import Objectives
@@ -115,7 +116,7 @@ def score_job(values: Mapping[str, Any], write: Callable[[Mapping[str, Any]], Se
         tree = read_yaml((run / "experiment.yaml").read_text(encoding="utf-8"), str(run))
         modules = packing.user_modules(tree, [run / CODE, Path.cwd()])
     try:
-        facts.append(f"INPUT: {len(find_files(data, 'INPUT')[0]):,} files")
+        facts.append(f"INPUT: {counted(len(find_files(data, 'INPUT')[0]), 'file')}")
     except (ValueError, OSError) as error:
         if "://" not in values["input_"] and not Path(values["input_"]).expanduser().is_absolute():
             raise ValueError(f"{error} A relative path must exist on this machine.") from None

@@ -15,6 +15,7 @@ import torch
 from mtrec.checkpoint import Checkpoint
 from mtrec.dataset import Source
 from mtrec.formula import ranking_formula
+from mtrec.kinds import counted
 from mtrec.metrics import DistributionSummary
 from mtrec.run import Run, open_run, versions
 from mtrec.score import (
@@ -225,7 +226,7 @@ def _inputs(request: Request, run: Run) -> tuple[list[InputFile], dict[str, str]
     files, failed = open_inputs(request, run.encoder, made.labelled, tuple(made.summaries))
     if not files:
         shown = list(failed.values())[:3]
-        raise ValueError("\n".join([*shown, *([f"... and {len(failed) - 3:,} more files"] if len(failed) > 3 else [])]))
+        raise ValueError("\n".join([*shown, *([f"... and {counted(len(failed) - 3, 'more file')}"] if len(failed) > 3 else [])]))
     check_group_column(request, files)
     return files if request.top is None else _one_identity(files), failed
 
@@ -239,7 +240,7 @@ def _one_identity(files: Sequence[InputFile]) -> list[InputFile]:
 def _check_nothing_is_replaced(request: Request, output: Output, pending: Sequence[InputFile]) -> None:
     there = [file.relative for file in pending if output.exists(file.relative)]
     if there and not request.overwrite:
-        more = f" and {len(there) - 1} other files" if len(there) > 1 else ""
+        more = f" and {counted(len(there) - 1, 'other file')}" if len(there) > 1 else ""
         raise ValueError(
             f"OUTPUT {request.output} holds '{there[0]}'{more} already, made by another job: another checkpoint, formula, choice "
             "of columns or rows, mtrec, or other input. Add --overwrite to replace them, or choose another folder."

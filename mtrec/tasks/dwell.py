@@ -1,10 +1,10 @@
 """Time spent: heavy-tailed, with many zeros. B rows, C logits (the loss says how many), N labels of a sample."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from torch import Tensor
 
-from mtrec.kinds import PositiveFloat, check_options, resolve
+from mtrec.kinds import KindOf, PositiveFloat, check_options, resolve
 from mtrec.tasks.dwell_losses import DWELL_LOSSES, DwellLoss
 from mtrec.tasks.task import Family, LabelRange
 
@@ -14,9 +14,12 @@ SECONDS_PER_UNIT = {"seconds": 1.0, "milliseconds": 0.001, "minutes": 60.0}
 class Dwell:
     """Seconds spent, >= 0; predicts `<name>_seconds` whatever the unit of the column.
 
-    `unit`: the column's. `loss`: a name, or a mapping with `kind` and that loss's options, such as
-    `{kind: tweedie, power: 1.4}`; see `mtrec.tasks.DWELL_LOSSES`, or give an import path. `cap_seconds`: longer
-    labels count as this long in the loss, so the prediction is E[min(T, cap)]; the metrics keep the label as it is.
+    Options:
+        unit: of the column.
+        loss: a name, or a mapping with `kind` and that loss's options, such as `{kind: tweedie, power: 1.4}`; see
+            `mtrec.tasks.DWELL_LOSSES`, or give an import path.
+        cap_seconds: longer labels count as this long in the loss, so the prediction is E[min(T, cap)]; the metrics keep
+            the label as it is.
 
     Raises ValueError, naming `tasks.<name>.loss`, for an unknown loss or option.
 
@@ -40,7 +43,7 @@ or an import path module:Class. Found 'tweedy'. Did you mean 'tweedie'?
         name: str,
         *,
         unit: Literal["seconds", "milliseconds", "minutes"] = "seconds",
-        loss: str | dict[str, Any] = "logsun",
+        loss: Annotated[str | dict[str, Any], KindOf(DWELL_LOSSES)] = "logsun",
         cap_seconds: PositiveFloat | None = None,
     ) -> None:
         self.name = name

@@ -82,6 +82,11 @@ class LogSUN:
     Source: the design measurements of this package (KuaiRand-Pure); the idea of correcting a log-scale model by a
     learned ratio is that of smearing (Duan, 1983), here for each row.
 
+    Options:
+        eps_seconds: eps, which keeps the ratio finite where f is near 0.
+        max_ratio: ratios are clipped here before they are learned.
+        branch_weight: of the ratio branch's loss.
+
     >>> loss = LogSUN()
     >>> logits_BC = loss.initial_bias(4.0, torch.tensor([0.0, 8.0])).float().expand(2, 2)
     >>> loss.log1p_seconds(logits_BC)[0].exp().item(), loss.seconds(logits_BC)[0].item()  # e^f = 3: too few seconds
@@ -159,7 +164,11 @@ class LogMSE:
 class Huber:
     """Half the squared error within `delta`, linear beyond (Huber, 1964); on log1p(T), or on seconds.
 
-    `delta` is in units of the scale. The prediction lies between mean and median of that scale: robust, not additive.
+    The prediction lies between mean and median of the scale: robust, not additive.
+
+    Options:
+        delta: where the loss becomes linear, in units of the scale.
+        on: the scale, log1p of the seconds or the seconds.
 
     >>> Huber(delta=2.0, on="seconds").loss(torch.tensor([[1.0], [1.0]]), torch.tensor([2.0, 11.0])).tolist()
     [0.5, 18.0]
@@ -193,11 +202,12 @@ class Huber:
 class WeightedLogistic:
     """Logistic regression whose positives weigh T seconds; e^z is the prediction.
 
-    `variant: unbiased` (default): T softplus(-z) + softplus(z) on every row, minimal at e^z = E[T | x].
-    `variant: covington`, as published: a row with T > 0 counts as T softplus(-z), any other as softplus(z); then
-    e^z = E[T | x] / P(T = 0 | x), too large by that factor, and without bound where no row has T = 0.
-
     Source: Covington, Adams and Sargin (2016); the unbiased variant adds the unit weight of the positives as negatives.
+
+    Options:
+        variant: `unbiased`: T softplus(-z) + softplus(z) on every row, minimal at e^z = E[T | x]. `covington`, as published:
+            a row with T > 0 counts as T softplus(-z), any other as softplus(z); then e^z = E[T | x] / P(T = 0 | x), too
+            large by that factor, and without bound where no row has T = 0.
 
     >>> loss = WeightedLogistic()
     >>> round(loss.loss(torch.tensor([[0.0]]), torch.tensor([3.0])).item() / math.log(2), 5)
@@ -234,11 +244,13 @@ class WeightedLogistic:
 class ZILN:
     """Zero-inflated log-normal: the exact negative log-likelihood of T = 0 with 1 - p, else log T ~ N(mu, sigma^2).
 
-    Three logits: p's, mu, and sigma's; the prediction is p exp(mu + sigma^2 / 2). `max_sigma` (default 2.5) bounds
-    sigma, because the prediction holds exp(sigma^2 / 2): at sigma 4 that is 3,000.
+    Three logits: p's, mu, and sigma's; the prediction is p exp(mu + sigma^2 / 2).
 
     Source: Wang, Liu and Miao (2019). Deviation: sigma = 0.05 + (max_sigma - 0.05) sigmoid(logit), where they take
     softplus without an upper bound.
+
+    Options:
+        max_sigma: bound of sigma, because the prediction holds exp(sigma^2 / 2): at sigma 4 that is 3,000.
 
     >>> loss = ZILN()
     >>> round(loss.loss(torch.tensor([[0.0, 5.0, 0.0]]), torch.tensor([0.0])).item() / math.log(2), 5)
@@ -297,6 +309,9 @@ class Tweedie:
     Half of scikit-learn's `mean_tweedie_deviance` row by row; minimal at e^z = E[T | x].
 
     Source: Jorgensen (1987). Deviation: beyond z = -10 and 14 the loss goes on as its tangent.
+
+    Options:
+        power: of the mean in the variance; near 1 as Poisson, near 2 as gamma.
 
     >>> loss = Tweedie(power=1.5)
     >>> loss.loss(torch.tensor([[0.0]]), torch.tensor([4.0])).item()

@@ -12,7 +12,8 @@ from mtrec.tasks.task import Family, LabelRange
 class Multiclass:
     """A label in 0 .. num_classes - 1: softmax, trained with cross-entropy; predicts `p_<name>_0`, `p_<name>_1`, ...
 
-    Raises ValueError for fewer than two classes.
+    Options:
+        num_classes: at least two; raises ValueError for fewer.
 
     >>> task = Multiclass("reaction", num_classes=3)
     >>> logits_BC = torch.tensor([[1.0, 1.0, -1e4]])

@@ -15,9 +15,13 @@ from mtrec.tasks.task import Family, LabelRange
 class Regression:
     """A number, predicted as it is in a column `<name>`: prediction = logit x `scale`.
 
-    `loss`: `squared` (of the error / scale; predicts the mean) or `huber` (half the square within `delta`, measured in
-    scales; less moved by outliers, and no longer the mean). `scale`: the size of a usual deviation, in the label's
-    units; it makes the loss near 1, so that one learning rate fits all tasks. `low` and `high` are the labels allowed.
+    Options:
+        loss: `squared` (of the error / scale; predicts the mean) or `huber` (half the square within `delta`; less moved by
+            outliers, and no longer the mean).
+        delta: where `huber` becomes linear, in scales.
+        scale: size of a usual deviation, in the label's units; it makes the loss near 1, so that one learning rate fits all
+            tasks.
+        low, high: the labels allowed; null: no bound.
 
     Raises ValueError where `low` is not below `high`.
 

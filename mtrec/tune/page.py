@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from mtrec.compare.page import Page
+from mtrec.kinds import counted
 from mtrec.tune import figures
 from mtrec.tune.table import ranked, short_paths, short_value, verdict
 from mtrec.tune.trials import AS_WRITTEN
@@ -46,7 +47,7 @@ def _head(page: Page, results: Results) -> None:
     )
     objectives = "; ".join(f"{each['says']}, {'more' if each['larger'] else 'less'} is better" for each in results["objectives"])
     page.paragraph(
-        f"{len(drawn)} of {results['asked']} trials ({told}) and the experiment as written. Objective"
+        f"{len(drawn)} of {counted(results['asked'], 'trial')} ({told}) and the experiment as written. Objective"
         f"{'s' if len(results['objectives']) > 1 else ''}: {objectives}; on the validation rows. "
         f"Drawn by Optuna's TPE (seed {results['search_seed']}), {halving}. Length of a trial: {length}. "
         f"All trials have seed {results['seed']}."
@@ -148,7 +149,7 @@ def _provenance(page: Page, results: Results) -> None:
         [
             ["made", facts["made"]],
             ["versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())],
-            ["training data", f"{train['rows']:,} rows in {train['files']} files, fingerprint {train['fingerprint']}"],
+            ["training data", f"{train['rows']:,} rows in {counted(train['files'], 'file')}, fingerprint {train['fingerprint']}"],
         ],
     )
     page.code(yaml.safe_dump(facts["search"], sort_keys=False), "The space")

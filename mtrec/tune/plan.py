@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, Field
 
 from mtrec.compare.plan import COUNTS, Budget, varied
 from mtrec.compare.space import Parameter, Space, active
-from mtrec.config import KNOWN, Experiment, Section
+from mtrec.config import DIALECT, KNOWN, Experiment, Section
 from mtrec.evaluate import LARGER_IS_BETTER, SMALLER_IS_BETTER, Measures, check_best_metric
 from mtrec.formula import ranking_formula
 from mtrec.gradients import check_place
@@ -53,7 +53,10 @@ class SearchFile(Section):
 
     parameters: Space
     objectives: Annotated[
-        list[str] | None, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+        list[str] | None,
+        BeforeValidator(
+            lambda value: [value] if isinstance(value, str) else value, json_schema_input_type=str | list[str] | None
+        ),
     ] = Field(None, min_length=1, description="task/metric; default: training.best_metric of the experiment")
     budget: Budget | None = None
     asha: Asha | Literal[False] | None = Field(None, description="default: on with one objective, off with several")
@@ -100,6 +103,11 @@ class Plan:
         if self.search.asha is False or len(self.objectives) > 1:
             return None
         return self.search.asha or Asha()
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a space file."""
+    return {**SearchFile.model_json_schema(), "$schema": DIALECT}
 
 
 def load_plan(experiment: Experiment, path: str | Path, trials: int) -> Plan:
