@@ -237,6 +237,7 @@ def inspect_run(folder: Path) -> dict[str, Any]:
     tables = [
         {
             "table": table.name,
+            "encoding": table.encoding,
             "rows": table.num_embeddings,
             "used": table.vocabulary_size,
             "touched": touched.get(table.name),
