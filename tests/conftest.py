@@ -41,6 +41,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not _starts_ray(item))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Groups that are passed over in silence cost minutes: Ray's clusters then start in both processes at once."""
+    if config.getoption("dist", default="no") == "loadgroup" and not hasattr(pytest.Item, "_nodeid"):
+        raise pytest.UsageError(
+            f"pytest-xdist cannot keep groups together with pytest {pytest.__version__}: install what pyproject.toml asks for."
+        )
+
+
 @pytest.fixture(params=["as torch does", "as one product"])
 def own_products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Products as small as the tests' are torch's; with the second, first layers that read the same are one product of ours."""

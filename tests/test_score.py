@@ -304,7 +304,7 @@ def test_golden_rows_refuse_another_model(run: Run, log: Path, tmp_path: Path) -
         score(open_run(changed), log, tmp_path / "refused")
     assert not names(tmp_path / "refused")
     (changed / "sample.parquet").unlink()
-    with pytest.raises(ValueError, match=r"holds no sample\.parquet"):
+    with pytest.raises(ValueError, match=r"is no whole run any more: sample\.parquet is missing"):
         score(open_run(changed), log, tmp_path / "refused")
 
 
