@@ -98,10 +98,29 @@ def newest(checkpoints: Path) -> Checkpoint | None:
     return next(_valid(checkpoints, verify=True), None)
 
 
+def to_resume(checkpoints: Path) -> Checkpoint | None:
+    """The newest valid checkpoint; None where none was ever written whole, so that a run begins at its first step.
+
+    Raises CheckpointError where there are some and none can be trusted: beginning anew would not be going on.
+    """
+    found = newest(checkpoints)
+    if found is None and (bad := damaged(checkpoints)):
+        raise CheckpointError(
+            f"No checkpoint in {checkpoints} can be trusted: {told(bad)} Put one back from a copy, or begin a new run with "
+            "another --output."
+        )
+    return found
+
+
 def damaged(checkpoints: Path) -> dict[str, str]:
     """{name: what is wrong} of the checkpoints that were written whole and cannot be trusted any more, newest first."""
     whole = (each for each in sorted(checkpoints.glob("step-*"), reverse=True) if (each / "manifest.json").is_file())
     return {folder.name: problem for folder in whole if (problem := check(folder)) is not None}
+
+
+def told(problems: Mapping[str, str]) -> str:
+    """What `damaged` found, in a message."""
+    return "; ".join(f"{name}: {problem}" for name, problem in problems.items())
 
 
 def check(folder: Path) -> str | None:

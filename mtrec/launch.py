@@ -68,13 +68,7 @@ def launch(
     with locked(folder / LOCK, f"The run {folder}"):
         run = _open_or_prepare(experiment, folder, resume, warm_start, display)
         copy_to_mirror(run)
-        found = checkpoint.newest(run.checkpoints)
-        if found is None and (bad := checkpoint.damaged(run.checkpoints)):
-            raise ValueError(
-                f"--resume: no checkpoint of {run.folder} can be trusted: "
-                f"{'; '.join(f'{name}: {problem}' for name, problem in bad.items())} Put one back from a copy, or begin a new "
-                "run with another --output."
-            )
+        found = checkpoint.to_resume(run.checkpoints)
         display.start(run, found)
         note = slow_precision(run.experiment, local_device().type)
         if note is not None and (local or "RAY_ADDRESS" not in os.environ):

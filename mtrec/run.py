@@ -99,8 +99,7 @@ class Run:
         """The valid checkpoint with the best metric. Raises ValueError where the run has none."""
         found = checkpoint.best(checkpoint.find(self.checkpoints))
         if found is None:
-            bad = checkpoint.damaged(self.checkpoints)
-            why = "; ".join(f"{name}: {problem}" for name, problem in bad.items()) or "the run ended before its first one."
+            why = checkpoint.told(checkpoint.damaged(self.checkpoints)) or "the run ended before its first one."
             raise ValueError(f"{self.folder} holds no valid checkpoint: {why}")
         return found
 

@@ -16,7 +16,7 @@ import torch
 from ranks import run_ranks
 
 from mtrec import parallel
-from mtrec.checkpoint import CheckpointError, Saver, best, check, find, folder_of, load, newest, read
+from mtrec.checkpoint import CheckpointError, Saver, best, check, find, folder_of, load, newest, read, to_resume
 
 CPU = torch.device("cpu")
 
@@ -96,6 +96,15 @@ def test_nothing_valid_is_none(tmp_path: Path) -> None:
     save(tmp_path, 1)
     without_manifest(folder_of(tmp_path, 1))
     assert newest(tmp_path) is None
+    assert to_resume(tmp_path) is None  # it was being written: the run begins at its first step
+
+
+@pytest.mark.parametrize("damage", [truncated, flipped, deleted, half_a_manifest])
+def test_a_run_does_not_begin_anew_where_its_checkpoints_are_damaged(tmp_path: Path, damage: Callable[[Path], str]) -> None:
+    save(tmp_path, 1, 2)
+    words = [damage(folder_of(tmp_path, step)) for step in (2, 1)]
+    with pytest.raises(CheckpointError, match=rf"can be trusted: step-0+2: .*{words[0]}.*step-0+1: .*{words[1]}.* --output"):
+        to_resume(tmp_path)
 
 
 @pytest.mark.parametrize("background", [False, True])

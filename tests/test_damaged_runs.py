@@ -84,7 +84,7 @@ def test_a_resume_without_a_sound_checkpoint_is_refused(mtrec: Command, sound: P
     before = (run / "log.jsonl").read_text()
     code, _, err = mtrec("train", sound / "small.yaml", "--local", "--resume", "--output", run, "--set", "training.epochs=3")
     assert code == 1
-    assert "error: --resume: no checkpoint of " in err
+    assert f"error: No checkpoint in {run / 'checkpoints'} can be trusted: " in err
     assert f"{checkpoints(run)[0].name}: __0_0.distcp is missing" in err
     assert "with another --output" in err
     assert (run / "log.jsonl").read_text() == before

@@ -79,6 +79,7 @@ async def _stream(client: Any, job: str, log: Log) -> None:
             if client.get_job_info(job).status not in ACTIVE:
                 log.finish()
                 return
+            failures = 0  # it was the cluster that ended the stream, and it answers
         except (aiohttp.ClientError, OSError, RuntimeError) as error:
             failures += 1
             if failures > RECONNECTS:

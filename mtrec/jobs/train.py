@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mtrec import hang, parallel
-from mtrec.checkpoint import newest
+from mtrec.checkpoint import to_resume
 from mtrec.events import TrainingFailed
 from mtrec.jobs.connection import connect, set_environment
 from mtrec.locking import LockedError, locked
@@ -192,7 +192,7 @@ def _train(run: Run, rank: int) -> None:
     from mtrec.train import train
 
     # the newest folder with a valid manifest, not Ray's own record, which lags; one rank looks, so that all take the same
-    resume_from = parallel.broadcast_object(newest(run.checkpoints) if rank == 0 else None)
+    resume_from = parallel.broadcast_object(to_resume(run.checkpoints) if rank == 0 else None)
     recorder = Recorder(run.folder) if rank == 0 else None
     gauges = Gauges(run.folder.name) if rank == 0 else None
     try:

@@ -66,6 +66,22 @@ def test_a_cluster_that_does_not_come_back_is_given_up(again: str | None, waits:
     assert said == ["step 0"]
 
 
+def test_a_quiet_job_whose_stream_the_cluster_ends_now_and_then_is_watched_on(waits: list[float]) -> None:
+    streams = [*["lost", "ended"] * RECONNECTS, "lost", "ended"]  # no new line in any of them
+
+    class Quiet(Client):
+        async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+            yield "step 0\n"
+            if streams.pop(0) == "lost":
+                raise ConnectionError("lost")
+            self.status = "RUNNING" if streams else "SUCCEEDED"
+
+    said: list[str] = []
+    assert follow(Quiet(repeat(None), breaks=0), JOB, ADDRESS, said.append, None) == 0
+    assert said == ["step 0"]
+    assert waits.count(module.RECONNECT_SECONDS) == RECONNECTS + 1
+
+
 def test_a_log_that_always_breaks_off_ends_with_the_job(waits: list[float]) -> None:
     said: list[str] = []
     client = Client(repeat("step 0\nstep 1"), breaks=10**6)

@@ -11,7 +11,7 @@ import ray.train.torch
 import torch
 from runs import small_run
 
-from mtrec.checkpoint import newest
+from mtrec.checkpoint import CheckpointError, newest
 from mtrec.hang import HangError
 from mtrec.jobs import recovery
 from mtrec.jobs.train import _worker
@@ -71,6 +71,17 @@ def test_workers_of_a_killed_command_that_still_live_are_not_written_beside(
     with locked(run.folder / "writer.lock", "it"), pytest.raises(LockedError, match="is being written by process"):
         _worker({"run": str(run.folder)})
     assert not (run.folder / "log.jsonl").exists()
+
+
+def test_workers_that_come_again_do_not_begin_anew_where_the_checkpoints_are_damaged(run: Run) -> None:
+    _worker({"run": str(run.folder)})
+    steps = len(events(run, "step"))
+    for folder in run.checkpoints.glob("step-*"):
+        next(folder.glob("__0_*")).unlink()
+    with pytest.raises(CheckpointError, match="can be trusted: step-"):
+        _worker({"run": str(run.folder)})
+    assert len(events(run, "step")) == steps
+    assert "can be trusted" in (recovery.mistake(run.folder) or "")  # no restart would help
 
 
 def test_a_change_of_the_number_of_workers_is_said_once(tmp_path: Path) -> None:
