@@ -39,8 +39,7 @@ class Meter:
         self._results = [*self._results[-self._log_every + 1 :], result] if self._log_every > 1 else [result]
 
     def event(self, state: TrainState, epoch: int, batch: Batch, total_steps: int) -> Step:
-        """Ends the interval, on every rank alike: losses are means over the steps since the last event in
-        which the task had a label."""
+        """Ends the interval, on every rank alike: losses are means over its steps in which the task had a label."""
         seconds = max(1e-9, time.perf_counter() - self._started)
         names = state.model.objectives.names
         losses = torch.stack([r.losses_K for r in self._results]).double()

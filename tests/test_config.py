@@ -1,6 +1,8 @@
 """The experiment file: what is accepted, and what each mistake is told."""
 
+import importlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +150,15 @@ def test_the_schema_accepts_the_recipes_and_refuses_a_typo() -> None:
     ],
 )
 def test_the_schema_accepts_what_parsing_would(path: str, value: object) -> None:
-    jsonschema.validate(_dwell_tree(path, value), json_schema())
+    assert list(jsonschema.Draft202012Validator(json_schema()).iter_errors(_dwell_tree(path, value))) == []
+
+
+@pytest.mark.parametrize("module", ["config", "compare.plan", "tune.plan"])
+def test_what_a_schema_refers_to_is_in_it(module: str) -> None:
+    schema = importlib.import_module(f"mtrec.{module}").json_schema()
+    named = set(re.findall(r'"\$ref": "#/\$defs/(\w+)"', json.dumps(schema)))
+    assert named
+    assert named <= schema["$defs"].keys()
 
 
 @pytest.mark.parametrize(

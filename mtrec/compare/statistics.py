@@ -30,6 +30,8 @@ __all__ = [
 
 Floats = NDArray[np.float64]
 Part = tuple[float, float]  # an estimate of a variance, and its degrees of freedom
+_NODES, _WEIGHTS = (each / 2 for each in np.polynomial.legendre.leggauss(128))  # Gauss and Legendre's, of probability
+_NODES = _NODES + 0.5
 
 
 @dataclass(frozen=True)
@@ -297,10 +299,6 @@ def _detectable(parts: Sequence[Part], level: float, power: float) -> float:
         return float(np.sum(weight * special.ndtr((shift - half) / error))) - power
 
     return float(optimize.brentq(missed, 0.0, float(np.max(half)) + 10 * error))
-
-
-_NODES, _WEIGHTS = (each / 2 for each in np.polynomial.legendre.leggauss(128))
-_NODES = _NODES + 0.5  # of probability
 
 
 def what_sharpens(difference: Difference, power: float = 0.8) -> str:
