@@ -36,7 +36,7 @@ from mtrec.kinds import (
     resolve,
 )
 from mtrec.tasks import TASKS
-from mtrec.yaml_tree import expand, read_yaml
+from mtrec.yaml_tree import expand, in_file, read_yaml
 
 
 class Section(pydantic.BaseModel):
@@ -313,7 +313,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = (), *, absolute
 
     `absolute`: relative data paths are those of the current folder; False leaves them as they are written.
 
-    Raises ValueError that names the YAML path, what was found, and the nearest right key of a misspelt one.
+    Raises ValueError that names the file, the YAML path, what was found, and the nearest right key of a misspelt one.
     """
     path = Path(path)
     if not path.is_file():
@@ -322,7 +322,9 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = (), *, absolute
         if folder not in sys.path:
             sys.path.append(folder)  # so that `kind: my_module:MyClass` finds a module beside the experiment
     tree = read_yaml(path.read_text(encoding="utf-8"), str(path))
-    experiment = parse_experiment(apply_overrides(tree, overrides), default_name=path.stem)
+    changed = apply_overrides(tree, overrides)
+    with in_file(f"{path}{' with --set' if overrides else ''}"):
+        experiment = parse_experiment(changed, default_name=path.stem)
     return with_absolute_paths(experiment) if absolute else experiment
 
 

@@ -10,12 +10,14 @@ from typing import Any
 
 from rich import filesize
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from mtrec.checkpoint import Checkpoint
 from mtrec.kinds import counted
 from mtrec.run import Run
+from mtrec.terminal import console, say
 
 QUIET_SECONDS = 5.0  # where the output is no terminal, a line at most so often
 
@@ -34,11 +36,6 @@ MEANINGS = {
     "sum_ratio": "sum p / sum y",
     "accuracy": "accuracy",
 }
-
-
-def console() -> Console:
-    """Where commands print: plain numbers, lines cut by the terminal's width."""
-    return Console(highlight=False, soft_wrap=False)
 
 
 class TrainDisplay:
@@ -63,7 +60,7 @@ class TrainDisplay:
 
     def say(self, line: str) -> None:
         """Prints a line as it is."""
-        self._console.print(line, soft_wrap=True, markup=False)
+        say(self._console, line)
 
     def start(self, run: Run, resumed: Checkpoint | None) -> None:
         """Says what is trained, and begins to follow the log."""
@@ -71,7 +68,7 @@ class TrainDisplay:
         tables = run.encoder.tables
         size = filesize.decimal(sum(table.num_embeddings * table.dim * 4 for table in tables))
         self._console.print(
-            f"run [bold]{run.folder}[/]: {rows:,} training rows, "
+            f"run [bold]{escape(str(run.folder))}[/]: {rows:,} training rows, "
             f"batches of {run.experiment.data.batch_size:,}, "
             f"{len(tables)} tables ({size}), {run.experiment.model.architecture.kind}, "
             f"tasks {', '.join(run.experiment.tasks)}",
@@ -133,9 +130,9 @@ class TrainDisplay:
                 f"metric {metric}"
             )
         elif event["event"] == "warmstarted":
-            self._console.print(f"starts from the weights of {event['folder']}", soft_wrap=True)
+            say(self._console, f"starts from the weights of {event['folder']}")
             for note in event["notes"]:
-                self._console.print(f"  {note}", soft_wrap=True, markup=False)
+                say(self._console, f"  {note}")
         elif event["event"] == "restarted":
             self._console.print(
                 _restart(event),
@@ -154,7 +151,7 @@ class TrainDisplay:
             best = f", best at step {event['best_step']:,}" if event["best_step"] else ""
             self._console.print(f"ended at step {event['step']:,}: {reason[event['reason']]}{best}")
             for what, count in event["skipped_rows"].items():
-                self._console.print(f"{counted(count, 'row')} left out: {what}", soft_wrap=True, markup=False, style="yellow")
+                say(self._console, f"{counted(count, 'row')} left out: {what}", style="yellow")
 
     def close(self) -> None:
         """Prints the last validation's metrics and where the run lies."""
@@ -188,25 +185,34 @@ def _restart(event: Mapping[str, Any]) -> str:
 
 
 def show_metrics(metrics: Mapping[str, Any], title: str, to: Console | None = None) -> None:
-    """A table of metrics a task; `_given` metrics get a row of their own."""
+    """A table a task, with a row for all rows and one for each value of `by`; `_given` metrics get rows of their own."""
     to = to or console()
-    parts = [(title, metrics)]
-    for column, values in metrics.get("by", {}).items():
-        parts += [(f"{column} = {value}", part) for value, part in values.items()]
-    for heading, part in parts:
-        for task, found in part["tasks"].items():
-            names = [name for name in MEANINGS if found.get(name) is not None or found.get(f"{name}_given") is not None]
-            table = Table(title=f"{heading}: {task}", title_justify="left", box=None, pad_edge=False)
-            table.add_column("rows", justify="right")
-            for name in names:
-                table.add_column(MEANINGS[name], justify="right")
+    groups = {"all": metrics} | {
+        f"{column} = {value}": part for column, values in metrics.get("by", {}).items() for value, part in values.items()
+    }
+    for task in metrics["tasks"]:
+        of_groups = {group: part["tasks"][task] for group, part in groups.items() if task in part["tasks"]}
+        names = [name for name in MEANINGS if any(_has(found, name) for found in of_groups.values())]
+        table = Table(box=None, pad_edge=False)
+        if len(groups) > 1:
+            table.add_column("")
+        table.add_column("rows", justify="right")
+        for name in names:
+            table.add_column(MEANINGS[name], justify="right")
+        for group, found in of_groups.items():
             for suffix in ("", "_given"):
                 if not any(f"{name}{suffix}" in found for name in names):
                     continue
                 rows = found.get(f"rows{suffix}")
-                cells = [f"{rows:,}" + (" (given)" if suffix else "") if rows is not None else ""]
+                cells = [escape(group)] if len(groups) > 1 else []
+                cells.append(f"{rows:,}" + (" (given)" if suffix else "") if rows is not None else "")
                 table.add_row(*cells, *(_number(found.get(f"{name}{suffix}")) for name in names))
-            to.print(table)
+        say(to, f"{title}: {task}", style="italic")  # the table's own would be as narrow as the table
+        to.print(table)
+
+
+def _has(found: Mapping[str, Any], name: str) -> bool:
+    return found.get(name) is not None or found.get(f"{name}_given") is not None
 
 
 def _number(value: float | None) -> str:
@@ -231,7 +237,7 @@ def show_check(report: Mapping[str, Any]) -> None:
     for line in report["facts"]:
         to.print(line, soft_wrap=True)
     for warning in report["warnings"]:
-        to.print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
+        say(to, warning, word="warning", style="yellow")
     to.print(
         "[green]The experiment is sound.[/]"
         if not report["warnings"]
@@ -265,7 +271,7 @@ def show_run(found: Mapping[str, Any]) -> None:
     """The tables of `mtrec inspect`."""
     to = console()
     to.print(
-        f"[bold]{found['run']}[/], made {found['info']['made']} with "
+        f"[bold]{escape(str(found['run']))}[/], made {found['info']['made']} with "
         + ", ".join(f"{k} {v}" for k, v in found["info"]["versions"].items()),
         soft_wrap=True,
     )

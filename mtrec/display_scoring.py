@@ -5,11 +5,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from mtrec.kinds import counted
+from mtrec.terminal import console, say
 
 DRIFT_PSI = 0.25  # Siddiqi (2006): above it is a shift
 UNSEEN_SHARE = 0.01  # of a feature's ids, from which on it is listed
@@ -19,7 +19,7 @@ class ScoreDisplay:
     """The progress bar of a scoring job: `start` once, `advance` for rows; a context."""
 
     def __init__(self) -> None:
-        self._console = Console(highlight=False)
+        self._console = console()
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 
@@ -32,14 +32,15 @@ class ScoreDisplay:
 
     def start(self, facts: Mapping[str, Any]) -> None:
         """Says what there is to do: the argument of `score_files`' `on_start`."""
+        chosen = f" (scored: those with {facts['where']})" if facts["where"] is not None else ""
         finished = f", {facts['finished']:,} of them finished already" if facts["finished"] else ""
-        self._console.print(
-            f"{counted(facts['files'], 'file')}, {counted(facts['rows'], 'row')}{finished}; {facts['run']}, "
+        say(
+            self._console,
+            f"{counted(facts['files'], 'file')}, {counted(facts['rows'], 'row')}{chosen}{finished}; {facts['run']}, "
             f"{facts['checkpoint']}; score = {facts['formula']}",
-            soft_wrap=True,
         )
         for message in facts["failed"].values():
-            self._console.print(f"[red]not scored:[/] {message}", soft_wrap=True)
+            say(self._console, message, word="not scored", style="red")
         if self._console.is_terminal and facts["rows_left"]:
             self._progress = Progress(
                 TextColumn("rows"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), console=self._console
@@ -55,7 +56,7 @@ class ScoreDisplay:
 
 def show_scoring(manifest: Mapping[str, Any], output: str) -> None:
     """The tables that end `mtrec score`: what `score_files` returned."""
-    to = Console(highlight=False)
+    to = console()
     predictions = Table(title="predictions, and what they were in training", title_justify="left", box=None, pad_edge=False)
     predictions.add_column("", no_wrap=True)
     for name in ("mean", "p1", "p10", "p50", "p90", "p99", "PSI"):
@@ -77,28 +78,28 @@ def show_scoring(manifest: Mapping[str, Any], output: str) -> None:
     }
     if unseen:
         shares = ", ".join(f"{name} {share:.1%}" for name, share in sorted(unseen.items(), key=lambda item: -item[1]))
-        to.print(f"ids not seen in training: {shares}", soft_wrap=True)
+        say(to, f"ids not seen in training: {shares}")
     for name, found in manifest["predictions"].items():
         if (found["psi"] or 0) > DRIFT_PSI:
-            to.print(
-                f"[yellow]warning:[/] {name} has drifted since training: PSI {found['psi']:.2f} (above {DRIFT_PSI} is a shift)"
-            )
+            drift = f"{name} has drifted since training: PSI {found['psi']:.2f} (above {DRIFT_PSI} is a shift)"
+            say(to, drift, word="warning", style="yellow")
     for name in manifest["null_jumps"]:
-        to.print(f"[yellow]warning:[/] `features.{name}` has more than 10 points more nulls than in training", soft_wrap=True)
+        jump = f"`features.{name}` has more than 10 points more nulls than in training"
+        say(to, jump, word="warning", style="yellow")
     for note in manifest["notes"]:
-        to.print(f"[yellow]note:[/] {note}", soft_wrap=True)
+        say(to, note, word="note", style="yellow")
     _show_session(manifest["session"], to)
     if not manifest["rows"] and manifest["where"] is not None:
-        to.print(f"[yellow]warning:[/] no row of the input fulfils --where {escape(manifest['where'])}", soft_wrap=True)
-    to.print(
+        say(to, f"no row of the input fulfils --where {manifest['where']}", word="warning", style="yellow")
+    say(
+        to,
         f"{counted(len(manifest['files']), 'file')}, {counted(manifest['rows'], 'row')} in {output}; "
         f"what they are: {output}/_manifest.json",
-        soft_wrap=True,
     )
     if manifest["failed"]:
         to.print(f"[red]{counted(len(manifest['failed']), 'file')} could not be scored:[/]")
         for message in manifest["failed"].values():
-            to.print(f"  {message}", soft_wrap=True)
+            say(to, f"  {message}")
 
 
 def _show_session(session: Mapping[str, Any], to: Console) -> None:
@@ -107,10 +108,10 @@ def _show_session(session: Mapping[str, Any], to: Console) -> None:
         return
     spent = sum(session["seconds"].values())
     shares = ", ".join(f"{name} {seconds / spent:.0%}" for name, seconds in session["seconds"].items()) if spent else ""
-    to.print(
+    say(
+        to,
         f"{session['rows'] / session['wall_seconds']:,.0f} rows/s over {session['wall_seconds']:.1f} s ({shares}); "
         f"golden rows differ by at most {session['golden']:.1g}",
-        soft_wrap=True,
     )
 
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from mtrec.architectures.products import emulates_bf16
 from mtrec.atomic import write_atomically
@@ -16,6 +15,7 @@ from mtrec.bench.page import page
 from mtrec.bench.table import show
 from mtrec.config import apply_overrides, parse_experiment
 from mtrec.kinds import nearest
+from mtrec.terminal import console
 from mtrec.yaml_tree import read_yaml
 
 PRECISIONS = ("bf16", "fp32")
@@ -82,7 +82,7 @@ def launch_bench(
         peers=peers,
         precisions=tuple(dict.fromkeys(precisions)) or (("fp32",) if slow_bf16 else PRECISIONS),
     )
-    to = Console()
+    to = console()
     if slow_bf16:
         to.print("this CPU has no instructions for bf16: fp32 alone is measured, which is faster here (--precision bf16)")
     with to.status("prepares data and runs") as status:

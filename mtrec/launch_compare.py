@@ -5,13 +5,13 @@ import functools
 import json
 from pathlib import Path
 
+from mtrec import terminal
 from mtrec.atomic import write_atomically
 from mtrec.compare.plan import Plan, load_plan
 from mtrec.compare.report import comparison_report, run_report
 from mtrec.compare.results import compute, write
 from mtrec.compare.table import show_results
 from mtrec.compare.whole import PLAN, REPORT, compare, plan_of
-from mtrec.display import console
 from mtrec.run import open_run
 
 
@@ -24,10 +24,8 @@ def launch_comparison(path: Path, *, workers: int, parallel: int | None, resume:
     if plan.comparison.budget is not None and plan.comparison.budget.seconds is not None and workers > 1:
         raise ValueError("`budget.seconds` is for runs on one worker. Give steps or rows, or leave out --workers.")
     folder = (output or _default_folder(plan, resume)).absolute()
-    to = console()
-
-    def say(line: str) -> None:
-        to.print(line, soft_wrap=True, markup=False)
+    to = terminal.console()
+    say = functools.partial(terminal.say, to)
 
     from mtrec.jobs.compare import conduct_on_ray
 

@@ -5,8 +5,8 @@ import functools
 import json
 from pathlib import Path
 
+from mtrec import terminal
 from mtrec.config import Experiment
-from mtrec.display import console
 from mtrec.tune.plan import load_plan
 from mtrec.tune.table import show_results
 from mtrec.tune.whole import PLAN, REPORT, read_plan, tune, write_all
@@ -28,10 +28,8 @@ def launch_search(
     """
     plan = load_plan(experiment, space, trials)
     folder = (output or _default_folder(experiment, resume)).absolute()
-    to = console()
-
-    def say(line: str) -> None:
-        to.print(line, soft_wrap=True, markup=False)
+    to = terminal.console()
+    say = functools.partial(terminal.say, to)
 
     from mtrec.jobs.tune import search_on_ray
 

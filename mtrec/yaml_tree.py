@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import yaml
@@ -59,6 +61,23 @@ def read_yaml(text: str, place: str) -> dict[str, Any]:
             f"{place}: should be a YAML mapping with the keys data, features, tasks, ... Found {type(tree).__name__}."
         )
     return tree
+
+
+@contextmanager
+def in_file(place: str) -> Iterator[None]:
+    """Around the checks of a file's values: what they raise names the file, and comes below it where it is several lines.
+
+    >>> with in_file("x.yaml"):
+    ...     raise ValueError("`seed` should be an integer. Found a.")
+    Traceback (most recent call last):
+    ValueError: x.yaml: `seed` should be an integer. Found a.
+    """
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        separator = "\n" if "\n" in text else " "
+        raise ValueError(f"{place}:{separator}{text}") from error
 
 
 def expand(value: Any, place: str) -> Any:

@@ -136,8 +136,9 @@ def whole(log: Path) -> tuple[Plan, Path, dict[str, Any]]:
 def test_mistakes_are_told_before_anything_runs(log: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     before = sorted(tmp_path.iterdir())
     base = _tree(log)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         load_plan(_file(tmp_path, base, **changes))
+    assert str(caught.value).startswith(f"{tmp_path / 'comparison.yaml'}:")
     assert sorted(path.name for path in tmp_path.iterdir() if path not in before) == ["base.yaml", "comparison.yaml"]
 
 

@@ -98,6 +98,18 @@ def test_all_mistakes_are_told_at_once() -> None:
     assert "mmoo" in str(caught.value)
 
 
+def test_mistakes_name_the_file_and_what_changed_it(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(BASE))
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} with --set: `training\.epochs` should .* Found -1\.$"):
+        load_experiment(path, ["training.epochs=-1"])
+    path.write_text(yaml.safe_dump({**BASE, "seed": "a", "sed": 1}))
+    with pytest.raises(ValueError, match=r"`seed` should") as caught:
+        load_experiment(path)
+    assert str(caught.value).splitlines()[0] == f"{path}:"
+    assert len(str(caught.value).splitlines()) == 3
+
+
 def test_a_feature_named_twice_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "twice.yaml"
     path.write_text("data: {train: x}\nfeatures:\n  user: {kind: categorical}\n  user: {kind: dense}\ntasks: {}\n")

@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parents[1] / "mtrec"
 # From the bottom to the top; the modules of one line do not import each other. A new module is written in here.
 LAYERS = [
     ["versions", "kinds", "yaml_tree", "stopping", "locking", "mirror", "atomic", "hang", "allocator", "shared_memory"],
-    ["flags", "events"],
+    ["flags", "events", "terminal"],
     ["recorder"],
     ["synthetic"],
     ["features"],
@@ -64,6 +64,7 @@ HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 LEAVES = {
     "versions": set[str](),
     "events": set[str](),
+    "terminal": {"rich"},
     "recorder": {"torch", "mtrec.atomic", "mtrec.events"},  # torch: TensorBoard
     "kinds": {"pydantic", "annotated_types"},
     "synthetic": {"numpy", "pyarrow"},

@@ -6,6 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mtrec.terminal import say
+
 
 def show(found: Mapping[str, Any], to: Console) -> None:
     """What every stage reached, ratios within rounds, and where a step's time goes."""
@@ -31,9 +33,9 @@ def show(found: Mapping[str, Any], to: Console) -> None:
     for name, each in found["stages"].items():
         if "phases" in each:
             shares = ", ".join(f"{phase} {share:.0%}" for phase, share in each["phases"].items() if share >= 0.005)
-            to.print(f"{name}: {shares} of a step", soft_wrap=True)
+            say(to, f"{name}: {shares} of a step")
     for line in notes(found):
-        to.print(line, soft_wrap=True)
+        say(to, line)
 
 
 def notes(found: Mapping[str, Any]) -> list[str]:

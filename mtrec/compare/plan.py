@@ -31,7 +31,7 @@ from mtrec.kinds import PositiveFloat, PositiveInt, check_options, explain, near
 from mtrec.model import DensePart, task_specs
 from mtrec.run import check_device, evaluation_columns, open_source
 from mtrec.tasks import Objectives
-from mtrec.yaml_tree import read_yaml
+from mtrec.yaml_tree import in_file, read_yaml
 
 AGAIN = " again"  # the A/A row: the baseline with other seeds
 AGAIN_SEEDS = 1_000  # what is added to the seeds for it
@@ -144,13 +144,30 @@ def json_schema() -> dict[str, Any]:
 def load_plan(path: str | Path) -> Plan:
     """Reads and checks a comparison file, its base experiment and every variant, and the columns of the test files.
 
-    Raises ValueError naming the path of the key: a misspelt one in a variant's diff, a variant that equals the base or
-    another one, fewer than two seeds, a metric that its task does not have, a test source that is missing.
+    Raises ValueError naming the file and the path of the key: a misspelt one in a variant's diff, a variant that equals the
+    base or another one, fewer than two seeds, a metric that its task does not have, a test source that is missing.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"There is no comparison file '{path}' (looked in {Path.cwd()}).")
     tree = {"name": path.stem, **read_yaml(path.read_text(encoding="utf-8"), str(path))}
+    with in_file(str(path)):
+        comparison, seeds = _comparison(tree)
+    base_file = path.parent / comparison.base
+    load_experiment(base_file)  # its own mistakes, told in its own terms
+    base_tree = {"name": base_file.stem, **read_yaml(base_file.read_text(encoding="utf-8"), str(base_file))}
+    with in_file(str(path)):
+        base_tree = _changed(base_tree, comparison.set, "set")
+        base = _parsed(base_tree, "set")
+        _check_name(comparison.baseline, "baseline", ())
+        experiments, diffs, sweeps = _variants(comparison, base_tree, base)
+        plan = Plan(comparison, experiments, diffs, _primary(comparison, base), seeds, sweeps)
+        _check(plan)
+    return plan
+
+
+def _comparison(tree: Mapping[str, Any]) -> tuple[Comparison, tuple[int, ...]]:
+    """The comparison and its seeds."""
     try:
         comparison = Comparison.model_validate(tree)
     except pydantic.ValidationError as error:
@@ -161,16 +178,7 @@ def load_plan(path: str | Path) -> Plan:
             f"`seeds` should be at least 2 different numbers from 0 to {AGAIN_SEEDS - 1}: with one, chance cannot be told from "
             f"a difference. Found {comparison.seeds!r}."
         )
-    base_file = path.parent / comparison.base
-    load_experiment(base_file)  # its own mistakes, told in its own terms
-    base_tree = {"name": base_file.stem, **read_yaml(base_file.read_text(encoding="utf-8"), str(base_file))}
-    base_tree = _changed(base_tree, comparison.set, "set")
-    base = _parsed(base_tree, "set")
-    _check_name(comparison.baseline, "baseline", ())
-    experiments, diffs, sweeps = _variants(comparison, base_tree, base)
-    plan = Plan(comparison, experiments, diffs, _primary(comparison, base), seeds, sweeps)
-    _check(plan)
-    return plan
+    return comparison, seeds
 
 
 def _variants(

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mtrec.compare.verdict import shown
+from mtrec.terminal import say
 
 COLOURS = {"better": "green", "worse": "red"}
 
@@ -46,7 +48,7 @@ def show_results(results: Mapping[str, Any], to: Console) -> None:
     seeds = len(results["seeds"])
     users = f", {results['test_users']:,} users" if results["test_users"] else ", rows taken as independent (no user column)"
     to.print(
-        f"[bold]{results['name']}[/]: against {baseline}; {seeds} seeds, {results['test_rows']:,} test rows{users}",
+        f"[bold]{escape(results['name'])}[/]: against {baseline}; {seeds} seeds, {results['test_rows']:,} test rows{users}",
         soft_wrap=True,
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -80,6 +82,6 @@ def show_results(results: Mapping[str, Any], to: Console) -> None:
         table.add_row(name + flag, *cells)
     to.print(table)
     for line in summary(results):
-        to.print(line, soft_wrap=True, markup=False)
+        say(to, line)
     for note in results["notes"]:
-        to.print(f"[yellow]note:[/] {note}", soft_wrap=True)
+        say(to, note, word="note", style="yellow")

@@ -162,7 +162,8 @@ def score_files(
         {
             "files": len(files),
             "finished": len(finished),
-            "rows": sum(file.data.num_rows for file in files),
+            "rows": sum(file.data.num_rows for file in files),  # before `where`
+            "where": asked.source.where,
             "rows_left": sum(piece.rows for piece in left),
             "failed": dict(failed),
             **request.provenance,

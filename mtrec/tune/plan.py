@@ -29,7 +29,7 @@ from mtrec.kinds import NonNegativeInt, PositiveInt, explain, nearest, option_ty
 from mtrec.model import task_specs
 from mtrec.run import check_device, evaluation_columns, open_source
 from mtrec.tasks import Objectives
-from mtrec.yaml_tree import read_yaml
+from mtrec.yaml_tree import in_file, read_yaml
 
 BEST_METRIC = "training.best_metric"
 KEPT = ("seed", "name", "output", "data.validation", "data.test", "evaluation", BEST_METRIC)
@@ -113,19 +113,25 @@ def json_schema() -> dict[str, Any]:
 def load_plan(experiment: Experiment, path: str | Path, trials: int) -> Plan:
     """Reads and checks a space file against an experiment.
 
-    Raises ValueError naming the path of the key: a misspelt one, a range of one point, a value that the experiment refuses,
-    an objective that no task has, a missing source.
+    Raises ValueError naming the file and the path of the key: a misspelt one, a range of one point, a value that the
+    experiment refuses, an objective that no task has, a missing source.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"--space: there is no file '{path}' (looked in {Path.cwd()}).")
     if trials < 1:
         raise ValueError(f"--trials should be at least 1. Found {trials}.")
-    return checked(experiment, read_yaml(path.read_text(encoding="utf-8"), str(path)), trials)
+    tree = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    with in_file(str(path)):
+        plan = checked(experiment, tree, trials)
+    open_source(experiment, experiment.data.train, "data.train")
+    assert experiment.data.validation is not None
+    open_source(experiment, experiment.data.validation, "data.validation", evaluation_columns(experiment))
+    return plan
 
 
 def checked(experiment: Experiment, tree: Mapping[str, Any], trials: int) -> Plan:
-    """`load_plan` from the space file's tree."""
+    """The plan of a space file's tree; the sources are not looked at."""
     try:
         search = SearchFile.model_validate(tree)
     except pydantic.ValidationError as error:
@@ -142,8 +148,6 @@ def checked(experiment: Experiment, tree: Mapping[str, Any], trials: int) -> Pla
     _check_paths(search)
     _check_values(search.parameters, plan.experiment)
     check_best_metric(plan.experiment, Objectives(task_specs(experiment)))
-    open_source(experiment, experiment.data.train, "data.train")
-    open_source(experiment, experiment.data.validation, "data.validation", evaluation_columns(experiment))
     return plan
 
 

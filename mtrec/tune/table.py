@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mtrec.terminal import say
 from mtrec.tune.trials import AS_WRITTEN
 
 SHOWN = 10
@@ -40,11 +41,11 @@ def show_results(results: Mapping[str, Any], to: Console) -> None:
         )
     to.print(table)
     if len(shown) < len(trials):
-        to.print(f"and {len(trials) - len(shown)} more", markup=False)
+        say(to, f"and {len(trials) - len(shown)} more")
     for trial in results["trials"]:
         if trial["state"] == "failed":
-            to.print(f"trial {trial['number']} failed: {trial['error']}", soft_wrap=True, markup=False)
-    to.print(verdict(results), soft_wrap=True, markup=False)
+            say(to, f"trial {trial['number']} failed: {trial['error']}")
+    say(to, verdict(results))
 
 
 def ranked(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
