@@ -106,8 +106,8 @@ def to_resume(checkpoints: Path) -> Checkpoint | None:
     found = newest(checkpoints)
     if found is None and (bad := damaged(checkpoints)):
         raise CheckpointError(
-            f"No checkpoint in {checkpoints} can be trusted: {told(bad)} Put one back from a copy, or begin a new run with "
-            "another --output."
+            f"No checkpoint in {checkpoints} can be trusted: {told(bad)} Put one back from a copy, or begin anew: with another "
+            "--output, or, of a comparison or search, once this run's folder is removed."
         )
     return found
 

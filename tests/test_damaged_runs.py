@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from logs import experiment_tree, write_log
 from typer.testing import CliRunner
 
 from mtrec import cli
-from mtrec.run import RUN_FILES
+from mtrec.checkpoint import CheckpointError
+from mtrec.compare.runs import train_here
+from mtrec.run import RUN_FILES, open_run
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -165,4 +168,21 @@ def test_an_output_that_cannot_be_made_is_named(mtrec: Command, sound: Path) -> 
 def test_a_name_that_is_no_folder_is_refused(mtrec: Command, sound: Path) -> None:
     code, _, err = mtrec("check", sound / "small.yaml", "--set", "name=a/b")
     assert code == 1
-    assert "error: `name`: should be usable as the name of a folder, without '/'. Found 'a/b'." in err
+    assert ": `name`: should be usable as the name of a folder, without '/'. Found 'a/b'." in err
+
+
+def test_a_run_s_page_names_the_damaged_checkpoints(mtrec: Command, run: Path) -> None:
+    damage(run)
+    code, _, _ = mtrec("report", run)
+    assert code == 0
+    text = (run / "report.html").read_text()
+    assert "no checkpoint that can be trusted." in text
+    assert all(f"{each.name}: __0_" in text for each in checkpoints(run))
+
+
+def test_a_comparison_s_run_does_not_begin_anew_in_the_same_log(run: Path) -> None:
+    damage(run)
+    log = (run / "log.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match=r"can be trusted: step-.* once this run's folder is removed"):
+        train_here(open_run(run), torch.device("cpu"))
+    assert (run / "log.jsonl").read_bytes() == log

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from mtrec.checkpoint import newest
+from mtrec.checkpoint import damaged, newest, told
 from mtrec.compare import figures
 from mtrec.compare.balance import balancing_series, is_told, section
 from mtrec.compare.page import Page, badge, stacked
@@ -349,13 +349,15 @@ def run_report(run: Run) -> str:
     page = Page(run.experiment.name)
     last = next((event for event in reversed(events) if event["event"] == "validation"), None)
     ended = next((event for event in reversed(events) if event["event"] == "ended"), None)
-    found = newest(run.checkpoints)
+    found, bad = newest(run.checkpoints), damaged(run.checkpoints)
     state = "training has not ended" if ended is None else f"ended at step {ended['step']:,} ({ended['reason']})"
     page.paragraph(
         f"{run.experiment.model.architecture.kind}, tasks {', '.join(run.experiment.tasks)}; "
         f"{run.info['train']['rows']:,} training rows; {state}; "
-        + (f"newest checkpoint at step {found.step:,}." if found else "no checkpoint.")
+        + (f"newest checkpoint at step {found.step:,}." if found else f"no checkpoint{' that can be trusted' if bad else ''}.")
     )
+    if bad:
+        page.paragraph(f"Damaged checkpoints: {told(bad)}")
     if last is not None:
         page.heading("Metrics on the validation rows")
         tasks = last["metrics"]["tasks"]

@@ -251,6 +251,8 @@ def train_here(
 ) -> None:
     """Trains a run in this process, from its newest checkpoint; `watch` gets every event once it is in the log.
 
+    Raises CheckpointError where none of its checkpoints can be trusted.
+
     Within `seconds`, if given. Such a budget cannot be continued (the seconds of the lost part are unknown): it begins anew.
     """
     if seconds is not None:
@@ -260,7 +262,7 @@ def train_here(
     until = time.monotonic() + (seconds or float("inf"))
     recorder = Recorder(run.folder)
     try:
-        resume_from = checkpoint.newest(run.checkpoints)
+        resume_from = checkpoint.to_resume(run.checkpoints)
         asked = train(run, device=device, resume_from=resume_from, stop_requested=lambda: time.monotonic() > until)
         with contextlib.closing(cast("Generator[Event]", asked)) as events:  # ends it here also where `watch` raises
             for event in events:
