@@ -48,11 +48,14 @@ SECONDS_PER_STEP = {"1": 0.05, "2": 0.05}  # by number of workers: slow enough t
 
 @dataclasses.dataclass(frozen=True)
 class RayOutcome:
-    """What a trial found; `failures` is empty where everything holds that should. `said`: the line that the user got."""
+    """What a trial found; `failures` is empty where everything holds that should. `said`: the lines that the user got.
+
+    `world_sizes` of all attempts; `died_at_steps` of all but the last, `resumed_steps` of all but the first.
+    """
 
     said: str
-    died_at_step: int
-    resumed_step: int
+    died_at_steps: tuple[int, ...]
+    resumed_steps: tuple[int, ...]
     world_sizes: tuple[int, ...]
     loss_difference: float
     metric_difference: float
@@ -165,13 +168,16 @@ def worker_killed(folder: Path) -> str:
 
 
 def driver_killed(folder: Path) -> str:
-    """The command gets SIGKILL, and is given again with --resume."""
-    env = environment(folder, SECONDS_PER_STEP)
+    """A worker process gets SIGKILL; once Ray's new ones are under way, the command does, and is given again with --resume."""
+    env, run = environment(folder, SECONDS_PER_STEP), folder / "run"
     with started(command(folder, "2"), env) as driver:
-        wait_for(lambda: step_of(folder / "run") >= AT_STEP, driver)
+        wait_for(lambda: step_of(run) >= AT_STEP, driver)
+        os.kill(train_workers(driver.pid)[-1], signal.SIGKILL)
+        wait_for(lambda: step_of(run) >= AT_STEP + 25, driver)  # so many that the command has told of the first ones
         os.kill(driver.pid, signal.SIGKILL)
+        said = driver.communicate()[0]
     with started(command(folder, "2", "--resume"), env) as driver:
-        return ended_well(driver)
+        return str(said) + ended_well(driver)
 
 
 def node_removed(folder: Path) -> str:
@@ -228,21 +234,26 @@ def ended_well(driver: "subprocess.Popen[str]") -> str:
 
 @dataclasses.dataclass(frozen=True)
 class RayTrial:
-    """`happens` in a folder; the numbers of workers before and after; what the user's line about it should hold."""
+    """`happens` in a folder; the numbers of workers before and after; what the user's lines about it should hold."""
 
     happens: Callable[[Path], str]
-    world_sizes: tuple[int, int]
-    line: str
+    world_sizes: tuple[int, ...]
+    lines: tuple[str, ...]
 
 
+WORKER_DIED = "died: went on with 2 workers from the checkpoint of step"
 TRIALS = {
-    "worker killed": RayTrial(worker_killed, (2, 2), "died: went on with 2 workers from the checkpoint of step"),
-    "driver killed, command repeated": RayTrial(driver_killed, (2, 2), "continues from step"),
-    "node removed": RayTrial(node_removed, (2, 1), "died: went on with 1 worker instead of 2 from the checkpoint of step"),
-    "node added": RayTrial(node_added, (1, 2), "grew from 1 to 2 workers: went on from the checkpoint of step"),
-    "node drained, command repeated": RayTrial(node_drained, (2, 2), "asked to stop: the checkpoint is written."),
+    "worker killed": RayTrial(worker_killed, (2, 2), (WORKER_DIED,)),
+    "worker killed, then driver killed, command repeated": RayTrial(
+        driver_killed, (2, 2, 2), (WORKER_DIED, "continues from step")
+    ),
+    "node removed": RayTrial(node_removed, (2, 1), ("died: went on with 1 worker instead of 2 from the checkpoint of step",)),
+    "node added": RayTrial(node_added, (1, 2), ("grew from 1 to 2 workers: went on from the checkpoint of step",)),
+    "node drained, command repeated": RayTrial(node_drained, (2, 2), ("asked to stop: the checkpoint is written.",)),
     "worker stopped (SIGSTOP)": RayTrial(
-        worker_stopped, (2, 2), "waited in vain: another worker did not answer within 10 s (training.collective_timeout_seconds)"
+        worker_stopped,
+        (2, 2),
+        ("waited in vain: another worker did not answer within 10 s (training.collective_timeout_seconds)",),
     ),
 }
 
@@ -300,32 +311,42 @@ def conduct(name: str, folder: Path) -> RayOutcome:
     said = trial.happens(folder)
     expected, expected_batches, expected_state = whole(folder.parent, trial.world_sizes[0])
     run = Run(folder / "run")
-    first, second = attempts(folder / "witness")
-    at, same = second.after_step, trial.world_sizes[0] == trial.world_sizes[1]
-    died_at = max(event["step"] for event in events(run.folder, "step") if event["time"] < second.began)
+    tried = attempts(folder / "witness")
+    sizes = tuple(each.world_size for each in tried)
+    same = len(set(trial.world_sizes)) == 1
+    at = tuple(each.after_step for each in tried[1:])
+    logged = events(run.folder, "step")
+    died_at = tuple(max(event["step"] for event in logged if event["time"] < each.began) for each in tried[1:])
 
-    lines = [line for line in said.splitlines() if trial.line in line]
-    failures = [] if len(lines) == 1 else [f"the user should read '{trial.line}' once, and read it {len(lines)} times"]
-    if (first.world_size, second.world_size) != trial.world_sizes:
-        failures.append(f"{first.world_size} workers and then {second.world_size}")
-    if not 0 < at <= died_at:
-        failures.append(f"went on from step {at} after step {died_at}")
-    saved = read(folder_of(run.checkpoints, at))
-    restored = newest(second.restored)
-    failures += wrongly_restored(saved, read(restored.folder) if restored else {})
-    lived = {**{step: rows for step, rows in first.batches.items() if step <= at}, **second.batches}
+    read_lines = [[each for each in said.splitlines() if line in each] for line in trial.lines]
+    failures = [
+        f"the user should read '{line}' once, and read it {len(found)} times"
+        for line, found in zip(trial.lines, read_lines, strict=True)
+        if len(found) != 1
+    ]
+    if sizes != trial.world_sizes:
+        failures.append(" workers and then ".join(map(str, sizes)))
+    failures += [f"went on from step {i} after step {j}" for i, j in zip(at, died_at, strict=True) if not 0 < i <= j]
+    lived: dict[int, list[int]] = {}
+    for attempt in tried:
+        lived = {**{step: rows for step, rows in lived.items() if step <= attempt.after_step}, **attempt.batches}
+    for attempt in tried[1:]:
+        restored = newest(attempt.restored)
+        saved = read(folder_of(run.checkpoints, attempt.after_step))
+        failures += wrongly_restored(saved, read(restored.folder) if restored else {})
     failures += wrong_rows(lived, expected_batches)
 
-    losses = {event["step"]: event["losses"] for event in events(run.folder, "step")}  # the later attempt counts
+    losses = {event["step"]: event["losses"] for event in logged}  # the later attempt counts
     if sorted(losses) != sorted(expected["losses"]):
         failures.append(f"logged the steps {min(losses)} to {max(losses)}, {len(losses)} of them")
-    compared = [step for step in losses if at < step <= at + COMPARED_STEPS]
+    compared = [step for step in losses if at[-1] < step <= at[-1] + COMPARED_STEPS]
     loss_difference = max(
         abs(losses[step][task] - value) / max(1e-12, abs(value))
         for step in compared
         for task, value in expected["losses"][step].items()
     )
-    before = max(abs(losses[step][task] - expected["losses"][step][task]) for step in range(1, at + 1) for task in losses[step])
+    same_before = range(1, at[0] + 1)
+    before = max(abs(losses[step][task] - expected["losses"][step][task]) for step in same_before for task in losses[step])
     if before > 0 or loss_difference > (0.0 if same else 1e-5):
         failures.append(f"losses differ by {before:.1e} before and by {loss_difference:.1e} of their value after it")
     metric_difference = max(metric_differences(expected["metrics"], json.loads((run.folder / "metrics.json").read_text())))
@@ -335,6 +356,5 @@ def conduct(name: str, folder: Path) -> RayOutcome:
     bit_equal = state.keys() == expected_state.keys() and all(torch.equal(state[key], expected_state[key]) for key in state)
     if same and not bit_equal:
         failures.append("the same number of workers should end bit for bit like the run that lived")
-    sizes = (first.world_size, second.world_size)
-    line = " ".join(lines[0].split()) if lines else "nothing"
-    return RayOutcome(line, died_at, at, sizes, loss_difference, metric_difference, bit_equal, tuple(failures))
+    told = "; ".join(" ".join(found[0].split()) for found in read_lines if found) or "nothing"
+    return RayOutcome(told, died_at, at, sizes, loss_difference, metric_difference, bit_equal, tuple(failures))

@@ -8,7 +8,7 @@ ranks: processes of this machine train two epochs; a random one gets SIGKILL at 
     of a second number (every pair of 1, 2 and 4) go on from the newest valid checkpoint. See tests/trials.py; the tests run six.
     About ten seconds each on 2 cores.
 ray: `mtrec train` on Ray workers; a worker, a node or the command itself dies, hangs, is announced to go, or a node joins. See
-    tests/ray_trials.py; the tests run two. Half a minute to two minutes each.
+    tests/ray_trials.py; the tests run one. Half a minute to two minutes each.
 """
 
 import argparse
@@ -74,10 +74,10 @@ def ray(folder: Path) -> Iterator[str]:
             print(error, file=sys.stderr)
             yield f"| {name} | | | | | | | | {str(error).strip().splitlines()[-1]} |"
             continue
-        before, after = found.world_sizes
         said = found.said.replace(f"{folder}/", "")
         yield (
-            f"| {name} | {before} -> {after} | {found.died_at_step} | {found.resumed_step} "
+            f"| {name} | {' -> '.join(map(str, found.world_sizes))} | {', '.join(map(str, found.died_at_steps))} "
+            f"| {', '.join(map(str, found.resumed_steps))} "
             f"| {found.loss_difference:.1e} | {found.metric_difference:.1e} | {'yes' if found.bit_equal else 'no'} "
             f"| {said[:100]}{' ...' if len(said) > 100 else ''} | {'; '.join(found.failures) or 'as it should'} |"
         )
