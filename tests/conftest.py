@@ -18,6 +18,7 @@ HERE = str(Path(__file__).parent)
 sys.path.insert(0, HERE)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [HERE, os.environ.get("PYTHONPATH")]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would give its workers a thirtieth of a core that other tests want
 
 # The same examples at every run, so that a commit that passed goes on passing; MTREC_HYPOTHESIS=explore draws new ones.
 settings.register_profile("repeatable", derandomize=True, deadline=None)

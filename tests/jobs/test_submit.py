@@ -49,8 +49,8 @@ def free_ports(count: int) -> list[int]:
 
 
 def environment(home: Path, **changes: str) -> dict[str, str]:
-    """The environment of a user without any setting of Ray's."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    """The environment of a user without any setting of Ray's but the tests' own (conftest.py)."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_") or name == "RAY_worker_niceness"}
     return kept | {"HOME": str(home), "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"} | changes
 
 
