@@ -255,10 +255,6 @@ class _Slice(NamedTuple):
     stop: int
 
 
-def _length(window: Window) -> int:
-    return sum(span.stop - span.start for span in window)
-
-
 class _Decoder:
     """Loads the windows of a stream, in order; keeps the row group open in which the last one ended."""
 
@@ -384,10 +380,11 @@ class _Stream:
     def __init__(
         self, windows: Sequence[Window], skip_rows: int, begin: float, decoder: _Decoder, pool: ThreadPoolExecutor
     ) -> None:
-        self.windows, self.begin, self.decoder, self.pool = windows, begin, decoder, pool
+        self.lengths = [sum(span.stop - span.start for span in window) for window in windows]
+        self.begin, self.decoder, self.pool = begin, decoder, pool
         self.number, self.row = 0, skip_rows  # the next row to give, as window and place in it
-        while self.number < len(windows) and self.row >= _length(windows[self.number]):
-            self.row -= _length(windows[self.number])
+        while self.number < len(self.lengths) and self.row >= self.lengths[self.number]:
+            self.row -= self.lengths[self.number]
             self.number += 1
         self.loads: deque[Future[_Loaded]] = deque()  # of window `number` and perhaps the one after it
         self.before: Future[_Loaded] | None = None
@@ -395,15 +392,15 @@ class _Stream:
     def take(self, rows: int) -> list[_Slice]:
         """The next `rows` rows, or what is left."""
         slices = []
-        while rows and self.number < len(self.windows):
+        while rows and self.number < len(self.lengths):
             if not self.loads:
                 self._load(self.number)
-            length = _length(self.windows[self.number])
+            length = self.lengths[self.number]
             stop = min(length, self.row + rows)
             slices.append(_Slice(self.loads[0], self.row, stop))
             rows -= stop - self.row
             self.row = stop
-            if stop > self.begin * length and len(self.loads) == 1 and self.number + 1 < len(self.windows):
+            if stop > self.begin * length and len(self.loads) == 1 and self.number + 1 < len(self.lengths):
                 self._load(self.number + 1)
             if stop == length:
                 self.loads.popleft()

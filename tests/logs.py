@@ -2,10 +2,13 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+HUGE = 3e38  # a sample weight that is finite, and two of which are not
 
 
 def write_log(folder: Path, rows: int = 4_000, seed: int = 0, files: int = 3, row_group_rows: int = 500) -> Path:
@@ -76,3 +79,16 @@ def experiment_tree(train: Path, validation: Path | None = None) -> dict[str, ob
         "training": {"log_every": 1},
         "seed": 5,
     }
+
+
+def write_poisoned_log(folder: Path, steps: tuple[int, ...], rows: int = 1_600) -> dict[str, Any]:
+    """An experiment with a weight column that makes the loss of some batches of 128 infinite."""
+    table = pa.concat_tables([pq.read_table(path) for path in sorted(write_log(folder / "clean", rows).glob("*"))])
+    weights = np.ones(rows)
+    for step in steps:
+        weights[(step - 1) * 128 : step * 128] = HUGE
+    (folder / "train").mkdir()
+    pq.write_table(table.append_column("weight", pa.array(weights)), folder / "train" / "part-0.parquet")
+    tree: dict[str, Any] = experiment_tree(folder / "train")
+    tree["data"]["sample_weight"] = "weight"
+    return tree

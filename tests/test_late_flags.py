@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from logs import HUGE, write_poisoned_log
 from runs import small_run, train_on
-from test_nonfinite import HUGE, write_poisoned_log
 
 import mtrec.train
 from mtrec import parallel

@@ -1,37 +1,19 @@
 """Batches whose loss or gradient is not finite change nothing, on any number of ranks; too many in a row end the run."""
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from logs import experiment_tree, write_log
+from logs import write_poisoned_log
 from runs import small_run, train_on
 
 from mtrec.checkpoint import folder_of, read
 from mtrec.events import Step
 from mtrec.train import train
 
-HUGE = 3e38  # a sample weight that is finite, and two of which are not
 BAD = (3, 4, 9)  # steps
 EVERY_STEP = ("training.checkpoint_every=1", "training.keep_last=100", "data.shuffle=false", "data.num_streams=1")
 KINDS = ("balancing.kind=gradnorm", "balancing.every=1", "features.tags.sharding=data_parallel", "model.dropout=0.1")
-
-
-def write_poisoned_log(folder: Path, steps: tuple[int, ...], rows: int = 1_600) -> dict[str, Any]:
-    """An experiment with a weight column that makes the loss of some batches of 128 infinite."""
-    table = pa.concat_tables([pq.read_table(path) for path in sorted(write_log(folder / "clean", rows).glob("*"))])
-    weights = np.ones(rows)
-    for step in steps:
-        weights[(step - 1) * 128 : step * 128] = HUGE
-    (folder / "train").mkdir()
-    pq.write_table(table.append_column("weight", pa.array(weights)), folder / "train" / "part-0.parquet")
-    tree: dict[str, Any] = experiment_tree(folder / "train")
-    tree["data"]["sample_weight"] = "weight"
-    return tree
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

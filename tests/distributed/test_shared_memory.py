@@ -2,8 +2,6 @@
 
 import os
 import resource
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -361,11 +359,3 @@ def test_a_rank_that_fails_amid_training_ends_the_others_at_once(tmp_path: Path)
     assert "Connection closed by peer" in first
     assert second == "this rank has had enough"
     assert 0 < ended - failed < 20  # the timeout is 600 s
-
-
-def test_memory_that_is_freed_is_kept_unless_the_user_tunes_the_allocator() -> None:
-    script = "from mtrec.allocator import keep_freed_memory; print(keep_freed_memory())"
-    for tuned, kept in (({}, "True"), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, "False"), ({"GLIBC_TUNABLES": ""}, "False")):
-        plain = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
-        said = subprocess.run([sys.executable, "-c", script], env={**plain, **tuned}, capture_output=True, text=True, check=True)
-        assert said.stdout.strip() == kept
