@@ -1,6 +1,7 @@
 """Numbers scaled as in plain Python, whatever is missing, constant or infinite among them."""
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtrec.features import BadRowsError, Dense
+
+MOST = sys.float_info.max
 
 
 @given(
@@ -64,6 +67,7 @@ TYPED = {pa.float16(): 16, pa.float32(): 32, pa.float64(): 64}
 @FAST
 def test_dense_columns_without_fault_are_scaled_as_others_are(column: Any, scale: Any, clip_sd: float | None, lead: int) -> None:
     type_, known, values = column
+    known = [value for value in known if not 1e150 < abs(value) < np.inf]  # or there is no scale
     feature = Dense("x", scale=scale, clip_sd=clip_sd)
     encoding = fitted([feature], {"x": pa.array(known, type_)})._dense[0][1]
     array = pa.array([7.0] * lead + values, type_).slice(lead)
@@ -76,6 +80,19 @@ def test_dense_columns_without_fault_are_scaled_as_others_are(column: Any, scale
         encoding._plain = False
         assert encoding.encode(array, slow.T) == missing
     np.testing.assert_array_equal(quick, slow)  # but for the sign of 0, which a bound of 0 may take away
+
+
+@pytest.mark.parametrize("scale", ["standardize", "minmax", "quantile", "none"])
+@pytest.mark.parametrize("values", [[1e200, 1.0, 2.0], [MOST, -MOST], [MOST, MOST, MOST, 0.0]])
+@pytest.mark.filterwarnings("error")
+def test_values_without_a_spread_are_told_with_what_to_do(scale: Any, values: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"`features\.x\.column` should hold numbers .* Found .* to .* in column 'x': name what"):
+        fitted([Dense("x", scale=scale)], {"x": pa.array(values)})
+    least, most = min(values), max(values)
+    named = fitted([Dense("x", scale=scale, missing_values=[least, most])], {"x": pa.array([*values, 1.0, 2.0, 4.0])})
+    clipped = fitted([Dense("x", scale=scale, clip=(-10.0, 10.0))], {"x": pa.array([*values, 1.0, 2.0, 4.0])})
+    for encoder in (named, clipped):
+        assert np.isfinite(encoder.encode(pa.record_batch({"x": pa.array([2.0, most])})).dense_BF).all()
 
 
 def test_quantile_scale_is_the_rank() -> None:

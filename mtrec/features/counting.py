@@ -171,13 +171,15 @@ class Moments:
         return float(np.sqrt(self.squares / self.count)) if self.count else 0.0
 
     def update(self, values_n: npt.NDArray[np.float64]) -> None:
-        """Adds finite numbers."""
+        """Adds finite numbers. Of numbers beyond 1e154 `squares`, or `mean`, may be no finite number."""
         count = len(values_n)
         if not count:
             return
-        mean = float(values_n.mean())
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean = float(values_n.mean())
+            squares = float(np.square(values_n - mean).sum())
         delta, total = mean - self.mean, self.count + count
-        self.squares += float(np.square(values_n - mean).sum()) + delta * delta * self.count * count / total
+        self.squares += squares + delta * delta * self.count * count / total
         self.mean += delta * count / total
         self.count = total
         self.low = min(self.low, float(values_n.min()))

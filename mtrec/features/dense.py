@@ -155,8 +155,19 @@ class DenseFit:
         self._values += int(missing_BW.size - missing_BW.sum())
 
     def finish(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(state to encode with, statistics of the values after clip and transform)."""
+        """(state to encode with, statistics of the values after clip and transform).
+
+        ValueError where the values lie so far apart that their spread is no number.
+        """
         feature, moments = self._feature, self._moments
+        for each in moments:
+            if not np.isfinite([each.mean, each.sd, each.high - each.low if each.count else 0.0]).all():
+                place = f"features.{feature.name}"
+                raise ValueError(
+                    f"`{place}.column` should hold numbers that lie less than 1e150 apart. Found {each.low:g} to {each.high:g} "
+                    f"in column '{feature.column}': name what stands for a missing value in `{place}.missing_values`, or give "
+                    f"`{place}.clip`."
+                )
         raw = _known(self._raw)
         mean_W = np.array([each.mean for each in moments])
         low_W = np.array([each.low if each.count else 0.0 for each in moments])
