@@ -36,7 +36,7 @@ from mtrec.kinds import (
     resolve,
 )
 from mtrec.tasks import TASKS
-from mtrec.yaml_tree import expand, in_file, read_yaml
+from mtrec.yaml_tree import expand, naming, read_yaml
 
 
 class Section(pydantic.BaseModel):
@@ -323,8 +323,13 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = (), *, absolute
             sys.path.append(folder)  # so that `kind: my_module:MyClass` finds a module beside the experiment
     tree = read_yaml(path.read_text(encoding="utf-8"), str(path))
     changed = apply_overrides(tree, overrides)
-    with in_file(f"{path}{' with --set' if overrides else ''}"):
+    try:
         experiment = parse_experiment(changed, default_name=path.stem)
+    except ValueError:
+        with naming(str(path)):  # the file's own mistakes first
+            parse_experiment(tree, default_name=path.stem)
+        with naming(f"{path} with --set"):
+            raise
     return with_absolute_paths(experiment) if absolute else experiment
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from rich import filesize
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -67,12 +66,13 @@ class TrainDisplay:
         rows = run.info["train"]["rows"]
         tables = run.encoder.tables
         size = filesize.decimal(sum(table.num_embeddings * table.dim * 4 for table in tables))
-        self._console.print(
-            f"run [bold]{escape(str(run.folder))}[/]: {rows:,} training rows, "
-            f"batches of {run.experiment.data.batch_size:,}, "
+        say(
+            self._console,
+            f"{rows:,} training rows, batches of {run.experiment.data.batch_size:,}, "
             f"{len(tables)} tables ({size}), {run.experiment.model.architecture.kind}, "
             f"tasks {', '.join(run.experiment.tasks)}",
-            soft_wrap=True,
+            word=f"run {run.folder}",
+            style="bold",
         )
         kept = run.info["train"].get("kept", rows)
         if kept < rows:
@@ -95,7 +95,7 @@ class TrainDisplay:
                 MofNCompleteColumn(),
                 BarColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 console=self._console,
             )
             self._task = self._progress.add_task("starting workers", total=None)
@@ -116,7 +116,7 @@ class TrainDisplay:
             losses = "  ".join(f"{name} {value:.4f}" for name, value in event["losses"].items())
             text = f"{event['rows_per_second']:,.0f} rows/s, data wait {event['data_wait']:.0%}, losses {losses}"
             if event["nonfinite_steps"]:
-                text += f", [red]{counted(event['nonfinite_steps'], 'step')} not finite[/]"
+                text += f", {counted(event['nonfinite_steps'], 'step')} not finite"
             if self._progress is not None and self._task is not None:
                 self._progress.update(self._task, completed=event["step"], total=event["total_steps"], description=text)
             elif time.monotonic() - self._printed > QUIET_SECONDS or event["step"] == event["total_steps"]:
@@ -195,16 +195,16 @@ def show_metrics(metrics: Mapping[str, Any], title: str, to: Console | None = No
         names = [name for name in MEANINGS if any(_has(found, name) for found in of_groups.values())]
         table = Table(box=None, pad_edge=False)
         if len(groups) > 1:
-            table.add_column("")
-        table.add_column("rows", justify="right")
+            table.add_column("", overflow="fold")  # what has no room; the numbers have
+        table.add_column("rows", justify="right", no_wrap=True)
         for name in names:
-            table.add_column(MEANINGS[name], justify="right")
+            table.add_column(MEANINGS[name], justify="right", min_width=6)
         for group, found in of_groups.items():
             for suffix in ("", "_given"):
                 if not any(f"{name}{suffix}" in found for name in names):
                     continue
                 rows = found.get(f"rows{suffix}")
-                cells = [escape(group)] if len(groups) > 1 else []
+                cells = [group] if len(groups) > 1 else []
                 cells.append(f"{rows:,}" + (" (given)" if suffix else "") if rows is not None else "")
                 table.add_row(*cells, *(_number(found.get(f"{name}{suffix}")) for name in names))
         say(to, f"{title}: {task}", style="italic")  # the table's own would be as narrow as the table
@@ -238,11 +238,10 @@ def show_check(report: Mapping[str, Any]) -> None:
         to.print(line, soft_wrap=True)
     for warning in report["warnings"]:
         say(to, warning, word="warning", style="yellow")
-    to.print(
-        "[green]The experiment is sound.[/]"
-        if not report["warnings"]
-        else "The experiment can be trained; look at the warnings."
-    )
+    if report["warnings"]:
+        say(to, "The experiment can be trained; look at the warnings.")
+    else:
+        say(to, "The experiment is sound.", style="green")
 
 
 def _cell(value: Any) -> str:
@@ -270,11 +269,8 @@ def show_rows(rows: Sequence[Mapping[str, str]], empty: str) -> None:
 def show_run(found: Mapping[str, Any]) -> None:
     """The tables of `mtrec inspect`."""
     to = console()
-    to.print(
-        f"[bold]{escape(str(found['run']))}[/], made {found['info']['made']} with "
-        + ", ".join(f"{k} {v}" for k, v in found["info"]["versions"].items()),
-        soft_wrap=True,
-    )
+    versions = ", ".join(f"{k} {v}" for k, v in found["info"]["versions"].items())
+    say(to, f"made {found['info']['made']} with {versions}", word=str(found["run"]), style="bold")
     table = Table(title="checkpoints", title_justify="left", box=None, pad_edge=False)
     for name in ("folder", "step", "metric", "MB", "verified"):
         table.add_column(name)

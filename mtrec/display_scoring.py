@@ -32,7 +32,7 @@ class ScoreDisplay:
 
     def start(self, facts: Mapping[str, Any]) -> None:
         """Says what there is to do: the argument of `score_files`' `on_start`."""
-        chosen = f" (scored: those with {facts['where']})" if facts["where"] is not None else ""
+        chosen = f" to look through for those with {facts['where']}" if facts["where"] is not None else ""
         finished = f", {facts['finished']:,} of them finished already" if facts["finished"] else ""
         say(
             self._console,
@@ -97,7 +97,7 @@ def show_scoring(manifest: Mapping[str, Any], output: str) -> None:
         f"what they are: {output}/_manifest.json",
     )
     if manifest["failed"]:
-        to.print(f"[red]{counted(len(manifest['failed']), 'file')} could not be scored:[/]")
+        say(to, f"{counted(len(manifest['failed']), 'file')} could not be scored:", style="red")
         for message in manifest["failed"].values():
             say(to, f"  {message}")
 

@@ -64,10 +64,10 @@ def read_yaml(text: str, place: str) -> dict[str, Any]:
 
 
 @contextmanager
-def in_file(place: str) -> Iterator[None]:
-    """Around the checks of a file's values: what they raise names the file, and comes below it where it is several lines.
+def naming(place: str) -> Iterator[None]:
+    """Around checks: what they raise as ValueError begins with the place (a file, say), which precedes several lines on its own.
 
-    >>> with in_file("x.yaml"):
+    >>> with naming("x.yaml"):
     ...     raise ValueError("`seed` should be an integer. Found a.")
     Traceback (most recent call last):
     ValueError: x.yaml: `seed` should be an integer. Found a.

@@ -6,6 +6,7 @@ Its workers carry a witness (witness.py), which an experiment brings along as a 
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -168,6 +169,16 @@ def worker_killed(folder: Path) -> str:
 
 
 def driver_killed(folder: Path) -> str:
+    """The command gets SIGKILL, and is given again with --resume."""
+    env = environment(folder, SECONDS_PER_STEP)
+    with started(command(folder, "2"), env) as driver:
+        wait_for(lambda: step_of(folder / "run") >= AT_STEP, driver)
+        os.kill(driver.pid, signal.SIGKILL)
+    with started(command(folder, "2", "--resume"), env) as driver:
+        return ended_well(driver)
+
+
+def worker_and_driver_killed(folder: Path) -> str:
     """A worker process gets SIGKILL; once Ray's new ones are under way, the command does, and is given again with --resume."""
     env, run = environment(folder, SECONDS_PER_STEP), folder / "run"
     with started(command(folder, "2"), env) as driver:
@@ -241,12 +252,12 @@ class RayTrial:
     lines: tuple[str, ...]
 
 
-WORKER_DIED = "died: went on with 2 workers from the checkpoint of step"
+WORKER_DIED, CONTINUES = "died: went on with 2 workers from the checkpoint of step", "continues from step"
+# the first two of TRIALS in one, for the tests: each of Ray's starts takes half a minute
+BOTH_KILLED = RayTrial(worker_and_driver_killed, (2, 2, 2), (WORKER_DIED, CONTINUES))
 TRIALS = {
     "worker killed": RayTrial(worker_killed, (2, 2), (WORKER_DIED,)),
-    "worker killed, then driver killed, command repeated": RayTrial(
-        driver_killed, (2, 2, 2), (WORKER_DIED, "continues from step")
-    ),
+    "driver killed, command repeated": RayTrial(driver_killed, (2, 2), (CONTINUES,)),
     "node removed": RayTrial(node_removed, (2, 1), ("died: went on with 1 worker instead of 2 from the checkpoint of step",)),
     "node added": RayTrial(node_added, (1, 2), ("grew from 1 to 2 workers: went on from the checkpoint of step",)),
     "node drained, command repeated": RayTrial(node_drained, (2, 2), ("asked to stop: the checkpoint is written.",)),
@@ -304,19 +315,22 @@ def attempts(folder: Path) -> list[Attempt]:
     return sorted(found, key=lambda attempt: attempt.began)
 
 
-def conduct(name: str, folder: Path) -> RayOutcome:
+def conduct(trial: RayTrial, folder: Path) -> RayOutcome:
     """Runs a trial in a new folder beside the experiment's, and compares."""
-    trial = TRIALS[name]
     folder.mkdir()
     said = trial.happens(folder)
     expected, expected_batches, expected_state = whole(folder.parent, trial.world_sizes[0])
     run = Run(folder / "run")
     tried = attempts(folder / "witness")
     sizes = tuple(each.world_size for each in tried)
+    assert len(sizes) == len(trial.world_sizes), f"{len(sizes)} groups of workers, not {len(trial.world_sizes)}: {said}"
     same = len(set(trial.world_sizes)) == 1
     at = tuple(each.after_step for each in tried[1:])
     logged = events(run.folder, "step")
-    died_at = tuple(max(event["step"] for event in logged if event["time"] < each.began) for each in tried[1:])
+    died_at = tuple(
+        max(event["step"] for event in logged if before.began <= event["time"] < after.began)
+        for before, after in itertools.pairwise(tried)
+    )
 
     read_lines = [[each for each in said.splitlines() if line in each] for line in trial.lines]
     failures = [
@@ -339,14 +353,19 @@ def conduct(name: str, folder: Path) -> RayOutcome:
     losses = {event["step"]: event["losses"] for event in logged}  # the later attempt counts
     if sorted(losses) != sorted(expected["losses"]):
         failures.append(f"logged the steps {min(losses)} to {max(losses)}, {len(losses)} of them")
-    compared = [step for step in losses if at[-1] < step <= at[-1] + COMPARED_STEPS]
+    by_attempt = [
+        {event["step"]: event["losses"] for event in logged if first.began <= event["time"] < then}
+        for first, then in zip(tried, [*(each.began for each in tried[1:]), float("inf")], strict=True)
+    ]
+    whole_losses = expected["losses"]
+    before = max(abs(value - whole_losses[step][task]) for step, each in by_attempt[0].items() for task, value in each.items())
     loss_difference = max(
-        abs(losses[step][task] - value) / max(1e-12, abs(value))
-        for step in compared
-        for task, value in expected["losses"][step].items()
+        abs(value - whole_losses[step][task]) / max(1e-12, abs(whole_losses[step][task]))
+        for i, attempt in zip(at, by_attempt[1:], strict=True)
+        for step, each in attempt.items()
+        if step <= i + COMPARED_STEPS
+        for task, value in each.items()
     )
-    same_before = range(1, at[0] + 1)
-    before = max(abs(losses[step][task] - expected["losses"][step][task]) for step in same_before for task in losses[step])
     if before > 0 or loss_difference > (0.0 if same else 1e-5):
         failures.append(f"losses differ by {before:.1e} before and by {loss_difference:.1e} of their value after it")
     metric_difference = max(metric_differences(expected["metrics"], json.loads((run.folder / "metrics.json").read_text())))

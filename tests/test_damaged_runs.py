@@ -168,7 +168,8 @@ def test_an_output_that_cannot_be_made_is_named(mtrec: Command, sound: Path) -> 
 def test_a_name_that_is_no_folder_is_refused(mtrec: Command, sound: Path) -> None:
     code, _, err = mtrec("check", sound / "small.yaml", "--set", "name=a/b")
     assert code == 1
-    assert ": `name`: should be usable as the name of a folder, without '/'. Found 'a/b'." in err
+    place = f"error: {sound / 'small.yaml'} with --set: `name`"
+    assert f"{place}: should be usable as the name of a folder, without '/'. Found 'a/b'." in err
 
 
 def test_a_run_s_page_names_the_damaged_checkpoints(mtrec: Command, run: Path) -> None:

@@ -4,7 +4,6 @@ import io
 from typing import Any
 
 import pytest
-from rich.console import Console
 from rich.table import Table
 
 from mtrec.display import show_metrics
@@ -12,9 +11,10 @@ from mtrec.display_scoring import ScoreDisplay
 from mtrec.terminal import console, say
 
 
-def _printed(metrics: dict[str, Any], title: str) -> list[str]:
-    out = io.StringIO()
-    show_metrics(metrics, title, Console(file=out, width=200))
+def _printed(metrics: dict[str, Any], title: str, width: int = 200) -> list[str]:
+    out, to = io.StringIO(), console()
+    to.file, to.width = out, width
+    show_metrics(metrics, title, to)
     return [line.rstrip() for line in out.getvalue().splitlines()]
 
 
@@ -58,12 +58,35 @@ def test_without_groups_there_is_no_column_for_them() -> None:
     assert [line.split() for line in _printed(_metrics(10, 0.75), "validation")[1:3]] == [["rows", "AUC"], ["10", "0.7500"]]
 
 
-def test_a_task_that_a_group_has_no_rows_of_is_left_out_of_its_rows() -> None:
-    part = _metrics(6, 0.5)
-    del part["tasks"]["conversion"]
-    lines = _printed({**_metrics(10, 0.75), "by": {"tab": {"0": part}}}, "x")
-    after = lines[next(place for place, line in enumerate(lines) if "conversion" in line) :]
-    assert not any("tab = 0" in line for line in after)
+def test_a_group_without_observed_rows_of_a_task_has_a_row_of_dashes() -> None:
+    none = {"tasks": {"click": {"rows": 0, "auc": None}, "conversion": {"rows": 0, "auc_given": None, "rows_given": 0}}}
+    lines = [line.split() for line in _printed({**_metrics(10, 0.75), "by": {"tab": {"0": none}}}, "x")]
+    assert next(line for line in lines if line[:3] == ["tab", "=", "0"]) == ["tab", "=", "0", "0", "-"]
+    assert ["tab", "=", "0", "0", "(given)", "-"] in lines
+
+
+def test_long_groups_are_folded_and_numbers_are_whole() -> None:
+    by = {f"a_long_name_of_a_segment_of_the_users_{letter}": _metrics(123_456, 0.5) for letter in "ab"}
+    lines = _printed({**_metrics(246_912, 0.75), "by": {"segment": by}}, "x", width=40)
+    text = "".join(line.split()[0] for line in lines if "_" in line)
+    assert all(name in text for name in by)
+    assert sum("123,456  0.5000" in line for line in lines) >= 2
+
+
+def test_group_names_are_printed_as_they_are() -> None:
+    by = {name: _metrics(1, 0.5) for name in ("[b]", "[/a]", "end\\", "a:x:b", ":100:")}
+    text = "\n".join(_printed({**_metrics(10, 0.75), "by": {"tab": by}}, "x"))
+    assert all(f"tab = {name} " in text for name in by)
+
+
+@pytest.mark.parametrize("variable", [("FORCE_COLOR", "1"), ("TTY_COMPATIBLE", "1"), ("COLUMNS", "")])
+def test_whatever_makes_rich_take_a_pipe_for_a_terminal(
+    variable: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setenv(*variable)
+    console().print("word " * 100)
+    assert len(capsys.readouterr().out.splitlines()) == 1
 
 
 def test_names_with_brackets_are_not_markup(capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,12 +94,12 @@ def test_names_with_brackets_are_not_markup(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == "warning: runs/[bold]x[/] is drifting\n"
 
 
-def test_scoring_says_that_rows_are_counted_before_where(capsys: pytest.CaptureFixture[str]) -> None:
+def test_scoring_says_that_rows_are_those_to_look_through(capsys: pytest.CaptureFixture[str]) -> None:
     facts = {"files": 2, "rows": 1000, "rows_left": 0, "finished": 0, "failed": {"x": "x: [red] is no file"}}
     names = {"run": "runs/[a]", "checkpoint": "step-10", "formula": "p_click"}
     ScoreDisplay().start({**facts, **names, "where": "tab = 1"})
     assert capsys.readouterr().out.splitlines() == [
-        "2 files, 1,000 rows (scored: those with tab = 1); runs/[a], step-10; score = p_click",
+        "2 files, 1,000 rows to look through for those with tab = 1; runs/[a], step-10; score = p_click",
         "not scored: x: [red] is no file",
     ]
     ScoreDisplay().start({**facts, **names, "failed": {}, "where": None})

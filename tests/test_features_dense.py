@@ -1,7 +1,9 @@
 """Numbers scaled as in plain Python, whatever is missing, constant or infinite among them."""
 
 import math
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ from encoders import FAST, NUMBERS, fitted, sliced
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtrec.features import BadRowsError, Dense
+from mtrec.features import BadRowsError, Dense, Encoder
 
 MOST = sys.float_info.max
 
@@ -67,7 +69,7 @@ TYPED = {pa.float16(): 16, pa.float32(): 32, pa.float64(): 64}
 @FAST
 def test_dense_columns_without_fault_are_scaled_as_others_are(column: Any, scale: Any, clip_sd: float | None, lead: int) -> None:
     type_, known, values = column
-    known = [value for value in known if not 1e150 < abs(value) < np.inf]  # or there is no scale
+    known = [value for value in known if not 1e150 < abs(value) < np.inf]  # those are refused
     feature = Dense("x", scale=scale, clip_sd=clip_sd)
     encoding = fitted([feature], {"x": pa.array(known, type_)})._dense[0][1]
     array = pa.array([7.0] * lead + values, type_).slice(lead)
@@ -82,17 +84,34 @@ def test_dense_columns_without_fault_are_scaled_as_others_are(column: Any, scale
     np.testing.assert_array_equal(quick, slow)  # but for the sign of 0, which a bound of 0 may take away
 
 
-@pytest.mark.parametrize("scale", ["standardize", "minmax", "quantile", "none"])
+SCALES = ["standardize", "minmax", "quantile", "none"]
+
+
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("values", [[1e200, 1.0, 2.0], [MOST, -MOST], [MOST, MOST, MOST, 0.0]])
 @pytest.mark.filterwarnings("error")
-def test_values_without_a_spread_are_told_with_what_to_do(scale: Any, values: list[float]) -> None:
-    with pytest.raises(ValueError, match=r"`features\.x\.column` should hold numbers .* Found .* to .* in column 'x': name what"):
-        fitted([Dense("x", scale=scale)], {"x": pa.array(values)})
-    least, most = min(values), max(values)
-    named = fitted([Dense("x", scale=scale, missing_values=[least, most])], {"x": pa.array([*values, 1.0, 2.0, 4.0])})
-    clipped = fitted([Dense("x", scale=scale, clip=(-10.0, 10.0))], {"x": pa.array([*values, 1.0, 2.0, 4.0])})
-    for encoder in (named, clipped):
-        assert np.isfinite(encoder.encode(pa.record_batch({"x": pa.array([2.0, most])})).dense_BF).all()
+def test_values_too_large_are_told_with_what_to_do(scale: Any, values: list[float], tmp_path: Path) -> None:
+    column, least, most = {"x": pa.array(values)}, min(values), max(values)
+    shown = re.escape(f"Found {least!r} to {most!r} in column 'x': name what stands for a missing value in `features.x.missing")
+    with pytest.raises(ValueError, match=rf"`features\.x\.column` should hold numbers .* {shown}"):
+        fitted([Dense("x", scale=scale)], column)
+    for number, options in enumerate(({"missing_values": [least, most]}, {"clip": (-10.0, 10.0)}, {"transform": "log1p"})):
+        encoder = fitted([Dense("x", scale=scale, **options)], column)  # type: ignore[arg-type]
+        encoder.save(tmp_path / str(number))
+        assert np.isfinite(Encoder.load(tmp_path / str(number)).encode(pa.record_batch(column)).dense_BF).all()
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("values", [[1e200, 1e200, 1e200], [0.0, 1e-310]])
+@pytest.mark.filterwarnings("error")
+def test_large_values_that_are_equal_and_the_smallest_have_a_scale(scale: Any, values: list[float], tmp_path: Path) -> None:
+    if scale == "none" and max(values) > 1:
+        with pytest.raises(ValueError, match=r"numbers that a float32 holds \(up to 3\.4e\+38\) with `scale: none`"):
+            fitted([Dense("x", scale=scale)], {"x": pa.array(values)})
+        return
+    encoder = fitted([Dense("x", scale=scale)], {"x": pa.array(values)})
+    encoder.save(tmp_path)
+    assert np.isfinite(encoder.encode(pa.record_batch({"x": pa.array(values)})).dense_BF).all()
 
 
 def test_quantile_scale_is_the_rank() -> None:

@@ -482,3 +482,15 @@ def test_kuairand_in_seven_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     calm = contents(tmp_path / "calm")
     del calm["4.parquet"]
     assert contents(tmp_path / "corrupt") == calm
+
+
+def test_the_rows_to_look_through_are_those_of_row_groups_in_which_the_condition_can_be_true(
+    run: Run, log: Path, tmp_path: Path
+) -> None:
+    told: list[dict[str, Any]] = []
+    asked = Asked(str(run.folder), Source(str(log), "row_id < 50"), str(tmp_path / "out"))
+    manifest = score_files(asked, on_start=told.append)
+    assert manifest["rows"] == 50
+    groups = [pq.ParquetFile(path).metadata.row_group(0).num_rows for path in sorted(log.glob("*.parquet"))]
+    assert told[0]["rows"] == groups[0] < sum(groups)
+    assert told[0]["where"] == "row_id < 50"

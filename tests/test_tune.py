@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from logs import experiment_tree, write_log
 
+from mtrec.checkpoint import CheckpointError
+from mtrec.compare.runs import prepared
 from mtrec.compare.space import Parameter, active
-from mtrec.config import Experiment, load_experiment, parse_experiment, with_absolute_paths
+from mtrec.config import Experiment, apply_overrides, load_experiment, parse_experiment, with_absolute_paths
 from mtrec.run import open_run
 from mtrec.tune.plan import Plan, checked, load_plan
 from mtrec.tune.results import place_of
@@ -91,14 +94,45 @@ def test_mistakes_are_told_before_anything_runs(experiment: Experiment, space: d
 
 
 def test_a_search_needs_validation_rows_a_file_and_trials(experiment: Experiment, tmp_path: Path) -> None:
-    data = experiment.data.model_copy(update={"validation": None})
-    with pytest.raises(ValueError, match=r"the experiment has no `data\.validation`"):
-        checked(experiment.model_copy(update={"data": data}), {"parameters": RATE}, 4)
     with pytest.raises(ValueError, match=r"--space: there is no file"):
         load_plan(experiment, tmp_path / "none.yaml", 4)
     (tmp_path / "space.yaml").write_text(yaml.safe_dump({"parameters": RATE}))
     with pytest.raises(ValueError, match=r"--trials should be at least 1"):
         load_plan(experiment, tmp_path / "space.yaml", 0)
+    data = experiment.data.model_copy(update={"validation": None})
+    with pytest.raises(ValueError, match=r"the experiment has no `data\.validation`"):
+        load_plan(experiment.model_copy(update={"data": data}), tmp_path / "space.yaml", 4)
+
+
+def test_a_mistake_is_told_of_the_file_that_holds_it(experiment: Experiment, tmp_path: Path) -> None:
+    space = tmp_path / "space.yaml"
+    space.write_text(yaml.safe_dump({"parameters": {"model.dropuot": [0.0, 0.1]}}))
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(space))}: `parameters\.model\.dropuot`"):
+        load_plan(experiment, space, 4)
+    space.write_text(yaml.safe_dump({"parameters": RATE}))
+    tree = experiment.model_dump(mode="json")
+    for change, message in (
+        ("training.best_metric=click/foo", r"^`training\.best_metric` should"),
+        ("scoring.formula=p_klick", r"^`scoring\.formula` should"),
+        (f"data.train.path={tmp_path}/none", r"^`data\.train\.path` should name a file or folder that exists"),
+        (f"data.validation.path={tmp_path}/none", r"^`data\.validation\.path` should name a file or folder that exists"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_plan(parse_experiment(apply_overrides(tree, [change])), space, 4)
+
+
+def test_a_trial_whose_checkpoints_are_damaged_is_told_before_any_trial(experiment: Experiment, tmp_path: Path) -> None:
+    from mtrec.jobs.tune import search_on_ray
+
+    plan = checked(experiment, {"parameters": RATE}, 2)
+    prepared(tmp_path, plan.experiment)
+    place = make_trial(plan, tmp_path, 1, {"optimizer.dense.learning_rate": 0.5})
+    damaged = place / "checkpoints" / "step-00000010"
+    damaged.mkdir(parents=True)
+    (damaged / "manifest.json").write_text('{"files": {"__0_0.distcp": {"bytes": 1, "sha256": ""}}, "format": 1}')
+    with pytest.raises(CheckpointError, match=r"can be trusted: step-00000010: .* once this run's folder is removed"):
+        search_on_ray(plan, tmp_path)
+    assert read_result(tmp_path, 1) is None
 
 
 def test_values_that_are_refused_only_together_are_found(experiment: Experiment) -> None:

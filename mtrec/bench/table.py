@@ -13,7 +13,7 @@ def show(found: Mapping[str, Any], to: Console) -> None:
     """What every stage reached, ratios within rounds, and where a step's time goes."""
     about = found["about"]
     where = about["gpu"] or f"{about['processor']}, {about['cores']} cores"
-    to.print(f"[bold]{where}[/]: medians of {about['rounds']} interleaved rounds (lowest to highest)", soft_wrap=True)
+    say(to, f"medians of {about['rounds']} interleaved rounds (lowest to highest)", word=where, style="bold")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name, justify in (("stage", "left"), ("rows/s", "right"), ("lowest to highest", "right"), ("of its floor", "right")):
         table.add_column(name, justify=justify, no_wrap=name != "stage")  # type: ignore[arg-type]

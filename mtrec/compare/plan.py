@@ -31,7 +31,7 @@ from mtrec.kinds import PositiveFloat, PositiveInt, check_options, explain, near
 from mtrec.model import DensePart, task_specs
 from mtrec.run import check_device, evaluation_columns, open_source
 from mtrec.tasks import Objectives
-from mtrec.yaml_tree import in_file, read_yaml
+from mtrec.yaml_tree import naming, read_yaml
 
 AGAIN = " again"  # the A/A row: the baseline with other seeds
 AGAIN_SEEDS = 1_000  # what is added to the seeds for it
@@ -151,12 +151,12 @@ def load_plan(path: str | Path) -> Plan:
     if not path.is_file():
         raise ValueError(f"There is no comparison file '{path}' (looked in {Path.cwd()}).")
     tree = {"name": path.stem, **read_yaml(path.read_text(encoding="utf-8"), str(path))}
-    with in_file(str(path)):
+    with naming(str(path)):
         comparison, seeds = _comparison(tree)
     base_file = path.parent / comparison.base
     load_experiment(base_file)  # its own mistakes, told in its own terms
     base_tree = {"name": base_file.stem, **read_yaml(base_file.read_text(encoding="utf-8"), str(base_file))}
-    with in_file(str(path)):
+    with naming(str(path)):
         base_tree = _changed(base_tree, comparison.set, "set")
         base = _parsed(base_tree, "set")
         _check_name(comparison.baseline, "baseline", ())
@@ -288,7 +288,7 @@ def _check(plan: Plan) -> None:
             for overrides in search_draws(comparison.search):
                 varied(experiment, active(comparison.search.space, overrides), f"search.space (variant {name})")
     for name, experiment in plan.experiments.items():
-        try:
+        with naming(f"Variant '{name}'" + (" (the base)" if experiment is base else "")):
             check_best_metric(experiment, Objectives(task_specs(experiment)))
             check_place(experiment)
             ranking_formula(experiment)
@@ -296,12 +296,11 @@ def _check(plan: Plan) -> None:
             if experiment.tasks.keys() != base.tasks.keys():
                 raise ValueError(f"`tasks` should be those of the base ({', '.join(base.tasks)}).")
             open_source(experiment, experiment.data.train, "data.train")
-        except ValueError as error:
-            raise ValueError(f"Variant '{name}': {error}") from None
     segment = [comparison.segment] if comparison.segment else []
-    open_source(base, base.data.test, "data.test", [*evaluation_columns(base), *segment])
-    if base.data.validation is not None:
-        open_source(base, base.data.validation, "data.validation", evaluation_columns(base))
+    with naming("The base"):
+        open_source(base, base.data.test, "data.test", [*evaluation_columns(base), *segment])
+        if base.data.validation is not None:
+            open_source(base, base.data.validation, "data.validation", evaluation_columns(base))
 
 
 def varied(experiment: Experiment, overrides: Mapping[str, Any], place: str) -> Experiment:

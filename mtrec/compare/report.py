@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from mtrec.checkpoint import damaged, newest, told
+from mtrec.checkpoint import damaged, find, told
 from mtrec.compare import figures
 from mtrec.compare.balance import balancing_series, is_told, section
 from mtrec.compare.page import Page, badge, stacked
@@ -349,7 +349,8 @@ def run_report(run: Run) -> str:
     page = Page(run.experiment.name)
     last = next((event for event in reversed(events) if event["event"] == "validation"), None)
     ended = next((event for event in reversed(events) if event["event"] == "ended"), None)
-    found, bad = newest(run.checkpoints), damaged(run.checkpoints)
+    bad = damaged(run.checkpoints)
+    found = next((each for each in find(run.checkpoints, verify=False) if each.folder.name not in bad), None)
     state = "training has not ended" if ended is None else f"ended at step {ended['step']:,} ({ended['reason']})"
     page.paragraph(
         f"{run.experiment.model.architecture.kind}, tasks {', '.join(run.experiment.tasks)}; "

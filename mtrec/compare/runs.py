@@ -251,9 +251,9 @@ def train_here(
 ) -> None:
     """Trains a run in this process, from its newest checkpoint; `watch` gets every event once it is in the log.
 
-    Raises CheckpointError where none of its checkpoints can be trusted.
-
     Within `seconds`, if given. Such a budget cannot be continued (the seconds of the lost part are unknown): it begins anew.
+
+    Raises CheckpointError where it is to be continued and none of its checkpoints can be trusted.
     """
     if seconds is not None:
         shutil.rmtree(run.checkpoints)

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from mtrec.compare.verdict import shown
 from mtrec.terminal import say
@@ -47,10 +47,8 @@ def show_results(results: Mapping[str, Any], to: Console) -> None:
     primary, baseline = results["primary"], results["baseline"]
     seeds = len(results["seeds"])
     users = f", {results['test_users']:,} users" if results["test_users"] else ", rows taken as independent (no user column)"
-    to.print(
-        f"[bold]{escape(results['name'])}[/]: against {baseline}; {seeds} seeds, {results['test_rows']:,} test rows{users}",
-        soft_wrap=True,
-    )
+    what = f"against {baseline}; {seeds} seeds, {results['test_rows']:,} test rows{users}"
+    say(to, what, word=results["name"], style="bold")
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("variant", no_wrap=True)
     for task, metric in primary.items():
@@ -59,7 +57,7 @@ def show_results(results: Mapping[str, Any], to: Console) -> None:
         table.add_column(name, justify="right")
     rows = {(row["variant"], row["task"]): row for row in results["differences"] if row["primary"]}
     for name, variant in results["variants"].items():
-        cells = []
+        cells: list[str | Text] = []
         for task, metric in primary.items():
             row = rows.get((name, task))
             if row is None:
@@ -70,7 +68,7 @@ def show_results(results: Mapping[str, Any], to: Console) -> None:
             else:
                 colour = COLOURS.get(row["outcome"], "")
                 text = f"{signed(row['value'])} ± {(row['high'] - row['low']) / 2:.4f}"
-                cells.append(f"[{colour}]{text}[/]" if colour else text)
+                cells.append(Text(text, colour))
         cost = variant["cost"]
         speed = cost["train_rows_per_second"]
         cells += [

@@ -179,7 +179,7 @@ class Moments:
             mean = float(values_n.mean())
             squares = float(np.square(values_n - mean).sum())
         delta, total = mean - self.mean, self.count + count
-        self.squares += squares + delta * delta * self.count * count / total
+        self.squares += squares + (delta * delta * self.count * count / total if self.count else 0.0)
         self.mean += delta * count / total
         self.count = total
         self.low = min(self.low, float(values_n.min()))

@@ -20,6 +20,7 @@ _RANKS = np.linspace(0.0, 1.0, 257)  # of the points between which `scale: quant
 _SAMPLE = 1 << 16
 UNBOUNDED = (-np.inf, np.inf)
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+_SMALLEST = 1e-300  # of a spread by which can be divided
 
 
 class Dense:
@@ -157,17 +158,10 @@ class DenseFit:
     def finish(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(state to encode with, statistics of the values after clip and transform).
 
-        ValueError where the values lie so far apart that their spread is no number.
+        ValueError where the values are so large that they, or their spread, are no numbers as the model takes them.
         """
         feature, moments = self._feature, self._moments
-        for each in moments:
-            if not np.isfinite([each.mean, each.sd, each.high - each.low if each.count else 0.0]).all():
-                place = f"features.{feature.name}"
-                raise ValueError(
-                    f"`{place}.column` should hold numbers that lie less than 1e150 apart. Found {each.low:g} to {each.high:g} "
-                    f"in column '{feature.column}': name what stands for a missing value in `{place}.missing_values`, or give "
-                    f"`{place}.clip`."
-                )
+        self._check_size()
         raw = _known(self._raw)
         mean_W = np.array([each.mean for each in moments])
         low_W = np.array([each.low if each.count else 0.0 for each in moments])
@@ -176,12 +170,13 @@ class DenseFit:
             "width": self._width,
             "indicator": self._missing_rows > 0 if feature.missing_indicator == "auto" else feature.missing_indicator,
             "fill": np.zeros(len(moments)).tolist(),
-            "deciles": np.unique(np.quantile(raw, np.arange(1, 10) / 10)).tolist() if len(raw) else [],
+            # halved: between the largest doubles there are more than a double holds
+            "deciles": np.unique(2 * np.quantile(raw / 2, np.arange(1, 10) / 10)).tolist() if len(raw) else [],
         }
         if feature.scale == "standardize":
             sd_W = np.array([each.sd for each in moments])
             # a constant column must not blow up the rounding of its mean
-            constant = sd_W <= 1e-12 * np.maximum(np.abs(mean_W), 1e-300)
+            constant = sd_W <= np.maximum(1e-12 * np.abs(mean_W), _SMALLEST)
             state |= {
                 "shift": mean_W.tolist(),
                 "factor": np.where(constant, 1.0, 1.0 / np.where(constant, 1.0, sd_W)).tolist(),
@@ -190,7 +185,7 @@ class DenseFit:
             span_W = high_W - low_W
             state |= {
                 "shift": low_W.tolist(),
-                "factor": np.divide(1.0, span_W, out=np.zeros_like(span_W), where=span_W > 0).tolist(),
+                "factor": np.divide(1.0, span_W, out=np.zeros_like(span_W), where=span_W > _SMALLEST).tolist(),
             }
             state["fill"] = ((mean_W - low_W) * np.array(state["factor"])).tolist()
         elif feature.scale == "quantile":
@@ -207,6 +202,23 @@ class DenseFit:
             "max": float(high_W.max()),
         }
         return state, statistics
+
+    def _check_size(self) -> None:
+        place, column = f"features.{self._feature.name}", self._feature.column
+        for each in self._moments:
+            if not each.count:
+                continue
+            largest = max(-each.low, each.high)
+            if self._feature.scale == "none" and largest > _FLOAT32_MAX:
+                wish = f"numbers that a float32 holds (up to {_FLOAT32_MAX:.2g}) with `scale: none`"
+            elif not np.isfinite([each.mean, each.sd, each.high - each.low]).all():
+                wish = "numbers whose squares a double holds (up to some 1e150)"
+            else:
+                continue
+            raise ValueError(
+                f"`{place}.column` should hold {wish}. Found {each.low!r} to {each.high!r} in column '{column}': name what "
+                f"stands for a missing value in `{place}.missing_values`, or give `{place}.clip`."
+            )
 
     def profile(self, encoding: "DenseEncoding") -> FeatureProfile:
         """The training data's profile in the bins of `encoding`, from the sample."""

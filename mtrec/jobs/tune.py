@@ -18,6 +18,7 @@ from ray.tune import Callback
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 from ray.tune.search.optuna import OptunaSearch
 
+from mtrec.checkpoint import to_resume
 from mtrec.compare.space import Parameter
 from mtrec.jobs.train import train_on_ray
 from mtrec.jobs.trials import MAX_FAILURES, enter, remaining, run_trials, slot_on_ray
@@ -28,6 +29,7 @@ from mtrec.tune.trials import (
     WHOLE,
     best_validation,
     drawn,
+    folder_of,
     make_trial,
     read_result,
     train_trial,
@@ -54,10 +56,13 @@ def search_on_ray(
         parallel: trials at a time; None: as many as the cluster's CPUs (or GPUs) allow.
         say: gets a line whenever a trial is over.
 
-    A trial that fails is written down as failed, and the search goes on.
+    A trial that fails is written down as failed, and the search goes on. Raises CheckpointError, before any trial starts, where
+    one is to go on and none of its checkpoints can be trusted.
     """
     known = drawn(folder)
     unfinished = [number for number in known if read_result(folder, number) is None]
+    for number in unfinished:
+        to_resume(folder_of(folder, number) / "checkpoints")
     fresh = [number for number in range(plan.trials + 1) if number not in known]
     numbers = [*unfinished, *fresh]
     if not numbers:

@@ -162,7 +162,7 @@ def score_files(
         {
             "files": len(files),
             "finished": len(finished),
-            "rows": sum(file.data.num_rows for file in files),  # before `where`
+            "rows": sum(file.data.num_rows for file in files),  # of the row groups in which `where` can be true
             "where": asked.source.where,
             "rows_left": sum(piece.rows for piece in left),
             "failed": dict(failed),

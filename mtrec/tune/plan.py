@@ -29,7 +29,7 @@ from mtrec.kinds import NonNegativeInt, PositiveInt, explain, nearest, option_ty
 from mtrec.model import task_specs
 from mtrec.run import check_device, evaluation_columns, open_source
 from mtrec.tasks import Objectives
-from mtrec.yaml_tree import in_file, read_yaml
+from mtrec.yaml_tree import naming, read_yaml
 
 BEST_METRIC = "training.best_metric"
 KEPT = ("seed", "name", "output", "data.validation", "data.test", "evaluation", BEST_METRIC)
@@ -122,22 +122,23 @@ def load_plan(experiment: Experiment, path: str | Path, trials: int) -> Plan:
     if trials < 1:
         raise ValueError(f"--trials should be at least 1. Found {trials}.")
     tree = read_yaml(path.read_text(encoding="utf-8"), str(path))
-    with in_file(str(path)):
+    if experiment.data.validation is None:
+        raise ValueError("A search chooses on validation rows, and the experiment has no `data.validation`.")
+    check_best_metric(experiment, Objectives(task_specs(experiment)))
+    _check_whole(experiment)
+    with naming(str(path)):
         plan = checked(experiment, tree, trials)
     open_source(experiment, experiment.data.train, "data.train")
-    assert experiment.data.validation is not None
     open_source(experiment, experiment.data.validation, "data.validation", evaluation_columns(experiment))
     return plan
 
 
 def checked(experiment: Experiment, tree: Mapping[str, Any], trials: int) -> Plan:
-    """The plan of a space file's tree; the sources are not looked at."""
+    """The plan of a space file's tree, for an experiment that is sound and has validation rows; sources are not looked at."""
     try:
         search = SearchFile.model_validate(tree)
     except pydantic.ValidationError as error:
         raise ValueError(explain(error, "", SearchFile)) from None
-    if experiment.data.validation is None:
-        raise ValueError("A search chooses on validation rows, and the experiment has no `data.validation`.")
     if search.budget is not None and search.budget.seconds is not None:
         raise ValueError("`budget` of a search should be steps or rows: trials are compared at equal shares of their training.")
     plan = plan_of(experiment, search, trials)
@@ -227,6 +228,14 @@ def _kinds_beside(space: Mapping[str, Parameter], path: str, value: Any) -> list
     return found or [{}]
 
 
+def _check_whole(experiment: Experiment) -> None:
+    """Raises ValueError where parts of an experiment that are sound by themselves do not go together."""
+    check_place(experiment)
+    ranking_formula(experiment)
+    check_device(experiment, "cuda" if torch.cuda.is_available() else "cpu")
+    task_specs(experiment)
+
+
 def _refusal(experiment: Experiment, values: Mapping[str, Any], place: str) -> ValueError | None:
     """Why the experiment cannot have these values; None where it can."""
     try:
@@ -234,10 +243,7 @@ def _refusal(experiment: Experiment, values: Mapping[str, Any], place: str) -> V
     except ValueError as error:
         return error
     try:
-        check_place(made)
-        ranking_formula(made)
-        check_device(made, "cuda" if torch.cuda.is_available() else "cpu")
-        task_specs(made)
+        _check_whole(made)
     except ValueError as error:
         return ValueError(f"`{place}`: {error}")
     return None

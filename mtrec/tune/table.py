@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mtrec.terminal import say
 from mtrec.tune.trials import AS_WRITTEN
@@ -34,7 +35,7 @@ def show_results(results: Mapping[str, Any], to: Console) -> None:
             state = "Pareto set"
         name = "as written" if written else str(trial["number"])
         table.add_row(
-            f"[bold]{name}[/]" if trial["number"] == results["best"] else name,
+            Text(name, "bold" if trial["number"] == results["best"] else ""),
             *(f"{trial['objectives'][each['name']]:.5f}" for each in objectives),
             *(short_value(values.get(path)) for path in labels),
             state,

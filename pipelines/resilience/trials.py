@@ -8,7 +8,7 @@ ranks: processes of this machine train two epochs; a random one gets SIGKILL at 
     of a second number (every pair of 1, 2 and 4) go on from the newest valid checkpoint. See tests/trials.py; the tests run six.
     About ten seconds each on 2 cores.
 ray: `mtrec train` on Ray workers; a worker, a node or the command itself dies, hangs, is announced to go, or a node joins. See
-    tests/ray_trials.py; the tests run one. Half a minute to two minutes each.
+    tests/ray_trials.py; the tests run two, in one. Half a minute to two minutes each.
 """
 
 import argparse
@@ -67,9 +67,9 @@ def ray(folder: Path) -> Iterator[str]:
 
     yield "| what happened | workers | at step | from | losses, 20 steps | metrics | bit for bit | the user read | result |"
     yield "|---|---|---|---|---|---|---|---|---|"
-    for number, name in enumerate(TRIALS):
+    for number, (name, trial) in enumerate(TRIALS.items()):
         try:
-            found = conduct(name, folder / f"trial-{number}")
+            found = conduct(trial, folder / f"trial-{number}")
         except (AssertionError, subprocess.TimeoutExpired) as error:  # the command itself failed, or never ended
             print(error, file=sys.stderr)
             yield f"| {name} | | | | | | | | {str(error).strip().splitlines()[-1]} |"

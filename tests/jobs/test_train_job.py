@@ -1,4 +1,4 @@
-"""Training on a real local Ray cluster: the longest of the trials of ray_trials.py, and a driver that is asked to stop."""
+"""Training on a real local Ray cluster: two of the trials of ray_trials.py in one, and a driver that is asked to stop."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from logs import experiment_tree, write_log
-from ray_trials import conduct, events, started, step_of, train_workers, wait_for
+from ray_trials import BOTH_KILLED, conduct, events, started, step_of, train_workers, wait_for
 
 from mtrec.checkpoint import find
 from mtrec.run import Run
@@ -34,7 +34,7 @@ def command(tmp_path: Path) -> list[str]:
 
 
 def test_what_dies_is_replaced_and_nothing_changes(tmp_path: Path) -> None:
-    outcome = conduct("worker killed, then driver killed, command repeated", tmp_path / "trial")
+    outcome = conduct(BOTH_KILLED, tmp_path / "trial")
     assert not outcome.failures, outcome
     assert len(outcome.resumed_steps) == 2
     assert outcome.bit_equal
