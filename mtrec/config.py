@@ -325,12 +325,19 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = (), *, absolute
     changed = apply_overrides(tree, overrides)
     try:
         experiment = parse_experiment(changed, default_name=path.stem)
-    except ValueError:
-        with naming(str(path)):  # the file's own mistakes first
-            parse_experiment(tree, default_name=path.stem)
-        with naming(f"{path} with --set"):
+    except ValueError as error:
+        with naming(str(path) if str(error) == _mistakes(tree, path.stem) else f"{path} with --set"):
             raise
     return with_absolute_paths(experiment) if absolute else experiment
+
+
+def _mistakes(tree: Mapping[str, Any], default_name: str) -> str:
+    """What `parse_experiment` says of a tree; "" where that is sound."""
+    try:
+        parse_experiment(tree, default_name)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def with_absolute_paths(experiment: Experiment) -> Experiment:

@@ -315,10 +315,10 @@ def test_a_small_measurement_from_parquet_to_weights(tmp_path: Path) -> None:
         overrides=["model.architecture.expert_layers=[8]"],
         json_file=tmp_path / "found.json",
         page_file=tmp_path / "found.html",
-        precisions=["fp32"],
+        precisions=["bf16"],
     )
     found = json.loads((tmp_path / "found.json").read_text())
-    compute = found["stages"]["compute fp32, 1 worker"]
+    compute = found["stages"]["compute bf16, 1 worker"]
     assert sum(compute["phases"].values()) == pytest.approx(1.0)
     assert compute["rows_per_second"]["median"] > 0
     assert 0 < found["ratios"]["encode / decode"]["median"] < 10

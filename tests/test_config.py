@@ -108,6 +108,9 @@ def test_mistakes_name_the_file_and_what_changed_it(tmp_path: Path) -> None:
         load_experiment(path, ["training.epochs=2"])  # which is innocent
     assert str(caught.value).splitlines()[0] == f"{path}:"
     assert len(str(caught.value).splitlines()) == 3
+    path.write_text(yaml.safe_dump({**BASE, "data": {"batch_size": 64}}))  # a template: --set names the files
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} with --set: `seed` should .* Found 'a'\.$"):
+        load_experiment(path, ["data.train=x", "seed=a"])
 
 
 def test_a_feature_named_twice_is_an_error(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from mtrec.run import Run, open_source
 from mtrec.step import TrainState, build_state, train_step
 from mtrec.train import Progress, make_reader
 
-STEPS = 12
+STEPS = 20
 WITHOUT_CLICKS = 7  # a step in which no row of the global batch is clicked or has a conversion label
 RATE = 0.5
 OVERRIDES = (
@@ -38,13 +38,13 @@ OVERRIDES = (
     "model.dropout=0.1",
     "seed=1",  # the gradients of click and conversion then have a cosine of -0.7
 )
-# what a method must do within a run of 12 steps to be tested at all
+# what a method must do within a run of 20 steps to be tested at all
 OPTIONS = {
     "dwa": ["balancing.window=3"],
     "gradnorm": ["balancing.warmup_steps=4", "balancing.every=1"],
     "dualproj": ["balancing.preference={click: 5}"],
     "stch": ["balancing.warmup_steps=4"],
-    "scheduled": ["balancing.ratio={dwell: 0.5}", "balancing.period=6"],
+    "scheduled": ["balancing.ratio={dwell: 0.5}", "balancing.period=10"],
 }
 OTHERS = {
     "mgda batch_sum": ["balancing.kind=mgda", "balancing.at=batch_sum"],

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from logs import experiment_tree, write_log
+from ray_trials import children
 
 from mtrec.compare.plan import load_plan
 from mtrec.compare.runs import final_specs, matching
@@ -53,23 +54,7 @@ def _wait(condition: object, driver: subprocess.Popen[str]) -> None:
 
 def _trial_of(driver: int) -> int | None:
     """The process of the trial that a driver's Ray runs; Ray names its workers for what they do."""
-    parents, found = {}, []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                command = (entry / "cmdline").read_text()
-                if command.startswith(("ray::ImplicitFunc", "ray::_trial")):
-                    found.append(int(entry.name))
-            except (FileNotFoundError, ProcessLookupError):
-                continue  # ended meanwhile
-    for process in found:
-        above = process
-        while above in parents and above != driver:
-            above = parents[above]
-        if above == driver:
-            return process
-    return None
+    return next((pid for pid, name in children(driver).items() if name.startswith(("ray::ImplicitFunc", "ray::_trial"))), None)
 
 
 def test_a_killed_trial_is_restarted_and_a_killed_driver_resumed(comparison: Path, tmp_path: Path) -> None:

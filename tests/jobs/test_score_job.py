@@ -81,7 +81,7 @@ def test_actors_that_always_die_end_the_job(run: Run, tmp_path: Path, monkeypatc
     monkeypatch.setattr(mtrec.jobs.score, "_Actor", Dying)
     monkeypatch.setattr(mtrec.jobs.score, "MAX_DEATHS", 1)
     with pytest.raises(RuntimeError, match=r"2 scoring processes died, .* take fewer --workers"):
-        score_files(asked(run, tmp_path / "out"), score_on_ray(1))
+        score_files(asked(run, tmp_path / "out"), score_on_ray(2), workers=2)
 
 
 def test_what_an_actor_refuses_is_the_error_itself(run: Run, tmp_path: Path) -> None:
