@@ -269,20 +269,37 @@ def test_passes_to_inputs_or_to_parameters_alone(several: bool, library: bool, m
 
 
 @pytest.mark.parametrize(
-    ("processor", "setting", "through_onednn"),
-    [("AuthenticAMD", None, True), ("GenuineIntel", None, False), ("GenuineIntel", "1", True), ("AuthenticAMD", "0", False)],
+    ("processor", "flags", "setting", "through_onednn"),
+    [
+        ("AuthenticAMD", "avx2 avx512f", None, True),
+        ("AuthenticAMD", "avx2", None, False),
+        ("GenuineIntel", "avx2 avx512f", None, False),
+        ("GenuineIntel", "avx2", None, False),
+        ("GenuineIntel", "avx2 avx512f", "1", True),
+        ("AuthenticAMD", "avx2", "1", True),
+        ("AuthenticAMD", "avx2 avx512f", "0", False),
+    ],
 )
 @needs_onednn
-def test_the_processor_decides_unless_the_environment_does(processor: str, setting: str | None, through_onednn: bool) -> None:
-    code = (
-        "import torch, pathlib; real = pathlib.Path.read_text\n"
-        f"cpu = lambda path, *a, **k: 'vendor_id : {processor}' if str(path) == '/proc/cpuinfo' else real(path, *a, **k)\n"
-        "torch.backends.mkl.is_available = lambda: True; pathlib.Path.read_text = cpu\n"
-        "from mtrec.architectures import products; print(products._FP32)"
+def test_the_processor_decides_unless_the_environment_does(
+    processor: str, flags: str, setting: str | None, through_onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = f"processor : 0\nvendor_id : {processor}\nflags : fpu {flags}\n"
+    monkeypatch.setattr(products.Path, "read_text", lambda path: cpu)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.delenv("MTREC_ONEDNN", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("MTREC_ONEDNN", setting)
+    assert products._prefers_onednn() is through_onednn
+
+
+@needs_onednn
+@pytest.mark.parametrize(("setting", "through_onednn"), [("0", False), ("1", True)])
+def test_the_environment_is_asked_when_the_module_is_imported(setting: str, through_onednn: bool) -> None:
+    code = "from mtrec.architectures import products; print(products._FP32)"
+    said = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "MTREC_ONEDNN": setting}, check=True, capture_output=True, text=True
     )
-    environment = {name: value for name, value in os.environ.items() if name != "MTREC_ONEDNN"}
-    environment |= {} if setting is None else {"MTREC_ONEDNN": setting}
-    said = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
     assert said.stdout.strip() == str(through_onednn)
 
 

@@ -1,11 +1,12 @@
 """Matrix products of linear maps; in fp32 on a CPU through whichever of MKL and oneDNN knows it better. Of maps that read the
 same inputs: `fan_out`.
 
-torch calls MKL, which uses AVX-512 on Intel's processors only; oneDNN does on all that have it. On an AMD EPYC oneDNN makes 218
-GFLOP/s a core, MKL 97; on an Intel Xeon (Cascade Lake) MKL is the faster one, by up to 2.2 times for gradients of weights, 1.3
-times over a whole step. Both are fp32 with sums in another order. oneDNN's operator is the one that torch's own compiler
-(Inductor) emits; a torch without it takes its own products, and so do other devices and other types. MTREC_ONEDNN=0 in the
-environment switches it off, MTREC_ONEDNN=1 takes it on Intel's processors, too.
+torch calls MKL, which uses AVX-512 on Intel's processors only; oneDNN does on all that have it. On an AMD EPYC with AVX-512
+oneDNN makes 218 GFLOP/s a core, MKL 97. On an Intel Xeon (Cascade Lake) MKL is the faster one, by up to 2.2 times for gradients
+of weights, 1.3 times over a whole step; on an AMD EPYC without AVX-512 (Zen 3), too, by 1.15 to 1.2 times over a step's
+products. Both are fp32 with sums in another order. oneDNN's operator is the one that torch's own compiler (Inductor) emits; a
+torch without it takes its own products, and so do other devices and other types. MTREC_ONEDNN=0 in the environment switches it
+off, MTREC_ONEDNN=1 takes it everywhere.
 
 Letters in shapes: B rows, N maps, I inputs, O outputs of a map.
 """
@@ -36,20 +37,31 @@ def _processor() -> list[str]:
     return path.read_text().splitlines() if path.is_file() else []
 
 
+def _instructions() -> set[str]:
+    """The sets of instructions that Linux names; none where it names none."""
+    found = next((line for line in _processor() if line.startswith(("flags", "Features"))), "")  # x86 and Arm
+    return set(found.split())
+
+
 def _mkl_is_at_home() -> bool:
-    """Whether torch's own fp32 products are MKL's on an Intel processor."""
-    return torch.backends.mkl.is_available() and any("GenuineIntel" in line for line in _processor())
+    """Whether torch's own fp32 products are MKL's, on a processor whose widest registers it uses."""
+    intel = any("GenuineIntel" in line for line in _processor())
+    return torch.backends.mkl.is_available() and (intel or "avx512f" not in _instructions())
 
 
 def emulates_bf16() -> bool:
     """Whether this CPU has no instructions for bf16 products: they then take longer than those in fp32."""
-    lines = _processor()
-    found = next((line for line in lines if line.startswith(("flags", "Features"))), None)  # x86 and Arm
-    return found is not None and not {"avx512_bf16", "amx_bf16", "bf16"} & set(found.split())
+    found = _instructions()
+    return bool(found) and not {"avx512_bf16", "amx_bf16", "bf16"} & found
+
+
+def _prefers_onednn() -> bool:
+    """Whether products in fp32 are oneDNN's, not torch's own."""
+    return _onednn() is not None and (os.environ.get("MTREC_ONEDNN") == "1" or not _mkl_is_at_home())
 
 
 _LINEAR = _onednn()
-_FP32 = _LINEAR is not None and (os.environ.get("MTREC_ONEDNN") == "1" or not _mkl_is_at_home())  # oneDNN's, or torch's own
+_FP32 = _prefers_onednn()
 _BF16 = _LINEAR is not None and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # not on every CPU that oneDNN runs on
 _backward_to: ContextVar[str] = ContextVar("backward_to", default="all")
 _LEAST_SIZE, _LEAST_PRODUCTS = 8, 1 << 18  # below them MKL's call is the shorter one, or oneDNN has no fast kernel
