@@ -68,6 +68,7 @@ def set_environment() -> None:
     warnings.filterwarnings("ignore", module="ray")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # in place of 2: how late an end or a death is noticed
     os.environ.setdefault("MALLOC_ARENA_MAX", ONE_ARENA)
 
 
