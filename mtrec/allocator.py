@@ -14,9 +14,9 @@ def keep_freed_memory() -> bool:
     """Lets glibc keep blocks of up to 64 MiB, and 256 MiB at the end of its heap, when they are freed; whether it does now.
 
     By itself it gives large activations back to the kernel at the end of a backward pass, and the next step gets them page
-    by page, each cleared: up to a sixth of a step. Threads that begin later share the main heap while few have one of their
-    own, which would give back whatever lies in 64 MiB that are free. (A Ray worker trains in a thread that is there before:
-    `ONE_ARENA`.)
+    by page, each cleared: up to a sixth of a step. Threads that begin later share the main heap, not one of their own, which
+    would give back whatever lies in 64 MiB that are free; but where threads have had one before this is called, as those that
+    importing torch starts, later ones take these. So it is called first, or `ONE_ARENA` is in the environment.
     Nothing is changed on other C libraries, nor where the environment already tunes glibc (a variable MALLOC_..._,
     GLIBC_TUNABLES): MALLOC_TRIM_THRESHOLD_=131072 switches this off.
     """

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from mtrec.allocator import keep_freed_memory
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -26,6 +28,7 @@ def main() -> None:
     """Runs the command; a user's mistake, or a file that cannot be read or written, ends it with one message and exit code 1,
     without a stack trace.
     """
+    keep_freed_memory()  # before libraries start threads
     _warn_in_plain_words()
     try:
         app(standalone_mode=True)
