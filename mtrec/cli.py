@@ -1,5 +1,6 @@
 """The command `mtrec`: thin. Every command imports what it needs when it runs, so that `--help` answers at once."""
 
+import gc
 import json
 import logging
 import sys
@@ -51,6 +52,7 @@ def _warn_in_plain_words() -> None:
 
 
 def _end(code: str | int | None) -> None:
+    gc.freeze()  # or Python looks through all that torch and torchrec hold once more, for a second and more
     if "mtrec.jobs.connection" in sys.modules and isinstance(code, int):
         from mtrec.jobs.connection import leave
 

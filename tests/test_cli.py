@@ -1,5 +1,6 @@
 """The command: names that others rely on, how fast it answers, and one whole round from log to evaluation."""
 
+import gc
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from logs import experiment_tree, write_log
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from mtrec.cli import app
+from mtrec.cli import app, main
 from mtrec.display import show_run
 from mtrec.yaml_tree import read_yaml
 
@@ -106,6 +107,19 @@ def test_inspect_leaves_out_the_known_ids_of_a_table_that_counts_none(capsys: py
     lines = capsys.readouterr().out.splitlines()
     assert next(line for line in lines if line.startswith("tag")).split()[1:4] == ["100", "-", "57"]
     assert next(line for line in lines if line.startswith("user")).split()[1:4] == ["100", "98", "57"]
+
+
+def test_what_is_left_at_the_end_is_not_collected_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["mtrec", "--version"])
+    monkeypatch.setattr("mtrec.cli._warn_in_plain_words", lambda: None)  # it changes the logging of the tests after this one
+    before = gc.get_freeze_count()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code in (0, None)
+        assert gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()
 
 
 ROOT = Path(__file__).parents[1]
