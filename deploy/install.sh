@@ -132,8 +132,9 @@ make_environment() {
     echo "$device" >.venv/installed-for
 }
 
+# Without pip's compiling, module after module, which takes as long as all else: see compile_packages.
 pip_install() {
-    .venv/bin/python -m pip install --progress-bar off --disable-pip-version-check \
+    .venv/bin/python -m pip install --no-compile --progress-bar off --disable-pip-version-check \
         -c "deploy/constraints-$device.txt" "$@" >>.venv/pip.log 2>&1
 }
 
@@ -175,6 +176,14 @@ install_packages() {
     fi
 }
 
+# On all cores. With --dev a module is compiled when it is first imported: who tests may write into .venv. Who runs mtrec in
+# an environment that is not his (a container image, a machine that others share) may not, and would wait at every start.
+compile_packages() {
+    echo "install.sh: compiling the packages on all cores"
+    # It fails at what is no Python of this version (a test of torch's is for 3.12), which nobody imports.
+    .venv/bin/python -m compileall -qq -j 0 .venv/lib/python*/site-packages || true
+}
+
 check_installation() {
     .venv/bin/python -c 'from mtrec.versions import check_versions; check_versions(driver_needed=False)' ||
         fail "the packages do not match one another. Remove .venv and run this again."
@@ -194,6 +203,7 @@ main() {
     check_machine
     make_environment
     install_packages
+    [ -n "$dev" ] || compile_packages
     check_installation
     [ -z "$dev" ] || fingerprint >".venv/installed-$device-dev"
     fingerprint >".venv/installed-$device"
