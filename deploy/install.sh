@@ -176,8 +176,8 @@ install_packages() {
     fi
 }
 
-# On all cores. With --dev a module is compiled when it is first imported: who tests may write into .venv. Who runs mtrec in
-# an environment that is not his (a container image, a machine that others share) may not, and would wait at every start.
+# On all cores. Left to the first import, it would be done at every start by who may not write into .venv (a container image, a
+# machine that others share) or does not (PYTHONDONTWRITEBYTECODE).
 compile_packages() {
     echo "install.sh: compiling the packages on all cores"
     # It fails at what is no Python of this version (a test of torch's is for 3.12), which nobody imports.
@@ -203,7 +203,7 @@ main() {
     check_machine
     make_environment
     install_packages
-    [ -n "$dev" ] || compile_packages
+    compile_packages
     check_installation
     [ -z "$dev" ] || fingerprint >".venv/installed-$device-dev"
     fingerprint >".venv/installed-$device"
