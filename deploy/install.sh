@@ -181,7 +181,7 @@ install_packages() {
 compile_packages() {
     echo "install.sh: compiling the packages on all cores"
     # It fails at what is no Python of this version (a test of torch's is for 3.12), which nobody imports.
-    .venv/bin/python -m compileall -qq -j 0 .venv/lib/python*/site-packages || true
+    .venv/bin/python -m compileall -qq -j 0 mtrec .venv/lib/python*/site-packages || true
 }
 
 check_installation() {
