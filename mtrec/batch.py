@@ -21,6 +21,7 @@ from mtrec.features import BadRowsError, EncodedRows, Encoder, FeatureCounts, jo
 from mtrec.features.arrays import floats, is_number, nulls, plain
 from mtrec.features.encoded import put
 from mtrec.kinds import nearest
+from mtrec.row_order import Order
 
 
 @dataclass
@@ -189,26 +190,26 @@ def make_examples(
     encoder: Encoder,
     labels: Mapping[str, Label],
     sample_weight: str | None,
-    order: npt.NDArray[np.int64] | None = None,
+    orders: Sequence[Order],
     counts: FeatureCounts | None = None,
-) -> Examples:
-    """The rows of a record batch, encoded; `order` (None: as they are) says which and in which order.
+) -> list[Examples]:
+    """For each of `orders` these rows of a record batch, in this order, encoded.
 
     Args:
         labels: {task: Label}; empty for scoring.
         sample_weight: column with a finite weight a row, not negative; null counts as 1.
-        counts: nulls and unseen values are added to it.
+        counts: nulls and unseen values of all rows are added to it.
 
-    Raises ValueError and BadRowsError as `Encoder.encode` and `label_values` do.
+    Raises ValueError and BadRowsError as `Encoder.encode` and `label_values` do, for any row of the batch.
     """
-    rows = encoder.encode_rows(record_batch, order, counts)
+    parts = encoder.encode_rows(record_batch, orders, counts)
     weight_B = None if sample_weight is None else _sample_weight(record_batch, sample_weight)
-    labels_TB = np.empty((len(labels), rows.num_rows), np.float32)
-    for label_B, label in zip(labels_TB, labels.values(), strict=True):
-        put(label_B, label_values(record_batch, label), order)
-    if weight_B is not None and order is not None:
-        weight_B = weight_B.take(order)
-    return Examples(rows, tuple(labels), labels_TB, weight_B)
+    labels_TB = [np.empty((len(labels), rows.num_rows), np.float32) for rows in parts]
+    for task, label in enumerate(labels.values()):
+        put((label_TB[task] for label_TB in labels_TB), label_values(record_batch, label), orders)
+    weights = [None if weight_B is None else weight_B[order] for order in orders]
+    tasks = tuple(labels)
+    return [Examples(*part) for part in zip(parts, [tasks] * len(parts), labels_TB, weights, strict=True)]
 
 
 def join_examples(
@@ -264,7 +265,7 @@ def make_batch(
     counts: FeatureCounts | None = None,
 ) -> Batch:
     """The batch, on the CPU, of all rows of a record batch: `make_examples`, then `join_examples`."""
-    examples = make_examples(record_batch, encoder, labels, sample_weight, counts=counts)
+    (examples,) = make_examples(record_batch, encoder, labels, sample_weight, [slice(0, record_batch.num_rows)], counts)
     return join_examples([(examples, 0, examples.num_rows)], encoder, stream_rows)
 
 

@@ -16,7 +16,8 @@ from mtrec.config import Data
 from mtrec.dataset import Dataset
 from mtrec.features import BadRowsError, Encoder, Feature
 from mtrec.kinds import counted
-from mtrec.reader import Piece, Reader
+from mtrec.reader import Piece, Reader, rows_in
+from mtrec.row_order import Order
 
 LOOK_ROWS = 65_536
 
@@ -166,11 +167,14 @@ def feed(
     Raises ValueError naming file, row group, row and column for a row that cannot be used.
     """
 
-    def prepare(rows: pa.RecordBatch, order: NDArray[np.int64] | None) -> Examples | None:
+    def prepare(rows: pa.RecordBatch, orders: Sequence[Order]) -> Sequence[Examples | None]:
         try:
-            return make_examples(rows, encoder, labels, sample_weight, order)
+            return make_examples(rows, encoder, labels, sample_weight, orders)
         except BadRowsError:
-            return None  # raised again, or skipped, with the cut that the row belongs to
+            if len(orders) == 1:
+                return [None]  # raised again, or skipped, with the cut that the row belongs to
+        windows = [rows_in(rows, order) for order in orders]  # most have no such row
+        return [each for window in windows for each in prepare(window, [slice(0, window.num_rows)])]
 
     def batch_of(piece: Piece) -> Fed:
         examples, before = [], 0
@@ -184,7 +188,8 @@ def feed(
                 examples.append((made, 0, made.num_rows))
             before += len(piece.parts[number].rows)
         if not examples:
-            examples = [(make_examples(piece.record_batch, encoder, labels, sample_weight), 0, 0)]
+            (nothing,) = make_examples(piece.record_batch, encoder, labels, sample_weight, [slice(0, 0)])
+            examples = [(nothing, 0, 0)]
         batch = join_examples(examples, encoder, piece.stream_rows)
         if not keep_rows:
             piece = dataclasses.replace(piece, cuts=None)
@@ -197,7 +202,7 @@ def feed(
             rows = piece.cuts[number].rows
             assert rows is not None
             try:
-                return piece, make_examples(rows, encoder, labels, sample_weight)
+                return piece, make_examples(rows, encoder, labels, sample_weight, [slice(0, rows.num_rows)])[0]
             except BadRowsError as error:
                 path, row_group, row = reader.locate(piece, before + int(error.rows[0]))
                 place = f"'{path}', row group {row_group}, row {row}"

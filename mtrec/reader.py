@@ -9,11 +9,11 @@ within them, are the same for every number of ranks; every row comes once an epo
     rows are permuted inside their window, the permutation drawn from (seed, epoch, stream, window)
     the line is cut into pieces of `batch_size / V` rows
 
-Large row groups are cut into equal windows, small ones are put together. Four windows of a large row group are decoded at
-once, and prepared one after the other: a rank holds up to four for each of its streams (and one more for each that is
-being read ahead), and four decoded ones, never a large row group. A stream that begins inside a row group decodes the rows
-before its own and drops them: many row groups of at most some 100,000 rows read faster than a few large ones. Rows that
-`where` drops leave their place empty: positions count rows before `where`, so that they are known without reading.
+Large row groups are cut into equal windows, small ones are put together. Four windows of a large row group are decoded and
+prepared at once: a rank holds four for each of its streams (and four more for each that is being read ahead), and four
+decoded ones, never a large row group. A stream that begins inside a row group decodes the rows before its own and drops
+them: many row groups of at most some 100,000 rows read faster than a few large ones. Rows that `where` drops leave their
+place empty: positions count rows before `where`, so that they are known without reading.
 """
 
 from collections import deque
@@ -28,12 +28,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mtrec.dataset import Dataset
-from mtrec.row_order import BY_ROW, Span, Window, permutation, plan_streams, plan_windows, window_rows
+from mtrec.row_order import BY_ROW, Order, Span, Window, permutation, plan_streams, plan_windows, window_rows
 
 T = TypeVar("T")
-Prepare = Callable[[pa.RecordBatch, np.ndarray | None], Any]
+Prepare = Callable[[pa.RecordBatch, Sequence[Order]], Sequence[Any]]
 
-WINDOWS_DECODED = 4  # of a large row group at once: less decoding a row, while caches are warm, than with a call for each
+WINDOWS_DECODED = 4  # of a large row group at once, and prepared: what a call and a column cost is shared by their rows
 
 class Part(NamedTuple):
     """Some rows of a window: the window's spans, and for each row its number among the window's rows before `where`."""
@@ -98,8 +98,8 @@ class Reader:
     Every rank gets the same number of pieces, `num_batches - start_batch`; the pieces may differ in rows, down to none.
     Reading goes on in background threads (pyarrow and numpy only) up to `prefetch` pieces ahead; they end with the
     iteration, also when it is left early. What goes wrong there is raised at the piece it belongs to, or where what was
-    decoded with it begins. Memory: for each owned stream up to five windows of `shuffle_window` rows (as they are, or as
-    `prepare` made them, or both), four being decoded for each thread, and `prefetch` pieces.
+    decoded with it begins. Memory: for each owned stream four windows of `shuffle_window` rows, and for a while eight (as
+    they are, or as `prepare` made them, or both), four being decoded for each thread, and `prefetch` pieces.
 
     Args:
         dataset: what to read.
@@ -182,10 +182,10 @@ class Reader:
 
         Args:
             transform: of pieces; may run in several threads at once where `num_threads` is above 1.
-            prepare: called once for each window, in a background thread, with its rows in the order of the files and the order
-                in which they are to be read (None: as they are). What it makes of a whole window at once costs less than what
-                `transform` makes of the small cuts that a piece consists of. It returns anything with these rows in that
-                order, or None: then the cuts hold the rows.
+            prepare: called in a background thread with the rows of all windows that were decoded together, in the order of
+                the files, and for each window which of them are to be read, in which order. What it makes of so many rows at
+                once costs less than what `transform` makes of the small cuts that a piece consists of. It returns for each
+                window anything with these rows in that order, or None: then the cuts hold the rows.
             keep_rows: the cuts hold the rows beside what `prepare` returned.
         """
         schema = pa.schema([self.dataset.schema.field(name) for name in self.columns])
@@ -284,37 +284,71 @@ class _Decoder:
     def load(self, number: int) -> _Loaded:
         """Window `number`; they are asked for in order. Those decoded with it are made at once, so that the rows can go."""
         if not self.made:
-            self.made.append(self._make(number))
-            while number + 1 < len(self.windows) and self._holds(self.windows[number + 1]):
-                number += 1
-                self.made.append(self._make(number))
+            number = self._make_from(number)
+            while self._holds(number):
+                number = self._make_from(number)
         return self.made.popleft()
 
-    def _holds(self, window: Window) -> bool:
+    def _holds(self, number: int) -> bool:
         """Whether all rows of a window are among those decoded last."""
-        if self.chunk is None or len(window) > 1 or window[0].row_group != self.row_group:
+        if self.chunk is None or number == len(self.windows):
             return False
-        return self.at <= window[0].start and window[0].stop <= self.at + self.chunk[0].num_rows
+        first, *more = self.windows[number]
+        if more or first.row_group != self.row_group:
+            return False
+        return self.at <= first.start and first.stop <= self.at + self.chunk[0].num_rows
 
-    def _make(self, number: int) -> _Loaded:
-        """Decoded, `where` applied, permuted, prepared."""
+    def _make_from(self, number: int) -> int:
+        """Makes window `number`, and those after it that were decoded with it; returns the number of the next one."""
         window = self.windows[number]
-        parts = [part for span in window for part in self._decode(span)]
+        parts, stop = [part for span in window for part in self._decode(span)], number + 1
+        if len(parts) == 1:
+            while self._holds(stop):
+                stop += 1
+            if stop > number + 1:
+                parts = list(self._decode(Span(window[0].row_group, window[0].start, self.windows[stop - 1][0].stop)))
+        self.made += self._make(list(enumerate(self.windows[number:stop], number)), parts)
+        return stop
+
+    def _make(
+        self, windows: Sequence[tuple[int, Window]], parts: Sequence[tuple[pa.RecordBatch, pa.BooleanArray | None]]
+    ) -> list[_Loaded]:
+        """Numbered windows whose rows are `parts`: `where` applied, permuted, prepared together."""
+        rows_of = [self._permuted(number, window) for number, window in windows]
+        begins = np.cumsum([0, *map(len, rows_of)])  # among the rows of the parts
         batch = parts[0][0] if len(parts) == 1 else pa.concat_batches([part[0] for part in parts])
-        rows = np.arange(batch.num_rows) if self.key is None else permutation(batch.num_rows, *self.key, number)
-        order = None if self.key is None else rows
-        kept_before = None
+        kept_before: list[np.ndarray | None] = [None] * len(windows)
+        places = None
         if any(mask is not None for _, mask in parts):
             kept = np.concatenate([_as_numpy(mask, part.num_rows) for part, mask in parts])
-            batch = batch.filter(pa.array(kept))
-            kept_before = np.concatenate([[0], np.cumsum(kept[rows])])
-            rows = rows[kept[rows]]
-            order = None if self.key is None else (np.cumsum(kept) - 1)[rows]
-        prepared = None if self.prepare is None else self.prepare(batch, order)
-        held: pa.RecordBatch | None = None
-        if prepared is None or self.keep_rows:
-            held = batch if order is None else pc.take(batch, pa.array(order.astype(np.int32)), boundscheck=False)
-        return _Loaded(window, prepared, held, rows.astype(np.int32), kept_before)
+            batch, places = batch.filter(pa.array(kept)), np.concatenate([[0], np.cumsum(kept)])
+            for index, rows in enumerate(rows_of):
+                kept_rows = kept[begins[index] + rows]
+                kept_before[index] = np.concatenate([[0], np.cumsum(kept_rows)])
+                rows_of[index] = rows[kept_rows]
+        orders: list[Order] = []
+        for rows, begin, end in zip(rows_of, begins, begins[1:], strict=False):
+            if self.key is None:
+                first, last = (begin, end) if places is None else (places[begin], places[end])
+                orders.append(slice(int(first), int(last)))
+            else:
+                orders.append(begin + rows if places is None else places[begin + rows])
+        prepared = [None] * len(windows) if self.prepare is None else self.prepare(batch, orders)
+        return [
+            _Loaded(
+                window,
+                ready,
+                rows_in(batch, order) if ready is None or self.keep_rows else None,
+                rows.astype(np.int32),
+                before,
+            )
+            for (_, window), ready, order, rows, before in zip(windows, prepared, orders, rows_of, kept_before, strict=True)
+        ]
+
+    def _permuted(self, number: int, window: Window) -> np.ndarray:
+        """Its rows before `where`, in the order in which they are to be read."""
+        num_rows = sum(span.stop - span.start for span in window)
+        return np.arange(num_rows) if self.key is None else permutation(num_rows, *self.key, number)
 
     def _decode(self, span: Span) -> Iterator[tuple[pa.RecordBatch, pa.BooleanArray | None]]:
         if self.chunks is None or span.row_group != self.row_group or span.start < self.at:
@@ -338,6 +372,13 @@ class _Decoder:
                 self.close()  # pyarrow would hold what it decoded last
             if span.stop == end:
                 return
+
+
+def rows_in(batch: pa.RecordBatch, order: Order) -> pa.RecordBatch:
+    """These rows of a record batch, in this order."""
+    if isinstance(order, slice):
+        return batch.slice(order.start, order.stop - order.start)
+    return pc.take(batch, pa.array(order.astype(np.int32)), boundscheck=False)
 
 
 def _as_numpy(mask: pa.BooleanArray | None, num_rows: int) -> np.ndarray:

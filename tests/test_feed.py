@@ -159,8 +159,8 @@ def test_parts_whose_keys_hold_one_value_in_one_and_lists_in_another_are_joined(
         schema=pa.schema([("a", pa.int64()), ("b", pa.list_(pa.int64()))]),
         embedding_dim=4,
     )
-    lists = encoder.encode_rows(pa.record_batch({"a": [1, 2], "b": [[3, 4], []]}))
-    nothing = encoder.encode_rows(pa.record_batch({"a": [5], "b": pa.nulls(1)}))
+    (lists,) = encoder.encode_rows(pa.record_batch({"a": [1, 2], "b": [[3, 4], []]}), [slice(0, 2)])
+    (nothing,) = encoder.encode_rows(pa.record_batch({"a": [5], "b": pa.nulls(1)}), [np.array([0])])
     joined = join([(lists, 0, 2), (nothing, 0, 1), (lists, 1, 2)])
     assert joined.values.tolist() == [3, 4, 7, 4, 5, 6, 0]
     assert joined.lengths_KB.tolist() == [[1, 1, 1, 1], [2, 0, 1, 0]]

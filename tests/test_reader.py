@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mtrec.dataset import Dataset, Source, open_dataset
 from mtrec.files import ChangedFile
-from mtrec.reader import Piece, Reader, Row
+from mtrec.reader import Piece, Reader, Row, rows_in
 from mtrec.row_order import permutation, plan_streams, plan_windows
 
 COLUMNS = ["row", "text", "tags", "number"]
@@ -344,8 +344,9 @@ def test_no_batch_has_to_load_the_next_windows_of_all_streams(tmp_path: Path) ->
     dataset = write_files(tmp_path, [[32] * 4, [32] * 4])
     done: list[str] = []
 
-    def prepare(batch: pa.RecordBatch, order: np.ndarray | None) -> None:
-        done.append("window")
+    def prepare(batch: pa.RecordBatch, orders: list[np.ndarray]) -> list[str]:
+        done.extend(["window"] * len(orders))
+        return ["something"] * len(orders)
 
     reader = Reader(dataset, COLUMNS, batch_size=16, num_streams=4, shuffle_window=32, prefetch=1)
     for _ in reader.map(lambda piece: done.append("piece"), prepare):
@@ -356,21 +357,60 @@ def test_no_batch_has_to_load_the_next_windows_of_all_streams(tmp_path: Path) ->
     assert loads[1:] == [1, 0, 1, 0, 1, 0, 1, *[0] * 9]  # then at one, three, five and seven eighths of them
 
 
-def test_windows_of_a_large_row_group_are_decoded_four_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_of_a_large_row_group_are_decoded_and_prepared_four_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dataset = write_files(tmp_path, [[100]])
     done: list[object] = []
     original = Dataset.chunks
 
     def noted(self: Dataset, row_group: object, columns: object, chunk_rows: int) -> object:
         for batch, mask in original(self, row_group, columns, chunk_rows):
-            done.append(batch.num_rows)
+            done.append(("decoded", batch.num_rows))
             yield batch, mask
+
+    def prepare(batch: pa.RecordBatch, orders: list[np.ndarray]) -> list[str]:
+        for window, order in enumerate(orders):
+            assert sorted(order.tolist()) == list(range(window * 10, window * 10 + 10))
+        done.append(("prepared", batch.num_rows))
+        return ["something"] * len(orders)
 
     monkeypatch.setattr(Dataset, "chunks", noted)
     reader = Reader(dataset, COLUMNS, batch_size=5, num_streams=1, shuffle_window=10, prefetch=1)
-    for _ in reader.map(lambda piece: None, lambda rows, order: done.append("window")):
+    for _ in reader.map(lambda piece: None, prepare):
         pass
-    assert done == [40, *["window"] * 4, 40, *["window"] * 4, 20, *["window"] * 2]
+    assert done == [(what, number) for number in (40, 40, 20) for what in ("decoded", "prepared")]
+
+
+@pytest.mark.parametrize("condition", [None, "row >= 1152921504606847046 and number is not null"])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_what_is_prepared_of_several_windows_is_cut_into_the_same_rows(
+    tmp_path: Path, condition: str | None, shuffle: bool
+) -> None:
+    write_files(tmp_path, [[100, 7, 3], [45, 64], [9] * 6])
+    dataset = open_dataset(Source(str(tmp_path), where=condition), COLUMNS, place="data.train")
+    asked: list[int] = []
+
+    def prepare(batch: pa.RecordBatch, orders: list[np.ndarray | slice]) -> list[pa.RecordBatch | None]:
+        asked.append(len(orders))
+        windows = [rows_in(batch, order) for order in orders]
+        return [None if 2**60 + 77 in window["row"].to_pylist() else window for window in windows]  # 77 cannot be used
+
+    def prepared_rows(piece: Piece) -> list[tuple[list[int], bool]]:
+        found = []
+        for cut in piece.cuts or ():
+            rows_of = cut.rows if cut.prepared is None else cut.prepared.slice(cut.start, cut.stop - cut.start)
+            found.append(([row - 2**60 for row in rows_of["row"].to_pylist()], cut.prepared is not None))
+        return found
+
+    options = {"batch_size": 12, "num_streams": 2, "shuffle_window": 10, "shuffle": shuffle, "start_batch": 3}
+    expected = [rows(piece) for piece in Reader(dataset, COLUMNS, **options)]
+    found = list(Reader(dataset, COLUMNS, **options).map(prepared_rows, prepare))
+    assert [[row for each, _ in cuts for row in each] for cuts in found] == expected
+    declined = {row for cuts in found for each, ready in cuts if not ready for row in each}
+    assert 77 in declined
+    assert len(declined) <= 10
+    assert max(asked) == 4
 
 
 def test_a_file_replaced_during_the_epoch_is_named(tmp_path: Path) -> None:

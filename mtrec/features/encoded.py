@@ -1,4 +1,4 @@
-"""Encoded rows: as many as were encoded at once (a window of the reader), and a batch cut from several of them.
+"""Encoded rows (a window of the reader, say), and a batch cut from several of them.
 
 Shapes: B rows, F dense columns, K sparse keys, S those of them with one value a row.
 """
@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from mtrec.row_order import Order
 
 Int64s = npt.NDArray[np.int64]
 Integers = npt.NDArray[Any]  # int32 where all rows of all tables fit: half of what a window takes
@@ -106,59 +108,68 @@ Part = tuple[EncodedRows, int, int]
 
 
 def encoded_ids(
-    keys: Iterable[Ids],
-    num_keys: int,
-    num_rows: int,
-    order: Int64s | None,
-    *,
-    weighted: bool,
-    dtype: npt.DTypeLike = np.int64,
-) -> EncodedIds:
-    """The keys of one group together, rows as `dtype`; `order` (None: all, as they are) says which, and in which order.
+    keys: Iterable[Ids], num_keys: int, orders: Sequence[Order], *, weighted: bool, dtype: npt.DTypeLike = np.int64
+) -> list[EncodedIds]:
+    """For each of `orders` these rows of the keys of one group together, as `dtype`.
 
     Each key is put in order before the next is asked for: what it is made from is then still in the cache.
     """
-    count = num_rows if order is None else len(order)
-    rows_KB = np.empty((num_keys, count), dtype)
-    weights_KB = np.empty((num_keys, count), np.float32) if weighted else None
+    rows_KB = [np.empty((num_keys, num_rows(order)), dtype) for order in orders]
+    weights_KB = [np.empty(each.shape, np.float32) if weighted else None for each in rows_KB]
     single: list[bool] = []
-    bags: list[_Bags] = []
+    bags: list[list[_Bags]] = [[] for _ in orders]
+    num_single = 0
     for ids in keys:
-        place = len(single) - len(bags)  # among the single ones
         single.append(ids.lengths_B is None)
-        if ids.lengths_B is not None:
-            bags.append(_bags(ids, order, dtype))
-            continue
-        put(rows_KB[place], ids.values, order)
-        if weights_KB is not None:
-            assert ids.weights is not None
-            put(weights_KB[place], ids.weights, order)
-    num_single = len(single) - len(bags)
-    return EncodedIds(
-        tuple(single), rows_KB[:num_single], None if weights_KB is None else weights_KB[:num_single], tuple(bags)
-    )
+        if ids.lengths_B is None:
+            _put(rows_KB, num_single, ids.values, orders)
+            if ids.weights is not None:
+                _put(weights_KB, num_single, ids.weights, orders)
+            num_single += 1
+        else:
+            values, offsets = ids.values.astype(dtype, copy=False), _offsets(ids.lengths_B)
+            for ordered, order in zip(bags, orders, strict=True):
+                ordered.append(_bags(values, ids.weights, offsets, ids.lengths_B, order))
+    kinds = tuple(single)
+    return [
+        EncodedIds(kinds, rows[:num_single], None if weights is None else weights[:num_single], tuple(each))
+        for rows, weights, each in zip(rows_KB, weights_KB, bags, strict=True)
+    ]
 
 
-def put(out: npt.NDArray[Any], values: npt.NDArray[Any], order: Int64s | None) -> None:
-    """Writes the values to `out`, in this order (None: as they are)."""
-    if order is None:
-        out[:] = values
-    else:
-        values.astype(out.dtype, copy=False).take(order, out=out, mode="wrap")  # the default mode goes through a buffer
+def num_rows(order: Order) -> int:
+    """How many rows there are in it."""
+    return order.stop - order.start if isinstance(order, slice) else len(order)
 
 
-def _bags(ids: Ids, order: Int64s | None, dtype: npt.DTypeLike) -> _Bags:
-    assert ids.lengths_B is not None
-    values, offsets = ids.values.astype(dtype, copy=False), _offsets(ids.lengths_B)
-    if order is None:
-        return _Bags(values, ids.weights, offsets, ids.lengths_B.astype(np.int32))
-    lengths_B = ids.lengths_B.take(order)
+def put(outs: Iterable[npt.NDArray[Any]], values: npt.NDArray[Any], orders: Sequence[Order]) -> None:
+    """Writes to each of `outs` the values of these rows, in this order."""
+    narrow: npt.NDArray[Any] | None = None
+    for out, order in zip(outs, orders, strict=True):
+        if isinstance(order, slice):
+            out[:] = values[order]
+        else:
+            if narrow is None:
+                narrow = values.astype(out.dtype, copy=False)
+            narrow.take(order, out=out, mode="wrap")  # the default mode goes through a buffer
+
+
+def _put(outs_KB: Iterable[npt.NDArray[Any] | None], key: int, values: npt.NDArray[Any], orders: Sequence[Order]) -> None:
+    put((out_KB[key] for out_KB in outs_KB if out_KB is not None), values, orders)
+
+
+def _bags(values: Integers, weights: Floats | None, offsets: Int64s, lengths_B: Int64s, order: Order) -> _Bags:
+    if isinstance(order, slice):
+        first, end = offsets[order.start], offsets[order.stop]
+        kept = None if weights is None else weights[first:end]
+        return _Bags(values[first:end], kept, offsets[order.start : order.stop + 1] - first, lengths_B[order].astype(np.int32))
+    lengths_B = lengths_B.take(order)
     ordered = _offsets(lengths_B)
     # the k-th value kept is the (first of its row + k - first of its row among those kept)-th
     places = np.repeat(offsets.take(order) - ordered[:-1], lengths_B)
     places += np.arange(len(places))
-    weights = None if ids.weights is None else ids.weights.take(places, mode="wrap")
-    return _Bags(values.take(places, mode="wrap"), weights, ordered, lengths_B.astype(np.int32))
+    kept = None if weights is None else weights.take(places, mode="wrap")
+    return _Bags(values.take(places, mode="wrap"), kept, ordered, lengths_B.astype(np.int32))
 
 
 def _offsets(lengths_B: Int64s) -> Int64s:
@@ -177,13 +188,13 @@ def join(parts: Sequence[Part]) -> Encoded:
     [6, 7, 5]
     """
     values, lengths_KB, _ = _joined([(rows.ids, start, stop) for rows, start, stop in parts])
-    kinds = zip(*(rows.ids.single for rows, _, _ in parts), strict=True)
     weighted_values, weighted_lengths_KB, weights = _joined([(rows.weighted, start, stop) for rows, start, stop in parts])
+    kinds = {rows.ids.single for rows, _, _ in parts}
     return Encoded(
         dense_BF=np.concatenate([rows.dense_BF[start:stop] for rows, start, stop in parts]),
         values=values,
         lengths_KB=lengths_KB,
-        single=tuple(all(each) for each in kinds),
+        single=kinds.pop() if len(kinds) == 1 else tuple(all(each) for each in zip(*kinds, strict=True)),
         weighted_values=weighted_values,
         weighted_lengths_KB=weighted_lengths_KB,
         weights=weights,
@@ -194,8 +205,9 @@ def _joined(parts: Sequence[tuple[EncodedIds, int, int]]) -> tuple[Int64s, npt.N
     """(values, lengths_KB, weights) of one group of keys."""
     if len({ids.single for ids, _, _ in parts}) > 1:
         parts = [(ids.all_as_bags(), start, stop) for ids, start, stop in parts]
-    single = parts[0][0].single
-    num_rows = sum(stop - start for _, start, stop in parts)
+    single, num_rows = parts[0][0].single, sum(stop - start for _, start, stop in parts)
+    if not single:
+        return np.empty(0, np.int64), np.empty((0, num_rows), np.int32), np.empty(0, np.float32)
     cut = [[_cut(ids.bags[bag], start, stop) for ids, start, stop in parts] for bag in range(len(parts[0][0].bags))]
     of_bags = [sum(len(values) for values, _, _ in each) for each in cut]
     total = sum(single) * num_rows + sum(of_bags)

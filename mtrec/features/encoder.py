@@ -24,6 +24,7 @@ from mtrec.features.profile import FeatureCounts, FeatureProfile
 from mtrec.features.tables import Feature, Table, check_schema
 from mtrec.features.vocabulary import FIRST_ROW, NULL_ROW, UNSEEN_ROW, Vocabulary, hash_array, row_type
 from mtrec.kinds import check_options, nearest, option_types, resolve
+from mtrec.row_order import Order
 
 _VERSION = 1
 _FILE = "encoder.json"
@@ -159,32 +160,32 @@ class Encoder:
         Raises ValueError naming the feature where a column is missing or of another type than in the fit, BadRowsError
         where single rows are broken (weights that do not match the values, a vector of another width).
         """
-        rows = self.encode_rows(batch, counts=counts)
+        (rows,) = self.encode_rows(batch, [slice(0, batch.num_rows)], counts)
         return join([(rows, 0, rows.num_rows)])
 
     def encode_rows(
-        self, batch: pa.RecordBatch, order: npt.NDArray[np.int64] | None = None, counts: FeatureCounts | None = None
-    ) -> EncodedRows:
-        """The rows of a batch such that batches can be cut from them (`join`); `order` says which, and in which order.
+        self, batch: pa.RecordBatch, orders: Sequence[Order], counts: FeatureCounts | None = None
+    ) -> list[EncodedRows]:
+        """For each of `orders` these rows of a batch, in this order, such that batches can be cut from them (`join`).
 
-        Raises as `encode` does; `counts` counts all rows.
+        Several windows of the reader at once cost less than one after the other. Raises as `encode` does; `counts` counts
+        all rows of the batch.
         """
-        num_rows, places = batch.num_rows, self._places_in(batch.schema)
-        dense_FB = np.empty((self.num_dense, num_rows), np.float32)  # a column after the other: each is written in one go
+        places = self._places_in(batch.schema)
+        dense_FB = _columns(self.num_dense, batch.num_rows)
         for feature, encoding, columns in self._dense:
             missing = encoding.encode(self._column(batch, feature, 0, places), dense_FB[columns].T)
             if counts is not None:
-                counts.add(self._index[feature.name], rows=num_rows, nulls=missing, values=num_rows, unseen=0)
+                rows = batch.num_rows
+                counts.add(self._index[feature.name], rows=rows, nulls=missing, values=rows, unseen=0)
 
-        def ids(keys: Sequence[str], weighted: bool) -> EncodedIds:
+        def ids(keys: Sequence[str], weighted: bool) -> list[EncodedIds]:
             encoded = (self._encode_ids(name, batch, counts, places) for name in keys)
-            return encoded_ids(encoded, len(keys), num_rows, order, weighted=weighted, dtype=self._rows_dtype)
+            return encoded_ids(encoded, len(keys), orders, weighted=weighted, dtype=self._rows_dtype)
 
-        return EncodedRows(
-            _row_by_row(dense_FB) if order is None else _row_by_row(dense_FB).take(order, axis=0),
-            ids(self.sparse_keys, weighted=False),
-            ids(self.weighted_keys, weighted=True),
-        )
+        dense_BF = np.ascontiguousarray(dense_FB.T)
+        groups = zip(orders, ids(self.sparse_keys, weighted=False), ids(self.weighted_keys, weighted=True), strict=True)
+        return [EncodedRows(_ordered(dense_BF, order), unweighted, weighted) for order, unweighted, weighted in groups]
 
     def profile(self, batches: Iterable[pa.RecordBatch]) -> dict[str, FeatureProfile]:
         """{feature: profile of its values in these batches}, in the bins of the fit; compare with `psi`."""
@@ -332,12 +333,18 @@ class Encoder:
         return counts_P
 
 
-def _row_by_row(dense_FB: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """dense_BF; a thousand rows at a time stay in the cache, which column after column of all rows would not."""
-    dense_BF = np.empty(dense_FB.shape[::-1], np.float32)
-    for start in range(0, len(dense_BF), 1024):
-        dense_BF[start : start + 1024] = dense_FB[:, start : start + 1024].T
-    return dense_BF
+def _columns(num_columns: int, num_rows: int) -> npt.NDArray[np.float32]:
+    """(F, B), a column after the other, to be written each in one go.
+
+    They lie such that a row's values, which are collected later, are in cache lines of different sets: columns of a multiple
+    of 4 KiB would meet in the same one, which holds eight.
+    """
+    pages = -(-num_rows // 1024)
+    return np.empty((num_columns, pages * 1024 + 80), np.float32)[:, :num_rows]
+
+
+def _ordered(dense_BF: npt.NDArray[np.float32], order: Order) -> npt.NDArray[np.float32]:
+    return dense_BF[order] if isinstance(order, slice) else dense_BF.take(order, axis=0)
 
 
 def _file(table: str) -> str:
