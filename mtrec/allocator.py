@@ -1,11 +1,15 @@
-"""What the C library does with memory that is freed: kept for the next step, not given back to the kernel."""
+"""What becomes of memory that is freed: kept for the next step, not given back to the kernel."""
 
 import ctypes
 import os
 import platform
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
-ONE_ARENA = "1"  # MALLOC_ARENA_MAX of Ray's workers: they train in a thread, whose own arena gives freed memory back each step
+KEPT = {
+    "MALLOC_ARENA_MAX": "1",  # Ray's workers train in a thread, whose own arena would give freed memory back each step
+    "MIMALLOC_PURGE_DELAY": "60000",  # milliseconds; Arrow's allocator gives back what was not used for 10
+}
+"""Environment of processes that are to keep freed memory from their start."""
 LARGEST_KEPT = 64 << 20
 KEPT_AT_THE_END = 256 << 20
 
@@ -16,10 +20,14 @@ def keep_freed_memory() -> bool:
     By itself it gives large activations back to the kernel at the end of a backward pass, and the next step gets them page
     by page, each cleared: up to a sixth of a step. Threads that begin later share the main heap, not one of their own, which
     would give back whatever lies in 64 MiB that are free; but where threads have had one before this is called, as those that
-    importing torch starts, later ones take these. So it is called first, or `ONE_ARENA` is in the environment.
+    importing torch starts, later ones take these. So it is called first, or `KEPT` is in the environment.
     Nothing is changed on other C libraries, nor where the environment already tunes glibc (a variable MALLOC_..._,
     GLIBC_TUNABLES): MALLOC_TRIM_THRESHOLD_=131072 switches this off.
+
+    Arrow has an allocator of its own, which gives decoded row groups back before the next one is decoded; where pyarrow is
+    imported after this, it keeps them for a minute. MIMALLOC_PURGE_DELAY=10 switches that off.
     """
+    os.environ.setdefault("MIMALLOC_PURGE_DELAY", KEPT["MIMALLOC_PURGE_DELAY"])
     tuned = any(name.startswith("MALLOC_") and name.endswith("_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ
     if tuned or platform.libc_ver()[0] != "glibc":
         return False

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import yaml
 
-from mtrec.allocator import ONE_ARENA
+from mtrec.allocator import KEPT
 from mtrec.architectures.products import emulates_bf16
 from mtrec.bench.environment import PEERS, interpreter, make_environment, versions_of_peers, workload
 from mtrec.bench.floor import floor_rows_per_second
@@ -220,8 +220,9 @@ def launch(each: Measurement, run: Path, asked: Asked) -> dict[str, Any]:
         "launched": time.time(),
     }
     command = [sys.executable, "-m", RAY_STAGES.get(each.stage, "mtrec.bench.stages")]
-    # as the commands and Ray's workers have it, which say so before torch is imported; bare loops and peers as they come
-    own = {} if each.stage in ("peer", "yardstick") else {"MALLOC_ARENA_MAX": ONE_ARENA}
+    # as the commands and Ray's workers have it, before anything is imported; bare loops and peers as they come (Arrow's part
+    # they inherit)
+    own = {} if each.stage in ("peer", "yardstick") else KEPT
     if each.stage == "peer":
         spec = workload(open_run(run), asked.warmup, asked.steps, asked.rows)
         command = [str(interpreter(asked.environment)), "-m", f"peers.{PEERS[each.name]}"]

@@ -13,7 +13,7 @@ import warnings
 from concurrent.futures import Future
 from typing import NoReturn
 
-from mtrec.allocator import ONE_ARENA
+from mtrec.allocator import KEPT
 
 _beside: "Future[None] | None" = None
 
@@ -69,7 +69,8 @@ def set_environment() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # in place of 2: how late an end or a death is noticed
-    os.environ.setdefault("MALLOC_ARENA_MAX", ONE_ARENA)
+    for name, value in KEPT.items():
+        os.environ.setdefault(name, value)
 
 
 def _connect() -> None:

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mtrec.allocator import ONE_ARENA
+from mtrec.allocator import KEPT
 from mtrec.check import check_experiment
 from mtrec.compare.plan import load_plan
 from mtrec.config import Experiment, load_experiment
@@ -31,8 +31,8 @@ from mtrec.tasks import Objectives
 from mtrec.yaml_tree import read_yaml
 
 FIRST_STEP = ("python", "-m", "mtrec.jobs.preflight")
-# Width of the tables in the log; seconds for the last checkpoint between Ray's SIGTERM and its SIGKILL (3 by default); glibc.
-JOB_VARIABLES = {"COLUMNS": "130", "RAY_JOB_STOP_WAIT_TIME_S": "120", "MALLOC_ARENA_MAX": ONE_ARENA}
+# Width of the tables in the log; seconds for the last checkpoint between Ray's SIGTERM and its SIGKILL (3 by default); memory.
+JOB_VARIABLES = {"COLUMNS": "130", "RAY_JOB_STOP_WAIT_TIME_S": "120", **KEPT}
 
 
 @dataclasses.dataclass(frozen=True)
