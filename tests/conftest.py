@@ -50,6 +50,14 @@ def pytest_configure(config: pytest.Config) -> None:
         )
 
 
+@pytest.fixture(autouse=True)
+def no_ray_beside_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray that a command starts beside its imports would live on in the process of the tests, and a command that ends while
+    it is starting ends the process at once.
+    """
+    monkeypatch.setattr("mtrec.jobs.connection.connect_beside", lambda: None)
+
+
 @pytest.fixture(params=["as torch does", "as one product"])
 def own_products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Products as small as the tests' are torch's; with the second, first layers that read the same are one product of ours."""
