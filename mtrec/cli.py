@@ -108,17 +108,19 @@ def train(
     from mtrec.events import TrainingFailed
     from mtrec.launch import Stopped, launch
     from mtrec.stopping import EXIT_CODE
+    from mtrec.yaml_tree import naming_keys
 
     try:
-        launch(
-            loaded,
-            output=output,
-            workers=workers,
-            resume=resume,
-            warm_start=warm_start,
-            local=local,
-            json_file=json_,
-        )
+        with naming_keys(f"{experiment} with --set" if set_ else str(experiment)):
+            launch(
+                loaded,
+                output=output,
+                workers=workers,
+                resume=resume,
+                warm_start=warm_start,
+                local=local,
+                json_file=json_,
+            )
     except Stopped as stopped:
         typer.secho(str(stopped), fg=typer.colors.YELLOW, err=True)
         raise typer.Exit(EXIT_CODE) from None
@@ -139,8 +141,11 @@ def check(
     from mtrec.check import check_experiment
     from mtrec.config import load_experiment
     from mtrec.display import show_check
+    from mtrec.yaml_tree import naming_keys
 
-    report = check_experiment(load_experiment(experiment, set_ or ()), sample_rows)
+    loaded = load_experiment(experiment, set_ or ())
+    with naming_keys(f"{experiment} with --set" if set_ else str(experiment)):
+        report = check_experiment(loaded, sample_rows)
     show_check(report)
 
 
@@ -228,9 +233,11 @@ def tune(
     """Search for better values of an experiment's keys (Optuna, ASHA); writes best.yaml and tune.html."""
     from mtrec.config import load_experiment
     from mtrec.launch_tune import launch_search
+    from mtrec.yaml_tree import naming_keys
 
     made = load_experiment(experiment, set_ or ())
-    launch_search(made, space, trials, workers=workers, parallel=parallel, resume=resume, output=output)
+    with naming_keys(f"{experiment} with --set" if set_ else str(experiment)):
+        launch_search(made, space, trials, workers=workers, parallel=parallel, resume=resume, output=output)
 
 
 @app.command()

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import yaml
@@ -78,6 +78,22 @@ def naming(place: str) -> Iterator[None]:
         text = str(error)
         separator = "\n" if "\n" in text else " "
         raise ValueError(f"{place}:{separator}{text}") from error
+
+
+@contextmanager
+def naming_keys(place: str) -> Iterator[None]:
+    """Around what an experiment is used for: those of its ValueErrors that begin with a key of it begin with the place, too.
+
+    >>> with naming_keys("x.yaml"):
+    ...     raise ValueError("`data.train` should have a column 'click'. Found none in 'a.parquet'.")
+    Traceback (most recent call last):
+    ValueError: x.yaml: `data.train` should have a column 'click'. Found none in 'a.parquet'.
+    """
+    try:
+        yield
+    except ValueError as error:
+        with naming(place) if str(error).startswith("`") else nullcontext():
+            raise
 
 
 def expand(value: Any, place: str) -> Any:

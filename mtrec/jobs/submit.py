@@ -28,7 +28,7 @@ from mtrec.kinds import counted
 from mtrec.model import task_specs
 from mtrec.run import open_run
 from mtrec.tasks import Objectives
-from mtrec.yaml_tree import read_yaml
+from mtrec.yaml_tree import naming_keys, read_yaml
 
 FIRST_STEP = ("python", "-m", "mtrec.jobs.preflight")
 # Width of the tables in the log; seconds for the last checkpoint between Ray's SIGTERM and its SIGKILL (3 by default); memory.
@@ -88,8 +88,9 @@ def train_job(values: Mapping[str, Any], write: Callable[[Mapping[str, Any]], Se
             "data. Set data.num_streams higher."
         )
     sources = packing.absolute_sources(experiment)
-    pinned, facts, unread = packing.pin(experiment)
-    facts += _checked(pinned, list(unread))
+    with naming_keys(f"{values['experiment']} with --set" if values["set_"] else str(values["experiment"])):
+        pinned, facts, unread = packing.pin(experiment)
+        facts += _checked(pinned, list(unread))
     tree = packing.tree_of(pinned) | {"output": str(output)}
     core = {key: value for key, value in sources.items() if key not in packing.CHANGEABLE}
     inside = {**_absolute(values), "experiment": output / SUBMITTED_YAML, "output": output, "resume": True, "set_": None}
