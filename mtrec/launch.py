@@ -107,7 +107,7 @@ def _open_or_prepare(
             raise ValueError(f"--output {folder} holds a run already. Add --resume to continue it, or choose another folder.")
         check_mirror(experiment, folder)
         if resume:
-            display.say(f"--resume: there is no run in {folder} yet; a new one begins")
+            display.say(f"there is no run in {folder} yet; a new one begins")
         with display.preparing():
             return prepare(experiment, folder, open_run(warm_start) if warm_start else None)
     run = open_run(folder)

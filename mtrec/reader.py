@@ -10,10 +10,10 @@ within them, are the same for every number of ranks; every row comes once an epo
     the line is cut into pieces of `batch_size / V` rows
 
 Large row groups are cut into equal windows, small ones are put together. Four windows of a large row group are decoded and
-prepared at once: a rank holds four for each of its streams (and four more for each that is being read ahead), and four
-decoded ones, never a large row group. A stream that begins inside a row group decodes the rows before its own and drops
-them: many row groups of at most some 100,000 rows read faster than a few large ones. Rows that `where` drops leave their
-place empty: positions count rows before `where`, so that they are known without reading.
+prepared at once, and let go one by one: a rank holds up to four for each of its streams (and one more for each that is
+being read ahead), and four decoded ones, never a large row group. A stream that begins inside a row group decodes the rows
+before its own and drops them: many row groups of at most some 100,000 rows read faster than a few large ones. Rows that
+`where` drops leave their place empty: positions count rows before `where`, so that they are known without reading.
 """
 
 from collections import deque
@@ -98,8 +98,8 @@ class Reader:
     Every rank gets the same number of pieces, `num_batches - start_batch`; the pieces may differ in rows, down to none.
     Reading goes on in background threads (pyarrow and numpy only) up to `prefetch` pieces ahead; they end with the
     iteration, also when it is left early. What goes wrong there is raised at the piece it belongs to, or where what was
-    decoded with it begins. Memory: for each owned stream four windows of `shuffle_window` rows, and for a while eight (as
-    they are, or as `prepare` made them, or both), four being decoded for each thread, and `prefetch` pieces.
+    decoded with it begins. Memory: for each owned stream up to five windows of `shuffle_window` rows (as they are, or as
+    `prepare` made them, or both), four being decoded for each thread, and `prefetch` pieces.
 
     Args:
         dataset: what to read.

@@ -104,7 +104,7 @@ def test_a_resume_without_any_checkpoint_begins_at_the_start(mtrec: Command, sou
 def test_a_resume_of_no_run_says_that_a_new_one_begins(mtrec: Command, sound: Path, tmp_path: Path) -> None:
     code, out, _ = mtrec("train", sound / "small.yaml", "--local", "--resume", "--output", tmp_path / "new")
     assert code == 0
-    assert f"--resume: there is no run in {tmp_path / 'new'} yet; a new one begins" in out
+    assert f"there is no run in {tmp_path / 'new'} yet; a new one begins" in out
 
 
 def test_scoring_says_what_is_wrong_with_the_only_checkpoints(mtrec: Command, sound: Path, run: Path) -> None:

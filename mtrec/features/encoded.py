@@ -123,7 +123,8 @@ def encoded_ids(
         single.append(ids.lengths_B is None)
         if ids.lengths_B is None:
             _put(rows_KB, num_single, ids.values, orders)
-            if ids.weights is not None:
+            if weighted:
+                assert ids.weights is not None
                 _put(weights_KB, num_single, ids.weights, orders)
             num_single += 1
         else:
