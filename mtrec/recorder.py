@@ -5,9 +5,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from mtrec.atomic import write_atomically
 from mtrec.events import Event, Step, Validation
@@ -17,8 +15,11 @@ class Recorder:
     """Writes the events of rank 0 to `log.jsonl` and TensorBoard; the newest validation also to `metrics.json`."""
 
     def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # half a second, on rank 0 only
+
         self._folder = folder
         self._log = (folder / "log.jsonl").open("a", encoding="utf-8")
+        self._board = SummaryWriter(folder / "tensorboard")
 
     def __call__(self, event: Event) -> None:
         line = {"event": type(event).__name__.lower(), "time": time.time(), **dataclasses.asdict(event)}
@@ -34,18 +35,11 @@ class Recorder:
         for name, value in _scalars(event):
             self._board.add_scalar(name, value, event.step)
 
-    @cached_property
-    def _board(self) -> Any:
-        from torch.utils.tensorboard import SummaryWriter  # a quarter of a second, in which the first step is done instead
-
-        return SummaryWriter(self._folder / "tensorboard")
-
     def close(self) -> None:
         """Closes the log and the board; what was written stays."""
         with suppress(OSError):  # of a full disk: it was raised when the line was written
             self._log.close()
-        if "_board" in self.__dict__:
-            self._board.close()
+        self._board.close()
 
 
 def _scalars(event: Event) -> Iterator[tuple[str, float]]:
