@@ -19,7 +19,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mtrec.features import BadRowsError, EncodedRows, Encoder, FeatureCounts, join
 from mtrec.features.arrays import floats, is_number, nulls, plain
-from mtrec.features.encoded import put
+from mtrec.features.encoded import put, taken
 from mtrec.kinds import nearest
 from mtrec.row_order import Order
 
@@ -207,7 +207,7 @@ def make_examples(
     labels_TB = [np.empty((len(labels), rows.num_rows), np.float32) for rows in parts]
     for task, label in enumerate(labels.values()):
         put((label_TB[task] for label_TB in labels_TB), label_values(record_batch, label), orders)
-    weights = [None if weight_B is None else weight_B[order] for order in orders]
+    weights = [None if weight_B is None else taken(weight_B, order) for order in orders]
     tasks = tuple(labels)
     return [Examples(*part) for part in zip(parts, [tasks] * len(parts), labels_TB, weights, strict=True)]
 

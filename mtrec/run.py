@@ -41,7 +41,7 @@ from mtrec.metrics import group_keys
 from mtrec.mirror import Mirror
 from mtrec.model import task_specs
 from mtrec.tasks import Objectives, TaskSpec
-from mtrec.yaml_tree import read_yaml
+from mtrec.yaml_tree import naming, read_yaml
 
 SMALL_ROWS = 1_000_000  # below, `auto` means batches of 512 and tables of 8 columns
 FIT_ROWS = 65_536
@@ -62,8 +62,10 @@ class Run:
         for folder in [str(self.folder / "code"), *self.info.get("module_folders", [])]:
             if folder not in sys.path:  # so that `kind: my_module:MyClass` is found by workers, and when the run is scored
                 sys.path.append(folder)
-        text = (self.folder / "experiment.yaml").read_text(encoding="utf-8")
-        return parse_experiment(read_yaml(text, str(self.folder / "experiment.yaml")))
+        path = self.folder / "experiment.yaml"
+        tree = read_yaml(path.read_text(encoding="utf-8"), str(path))
+        with naming(str(path)):
+            return parse_experiment(tree)
 
     @functools.cached_property
     def info(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from encoders import every_kind, fitted
 
-from mtrec.features import FIRST_ROW, NULL_ROW, UNSEEN_ROW, Bucketized, Categorical, Dense, Encoder, psi
+from mtrec.features import FIRST_ROW, NULL_ROW, UNSEEN_ROW, Bucketized, Categorical, Dense, EncodedRows, Encoder, join, psi
 
 
 def test_a_column_of_another_type_is_refused_when_encoding() -> None:
@@ -100,3 +100,28 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
     (tmp_path / "encoder" / "encoder.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match=r"should have version 1. Found 99"):
         Encoder.load(tmp_path / "encoder")
+
+
+def arrays_of(rows: EncodedRows) -> list[np.ndarray]:
+    found = [rows.dense_BF]
+    for ids in (rows.ids, rows.weighted):
+        found += [ids.rows_SB, *([] if ids.weights_SB is None else [ids.weights_SB])]
+        for bags in ids.bags:
+            found += [bags.values, bags.offsets, bags.lengths_B, *([] if bags.weights is None else [bags.weights])]
+    return found
+
+
+def test_parts_of_a_batch_are_as_if_each_was_encoded_alone_and_hold_no_other_rows() -> None:
+    features, batch = every_kind()
+    encoder = Encoder.fit(features, [batch], schema=batch.schema, embedding_dim=4)
+    order = np.random.default_rng(0).permutation(200) + 120
+    parts = encoder.encode_rows(batch, [slice(0, 120), order, slice(320, 500)])
+    alone = [batch.slice(0, 120), batch.take(pa.array(order)), batch.slice(320)]
+    for part, rows in zip(parts, alone, strict=True):
+        found, expected = join([(part, 0, part.num_rows)]), encoder.encode(rows)
+        assert found.single == expected.single
+        for name in ("dense_BF", "values", "lengths_KB", "weighted_values", "weighted_lengths_KB", "weights"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
+        for array in arrays_of(part):
+            held = array if array.base is None else array.base
+            assert held.size <= max(array.size, 600), array.shape  # 500 rows of one column, as those of a group without bags

@@ -222,18 +222,18 @@ def launch(each: Measurement, run: Path, asked: Asked) -> dict[str, Any]:
     command = [sys.executable, "-m", RAY_STAGES.get(each.stage, "mtrec.bench.stages")]
     # as the commands and Ray's workers have it, before anything is imported; bare loops and peers as they come (Arrow's part
     # they inherit)
-    own = {} if each.stage in ("peer", "yardstick") else KEPT
+    kept, paths = {} if each.stage in ("peer", "yardstick") else KEPT, {}
     if each.stage == "peer":
         spec = workload(open_run(run), asked.warmup, asked.steps, asked.rows)
         command = [str(interpreter(asked.environment)), "-m", f"peers.{PEERS[each.name]}"]
-        own = {"PYTHONPATH": str(Path(__file__).parent)}
+        paths = {"PYTHONPATH": str(Path(__file__).parent)}
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
         processes = []
         for rank in range(each.workers):
-            environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **own}
+            environment = {**kept, **os.environ, "OMP_NUM_THREADS": str(threads), **paths}
             if each.workers > 1 and each.stage != "score":  # a scoring process holds all tables, and knows no others
                 environment |= {
                     "RANK": str(rank),

@@ -6,13 +6,14 @@ Shapes: B rows, F dense columns, K sparse keys, S those of them with one value a
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from mtrec.row_order import Order
 
+T = TypeVar("T", bound=np.generic)
 Int64s = npt.NDArray[np.int64]
 Integers = npt.NDArray[Any]  # int32 where all rows of all tables fit: half of what a window takes
 Floats = npt.NDArray[np.float32]
@@ -143,6 +144,13 @@ def num_rows(order: Order) -> int:
     return order.stop - order.start if isinstance(order, slice) else len(order)
 
 
+def taken(values: npt.NDArray[T], order: Order) -> npt.NDArray[T]:
+    """These rows of an array: itself where they are all as they lie, else a copy, which does not hold the others in memory."""
+    if not isinstance(order, slice):
+        return values.take(order, axis=0)
+    return values if num_rows(order) == len(values) else values[order].copy()
+
+
 def put(outs: Iterable[npt.NDArray[Any]], values: npt.NDArray[Any], orders: Sequence[Order]) -> None:
     """Writes to each of `outs` the values of these rows, in this order."""
     narrow: npt.NDArray[Any] | None = None
@@ -162,8 +170,9 @@ def _put(outs_KB: Iterable[npt.NDArray[Any] | None], key: int, values: npt.NDArr
 def _bags(values: Integers, weights: Floats | None, offsets: Int64s, lengths_B: Int64s, order: Order) -> _Bags:
     if isinstance(order, slice):
         first, end = offsets[order.start], offsets[order.stop]
-        kept = None if weights is None else weights[first:end]
-        return _Bags(values[first:end], kept, offsets[order.start : order.stop + 1] - first, lengths_B[order].astype(np.int32))
+        kept = None if weights is None else taken(weights, slice(first, end))
+        ordered = offsets[order.start : order.stop + 1] - first
+        return _Bags(taken(values, slice(first, end)), kept, ordered, lengths_B[order].astype(np.int32))
     lengths_B = lengths_B.take(order)
     ordered = _offsets(lengths_B)
     # the k-th value kept is the (first of its row + k - first of its row among those kept)-th

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from mtrec.features.arrays import is_plain, plain
 from mtrec.features.categorical import Categorical, CategoricalEncoding
-from mtrec.features.encoded import Encoded, EncodedIds, EncodedRows, Ids, encoded_ids, join
+from mtrec.features.encoded import Encoded, EncodedIds, EncodedRows, Ids, encoded_ids, join, taken
 from mtrec.features.fit import Fitted, fit, rows_of_table
 from mtrec.features.kinds import FEATURES
 from mtrec.features.profile import FeatureCounts, FeatureProfile
@@ -185,7 +185,7 @@ class Encoder:
 
         dense_BF = np.ascontiguousarray(dense_FB.T)
         groups = zip(orders, ids(self.sparse_keys, weighted=False), ids(self.weighted_keys, weighted=True), strict=True)
-        return [EncodedRows(_ordered(dense_BF, order), unweighted, weighted) for order, unweighted, weighted in groups]
+        return [EncodedRows(taken(dense_BF, order), unweighted, weighted) for order, unweighted, weighted in groups]
 
     def profile(self, batches: Iterable[pa.RecordBatch]) -> dict[str, FeatureProfile]:
         """{feature: profile of its values in these batches}, in the bins of the fit; compare with `psi`."""
@@ -341,10 +341,6 @@ def _columns(num_columns: int, num_rows: int) -> npt.NDArray[np.float32]:
     """
     pages = -(-num_rows // 1024)
     return np.empty((num_columns, pages * 1024 + 80), np.float32)[:, :num_rows]
-
-
-def _ordered(dense_BF: npt.NDArray[np.float32], order: Order) -> npt.NDArray[np.float32]:
-    return dense_BF[order] if isinstance(order, slice) else dense_BF.take(order, axis=0)
 
 
 def _file(table: str) -> str:

@@ -7,6 +7,7 @@ mtrec/jobs/preflight.py first and then the same `mtrec` command as on a laptop.
 import dataclasses
 import getpass
 import json
+import os
 import re
 import shlex
 import tempfile
@@ -31,8 +32,8 @@ from mtrec.tasks import Objectives
 from mtrec.yaml_tree import naming_keys, read_yaml
 
 FIRST_STEP = ("python", "-m", "mtrec.jobs.preflight")
-# Width of the tables in the log; seconds for the last checkpoint between Ray's SIGTERM and its SIGKILL (3 by default); memory.
-JOB_VARIABLES = {"COLUMNS": "130", "RAY_JOB_STOP_WAIT_TIME_S": "120", **KEPT}
+# Width of the tables in the log; seconds for the last checkpoint between Ray's SIGTERM and its SIGKILL (3 by default).
+JOB_VARIABLES = {"COLUMNS": "130", "RAY_JOB_STOP_WAIT_TIME_S": "120"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,6 +283,11 @@ def active_job(client: Any, job: Job) -> str | None:
     return None
 
 
+def job_variables() -> dict[str, str]:
+    """A job's environment; what becomes of freed memory there is as it is here, where that is said."""
+    return JOB_VARIABLES | {name: os.environ.get(name, value) for name, value in KEPT.items()}
+
+
 def _send(client: Any, job: Job, cluster: Cluster, say: Callable[[str], None]) -> str:
     """Submits under the first free id `mtrec-NAME-N`: of two who submit one run at once, one is refused the id and attaches."""
     stem = "mtrec-" + re.sub(r"[^A-Za-z0-9_-]+", "-", job.name)
@@ -296,7 +302,7 @@ def _send(client: Any, job: Job, cluster: Cluster, say: Callable[[str], None]) -
             sent: str = client.submit_job(
                 entrypoint=job.entrypoint,
                 submission_id=number,
-                runtime_env={"working_dir": folder, "env_vars": JOB_VARIABLES},
+                runtime_env={"working_dir": folder, "env_vars": job_variables()},
                 metadata=job.metadata,
             )
         except RuntimeError as error:

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from mtrec.allocator import KEPT
 from mtrec.config import Experiment, apply_overrides, parse_experiment
 from mtrec.dataset import Source
 from mtrec.launch import evaluate_run
@@ -94,7 +95,8 @@ def run_launch(stage: str, work: Path, data: Path) -> None:
 def launch_process(stage: str, work: Path, data: Path) -> dict[str, Any]:
     """Measurements of a fresh process."""
     command = [sys.executable, __file__, "--stage", stage, "--work", str(work), "--data", str(data)]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True, check=True)
+    environment = {**KEPT, **os.environ, "OMP_NUM_THREADS": "1"}  # what commands and Ray's workers keep is kept here, too
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return measured
 

@@ -32,7 +32,7 @@ from mtrec.jobs import arguments, packing
 from mtrec.jobs.cluster import Cluster as Described
 from mtrec.jobs.cluster import check_versions, check_workers, choose_address, find_token, token_problem
 from mtrec.jobs.preflight import check_on_worker, continued
-from mtrec.jobs.submit import SUBMITTED, Job, active_job
+from mtrec.jobs.submit import SUBMITTED, Job, active_job, job_variables
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 BIN = Path(sys.executable).parent
@@ -311,6 +311,12 @@ def test_paths_of_other_options_become_absolute(place: Path, monkeypatch: pytest
     assert f"--warm-start {place}/runs/old" in job.entrypoint
     assert f"--json {place}/found.json" in job.entrypoint
     assert json.loads(job.files["job.json"])["needed"] == [f"{place}/runs/old"]
+
+
+def test_a_job_keeps_freed_memory_as_its_submitter_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIMALLOC_PURGE_DELAY", "10")
+    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    assert job_variables().items() >= {"MIMALLOC_PURGE_DELAY": "10", "MALLOC_ARENA_MAX": "1", "COLUMNS": "130"}.items()
 
 
 def test_with_code_sends_this_mtrec() -> None:
