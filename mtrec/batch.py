@@ -19,9 +19,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mtrec.features import BadRowsError, EncodedRows, Encoder, FeatureCounts, join
 from mtrec.features.arrays import floats, is_number, nulls, plain
-from mtrec.features.encoded import put, taken
+from mtrec.features.encoded import Order, put, taken
 from mtrec.kinds import nearest
-from mtrec.row_order import Order
 
 
 @dataclass

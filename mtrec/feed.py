@@ -15,9 +15,9 @@ from mtrec.batch import Batch, Examples, Label, join_examples, label_values, mak
 from mtrec.config import Data
 from mtrec.dataset import Dataset
 from mtrec.features import BadRowsError, Encoder, Feature
+from mtrec.features.encoded import Order
 from mtrec.kinds import counted
 from mtrec.reader import Piece, Reader, rows_in
-from mtrec.row_order import Order
 
 LOOK_ROWS = 65_536
 

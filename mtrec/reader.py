@@ -28,10 +28,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mtrec.dataset import Dataset
-from mtrec.row_order import BY_ROW, Order, Span, Window, permutation, plan_streams, plan_windows, window_rows
+from mtrec.row_order import BY_ROW, Span, Window, permutation, plan_streams, plan_windows, window_rows
 
 T = TypeVar("T")
-Prepare = Callable[[pa.RecordBatch, Sequence[Order]], Sequence[Any]]
+Prepare = Callable[[pa.RecordBatch, Sequence[np.ndarray | slice]], Sequence[Any]]
 
 WINDOWS_DECODED = 4  # of a large row group at once, and prepared: what a call and a column cost is shared by their rows
 
@@ -183,9 +183,10 @@ class Reader:
         Args:
             transform: of pieces; may run in several threads at once where `num_threads` is above 1.
             prepare: called in a background thread with the rows of all windows that were decoded together, in the order of
-                the files, and for each window which of them are to be read, in which order. What it makes of so many rows at
-                once costs less than what `transform` makes of the small cuts that a piece consists of. It returns for each
-                window anything with these rows in that order, or None: then the cuts hold the rows.
+                the files, and for each window which of them are to be read, in which order (numbers, or a range as it lies).
+                What it makes of so many rows at once costs less than what `transform` makes of the small cuts that a piece
+                consists of. It returns for each window anything with these rows in that order, or None: then the cuts hold
+                the rows.
             keep_rows: the cuts hold the rows beside what `prepare` returned.
         """
         schema = pa.schema([self.dataset.schema.field(name) for name in self.columns])
@@ -326,7 +327,7 @@ class _Decoder:
                 kept_rows = kept[begins[index] + rows]
                 kept_before[index] = np.concatenate([[0], np.cumsum(kept_rows)])
                 rows_of[index] = rows[kept_rows]
-        orders: list[Order] = []
+        orders: list[np.ndarray | slice] = []
         for rows, begin, end in zip(rows_of, begins, begins[1:], strict=False):
             if self.key is None:
                 first, last = (begin, end) if places is None else (places[begin], places[end])
@@ -374,8 +375,8 @@ class _Decoder:
                 return
 
 
-def rows_in(batch: pa.RecordBatch, order: Order) -> pa.RecordBatch:
-    """These rows of a record batch, in this order."""
+def rows_in(batch: pa.RecordBatch, order: np.ndarray | slice) -> pa.RecordBatch:
+    """Rows of a record batch: those numbers in their order, or a range [start, stop) as it lies."""
     if isinstance(order, slice):
         return batch.slice(order.start, order.stop - order.start)
     return pc.take(batch, pa.array(order.astype(np.int32)), boundscheck=False)

@@ -20,8 +20,6 @@ class Span(NamedTuple):
 
 
 Window = tuple[Span, ...]
-Order = np.ndarray | slice
-"""Which of some rows, and in which order: their numbers, or a range [start, stop) as it lies."""
 
 
 def permutation(num_rows: int, *key: int) -> np.ndarray:

@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from mtrec.row_order import Order
-
 T = TypeVar("T", bound=np.generic)
 Int64s = npt.NDArray[np.int64]
 Integers = npt.NDArray[Any]  # int32 where all rows of all tables fit: half of what a window takes
 Floats = npt.NDArray[np.float32]
+Order = Int64s | slice
+"""Which of some rows, and in which order: their numbers, or a range [start, stop) as it lies."""
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,13 @@ import pyarrow as pa
 
 from mtrec.features.arrays import is_plain, plain
 from mtrec.features.categorical import Categorical, CategoricalEncoding
-from mtrec.features.encoded import Encoded, EncodedIds, EncodedRows, Ids, encoded_ids, join, taken
+from mtrec.features.encoded import Encoded, EncodedIds, EncodedRows, Ids, Order, encoded_ids, join, taken
 from mtrec.features.fit import Fitted, fit, rows_of_table
 from mtrec.features.kinds import FEATURES
 from mtrec.features.profile import FeatureCounts, FeatureProfile
 from mtrec.features.tables import Feature, Table, check_schema
 from mtrec.features.vocabulary import FIRST_ROW, NULL_ROW, UNSEEN_ROW, Vocabulary, hash_array, row_type
 from mtrec.kinds import check_options, nearest, option_types, resolve
-from mtrec.row_order import Order
 
 _VERSION = 1
 _FILE = "encoder.json"
