@@ -111,7 +111,7 @@ def train(
     from mtrec.yaml_tree import naming_keys
 
     try:
-        with naming_keys(f"{experiment} with --set" if set_ else str(experiment)):
+        with naming_keys(experiment, set_):
             launch(
                 loaded,
                 output=output,
@@ -144,7 +144,7 @@ def check(
     from mtrec.yaml_tree import naming_keys
 
     loaded = load_experiment(experiment, set_ or ())
-    with naming_keys(f"{experiment} with --set" if set_ else str(experiment)):
+    with naming_keys(experiment, set_):
         report = check_experiment(loaded, sample_rows)
     show_check(report)
 
@@ -236,7 +236,7 @@ def tune(
     from mtrec.yaml_tree import naming_keys
 
     made = load_experiment(experiment, set_ or ())
-    with naming_keys(f"{experiment} with --set" if set_ else str(experiment)):
+    with naming_keys(experiment, set_):
         launch_search(made, space, trials, workers=workers, parallel=parallel, resume=resume, output=output)
 
 

@@ -2,8 +2,9 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -81,8 +82,8 @@ def naming(place: str) -> Iterator[None]:
 
 
 @contextmanager
-def naming_keys(place: str) -> Iterator[None]:
-    """Around what an experiment is used for: those of its ValueErrors that begin with a key of it begin with the place, too.
+def naming_keys(path: str | Path, overrides: Sequence[str] | None = None) -> Iterator[None]:
+    """Around what an experiment is used for: those of its ValueErrors that begin with a key of it begin with its file, too.
 
     >>> with naming_keys("x.yaml"):
     ...     raise ValueError("`data.train` should have a column 'click'. Found none in 'a.parquet'.")
@@ -92,7 +93,7 @@ def naming_keys(place: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        with naming(place) if str(error).startswith("`") else nullcontext():
+        with naming(f"{path} with --set" if overrides else str(path)) if str(error).startswith("`") else nullcontext():
             raise
 
 

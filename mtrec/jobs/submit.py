@@ -89,7 +89,7 @@ def train_job(values: Mapping[str, Any], write: Callable[[Mapping[str, Any]], Se
             "data. Set data.num_streams higher."
         )
     sources = packing.absolute_sources(experiment)
-    with naming_keys(f"{values['experiment']} with --set" if values["set_"] else str(values["experiment"])):
+    with naming_keys(values["experiment"], values["set_"]):
         pinned, facts, unread = packing.pin(experiment)
         facts += _checked(pinned, list(unread))
     tree = packing.tree_of(pinned) | {"output": str(output)}
