@@ -176,10 +176,12 @@ def in_order(
     [[3.0, 0.5, 1.0]]
     """
     factors = factors or {}
+    keys = tuple(key for group in groups for key in group.keys)
+    if keys == wanted and not factors:  # as where one rank holds all tables
+        return [group.values for group in groups]
     widths = tuple(width for group in groups for width in group.widths)
     block = math.gcd(*widths)
     if block >= LEAST_BLOCK and groups[0].values.device.type == "cpu":
-        keys = tuple(key for group in groups for key in group.keys)
         together = groups[0].values if len(groups) == 1 else torch.cat([group.values for group in groups], dim=1)
         order = _block_order(keys, widths, wanted, block)
         reordered: Tensor = _Reordered.apply(together, order, block, tuple(factors), *factors.values())

@@ -22,7 +22,7 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingSharding
-from torchrec.distributed.types import ShardingEnv, ShardingType
+from torchrec.distributed.types import BoundsCheckMode, ShardingEnv, ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.keyed import KeyedOptimizer
 
@@ -380,6 +380,8 @@ def _constraint(table: Table, device_type: str, ids_a_row: Mapping[str, float]) 
     return ParameterConstraints(
         sharding_types=[sharding],
         compute_kernels=kernels,
+        # the look-up on a CPU refuses rows that are none; the check before it would make them row 0, and warn
+        bounds_check_mode=BoundsCheckMode.NONE if device_type == "cpu" else None,
         pooling_factors=[max(ids_a_row.get(feature, 1.0), LEAST_IDS_A_ROW) for feature in table.features],
         min_partition=table.dim // table.num_column_shards if table.sharding == "column_wise" else None,
     )

@@ -50,3 +50,10 @@ def test_wide_columns_on_a_cpu_are_moved_in_blocks(monkeypatch: pytest.MonkeyPat
     assert len(in_order([group], ("b", "a"))) == 1
     monkeypatch.setattr(embeddings, "LEAST_BLOCK", 64)
     assert len(in_order([group], ("b", "a"))) == 2
+
+
+def test_columns_that_lie_in_order_are_not_moved() -> None:
+    groups = [Columns(torch.randn(5, 48), ("a", "b"), (16, 32)), Columns(torch.randn(5, 3), ("c",), (3,))]
+    found = in_order(groups, ("a", "b", "c"))
+    assert [id(each) for each in found] == [id(group.values) for group in groups]
+    assert len(in_order(groups, ("a", "b", "c"), {"b": torch.ones(5, 1)})) == 3

@@ -48,7 +48,9 @@ def gradients_of(x: Tensor, weight: Tensor, bias: Tensor | None, *, relu: bool, 
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("maps", [None, 3])
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(300, 45, 64), (64, 448, 16), (1, 45, 64), (0, 45, 64), (300, 3, 2)])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(300, 45, 64), (64, 448, 16), (1, 45, 64), (0, 45, 64), (300, 3, 2), (3_000, 45, 2)]
+)
 def test_a_product_and_its_gradients_are_those_of_double_precision(
     library: bool, relu: bool, biased: bool, maps: int | None, rows: int, inputs: int, outputs: int
 ) -> None:

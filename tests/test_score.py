@@ -30,7 +30,7 @@ from mtrec.launch import evaluate_run
 from mtrec.predictions import load_model
 from mtrec.run import Run, open_run, prepare
 from mtrec.score import Scorer, Tally, check_memory, open_scorer
-from mtrec.scored_files import Asked, inputs, output, pieces, score_files
+from mtrec.scored_files import Asked, inputs, job, output, pieces, score_files
 from mtrec.scored_files.job import score_here
 
 CPU = torch.device("cpu")
@@ -348,6 +348,49 @@ def test_a_prediction_that_is_not_finite_fails_the_file(run: Run, log: Path, tmp
     assert not names(tmp_path / "out")
     message = manifest["failed"][str(log / "part-0.parquet")]
     assert "row 0 of those scored: column 'score' should be finite. Found inf" in message
+
+
+def test_a_row_that_cannot_be_encoded_is_named_by_its_number(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = small_run(log.parent.parent, "features.user_id.weights=price", "training.max_steps=2")
+    train_on(1, run)
+    table = pq.read_table(log / "part-0.parquet")
+    prices = table["price"].to_numpy().copy()
+    prices[[255, 300]] = -1.0
+    (tmp_path / "in").mkdir()
+    pq.write_table(table.set_column(table.column_names.index("price"), "price", pa.array(prices)), tmp_path / "in" / "a.parquet")
+    shutil.copy(log / "part-1.parquet", tmp_path / "in" / "b.parquet")
+    monkeypatch.setattr(job, "sampled_counts", lambda files, encoder: (encoder.counts(), {}))  # as where the sample misses it
+    manifest = score(run, tmp_path / "in", tmp_path / "out", batch_rows=50)
+    assert names(tmp_path / "out") == ["b.parquet"]
+    (message,) = manifest["failed"].values()
+    assert "a.parquet', row 255 of those scored: `features.user_id.weights`: column 'price' should hold finite" in message
+
+
+def test_batches_encoded_together_are_those_encoded_alone(run: Run, log: Path) -> None:
+    rows = pq.read_table(log / "part-0.parquet").combine_chunks().to_batches()[0]
+    with open_scorer(run, run.best(), ranking_formula(run.experiment), CPU) as scorer:
+        together, alone = run.encoder.counts(), run.encoder.counts()
+        found = list(scorer.encode_batches(rows, 100, together))
+        assert [batch.num_rows for batch in found] == [100, 100, 100, rows.num_rows - 300]
+        for number, batch in enumerate(found):
+            wanted = scorer.encode(rows.slice(100 * number, 100), alone)
+            assert torch.equal(batch.dense_BF, wanted.dense_BF)
+            assert torch.equal(batch.sparse.values(), wanted.sparse.values())
+            assert torch.equal(batch.sparse.lengths(), wanted.sparse.lengths())
+            assert batch.single == wanted.single
+        assert np.array_equal(together.counts_F4, alone.counts_F4)
+
+
+@pytest.mark.parametrize("row", [-1, 10**6])
+def test_a_row_that_no_table_has_is_refused_by_the_look_up(run: Run, log: Path, row: int) -> None:
+    rows = pq.read_table(log / "part-0.parquet").combine_chunks().to_batches()[0]
+    with open_scorer(run, run.best(), ranking_formula(run.experiment), CPU) as scorer:
+        batch = scorer.encode(rows)
+        batch.sparse.values()[3] = row
+        with pytest.raises(RuntimeError, match=f"out of bounds: {row}"):
+            scorer.predict(batch)
 
 
 def test_top_rows_of_each_group_over_all_files(run: Run, log: Path, tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from mtrec.architectures.fan_out import Maps, fan_out
 from mtrec.architectures.products import linears, reads_gaps
 from mtrec.dropout import Dropout, keep_mask
 
+LEAST_COLUMNS = 8  # of a softmax, for which torch's way over rows is the faster one
+
 
 def packed(x: Tensor) -> Tensor:
     """`x`, contiguous where a batched product would copy it anyway.
@@ -200,11 +202,19 @@ class Gates(nn.Module):
             if keep_GBE is not None:
                 none_left_GB1 = ~keep_GBE.any(2, keepdim=True)
                 logits_GBE = logits_GBE.masked_fill(~(keep_GBE | none_left_GB1), -torch.inf)
-        return logits_GBE.softmax(2)
+        return _softmax(logits_GBE)
 
     def flops_per_row(self) -> int:
         """Of the logits."""
         return self.linear.flops_per_row()
+
+
+def _softmax(x_GBE: Tensor) -> Tensor:
+    """Over the last dimension. On a CPU torch takes row after row, a register at a time: few columns fill none."""
+    if x_GBE.device.type != "cpu" or x_GBE.shape[2] >= LEAST_COLUMNS:
+        return x_GBE.softmax(2)
+    x_GEB = x_GBE.contiguous().transpose(1, 2).contiguous()  # in two steps: the second then reads what lies together
+    return x_GEB.softmax(1).transpose(1, 2).contiguous()
 
 
 def together(x: Tensor, *blocks: Abreast | Gates) -> list[Tensor]:

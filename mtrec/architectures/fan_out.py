@@ -109,7 +109,7 @@ def _is_one_product(x: Tensor, readers: Sequence[Maps]) -> bool:
         return False
     known = dtype == torch.float32 or (dtype == torch.bfloat16 and takes_bf16())
     graded = torch.is_grad_enabled() or not through_onednn(dtype)
-    return known and graded and is_large(x, sum(maps.outputs for maps in readers), x.shape[1])
+    return known and graded and is_large(*x.shape, sum(maps.outputs for maps in readers))
 
 
 def _arguments(readers: Sequence[Maps]) -> list[Any]:

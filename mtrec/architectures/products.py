@@ -11,6 +11,7 @@ off, MTREC_ONEDNN=1 takes it everywhere.
 Letters in shapes: B rows, N maps, I inputs, O outputs of a map.
 """
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -145,15 +146,18 @@ def _takes(x: Tensor, weight: Tensor) -> bool:
     """Whether this product is computed here: on a CPU, of a size at which that is the faster way, and in fp32; in bf16 (in which
     torch calls oneDNN, too) without a gradient only, where oneDNN reads what torch would copy first.
     """
-    half = _BF16 and x.dtype == torch.bfloat16 and reads_gaps(x)
-    kind = half or (x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"))
-    return x.device.type == "cpu" and x.dtype == weight.dtype and kind and is_large(x, *weight.shape[-2:])
+    if x.device.type != "cpu" or x.dtype != weight.dtype:
+        return False
+    sizes = x.shape[-2], *weight.shape[-2:]
+    if x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+        # of several maps torch asks MKL for the gradient of the weights as x^T dy: nine times as long where outputs are few
+        return is_large(*sizes) or (x.dim() == 3 and math.prod(sizes) >= _LEAST_PRODUCTS)
+    return _BF16 and x.dtype == torch.bfloat16 and reads_gaps(x) and is_large(*sizes)
 
 
-def is_large(x: Tensor, outputs: int, inputs: int) -> bool:
-    """Whether a product is worth a function of our own."""
-    rows = x.shape[-2]
-    return min(rows, inputs, outputs) >= _LEAST_SIZE and rows * inputs * outputs >= _LEAST_PRODUCTS
+def is_large(*sizes: int) -> bool:
+    """Whether a product of so many rows, inputs and outputs, in any order, is worth a function of our own."""
+    return min(sizes) >= _LEAST_SIZE and math.prod(sizes) >= _LEAST_PRODUCTS
 
 
 def _computed(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
@@ -168,7 +172,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = 
 
     Rows may have gaps; a transpose must be one of what has none: for it oneDNN may have no fast kernel.
     """
-    if _LINEAR is None or not through_onednn(x.dtype):
+    if _LINEAR is None or not through_onednn(x.dtype) or not is_large(x.shape[-2], *weight.shape[-2:]):
         y = functional.linear(x, weight, bias) if x.dim() == 2 else _batched(x, weight, bias)
     elif x.dim() == 3:  # one after the other: a core runs them faster so than a batched product
         biases = [None] * len(x) if bias is None else list(bias)
@@ -232,7 +236,7 @@ def gradients(
     return (
         training_product(dz, weight.transpose(-1, -2)) if to_x else None,
         training_product(dz.transpose(-1, -2), x.transpose(-1, -2)) if to_weight else None,
-        dz.new_ones(dz.shape[-2]) @ dz if to_bias else None,
+        dz.sum(-2) if to_bias else None,
     )
 
 
