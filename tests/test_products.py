@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mtrec.architectures import fan_out as fan_out_module
 from mtrec.architectures import products
 from mtrec.architectures.experts import BatchedLinear
 from mtrec.architectures.fan_out import Maps, apart, fan_out
@@ -121,6 +122,34 @@ def test_products_are_of_whole_registers_and_rows_not_2_kib_apart(readers: str, 
     assert weights.shape == {"aliased": (512, 48), "several": (12 + 192 + 512 + 4, 48)}[readers]
     if readers == "aliased":
         assert y.stride() == ((300 * 128, 128, 1) if library else (128, 512 + 16, 1))
+
+
+@pytest.mark.parametrize("inputs", [45, 48])
+def test_a_gpu_reads_rows_of_whole_16_bytes(inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fan_out_module, "_ALIGNING", ("cpu",))  # the operators are those of any device
+    monkeypatch.setattr(fan_out_module, "_is_one_product", lambda x, readers: False)
+    widths: list[tuple[int, int]] = []
+
+    def noted(x: Tensor, weight: Tensor, *more: Any) -> Tensor:
+        widths.append((x.shape[1], weight.shape[1]))
+        return linear(x, weight, *more)
+
+    monkeypatch.setattr(fan_out_module, "linear", noted)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        x = drawn(30, inputs, dtype=dtype).requires_grad_()
+        weight, bias = (drawn(3, *shape, dtype=dtype).requires_grad_() for shape in ((5, inputs), (5,)))
+        if dtype == torch.float32:
+            [y] = fan_out(x, Maps(weight, bias, True))
+        else:
+            y = torch.relu(x @ weight.transpose(1, 2) + bias[:, None])
+        (y * drawn(*y.shape, dtype=dtype)).sum().backward()
+        results.append([y.detach(), x.grad, weight.grad, bias.grad])
+    assert widths == [(48, 48)]
+    for found, wanted in zip(*results, strict=True):
+        assert found is not None
+        assert wanted is not None
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(not products._BF16, reason="oneDNN has no bf16 on this CPU")
