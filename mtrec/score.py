@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from mtrec import parallel
 from mtrec.allocator import keep_freed_memory
-from mtrec.batch import Batch, Label, join_examples, label_values, make_batch, make_examples
+from mtrec.batch import Batch, Label, label_values, make_batch
 from mtrec.checkpoint import Checkpoint, CheckpointError
 from mtrec.config import Experiment
 from mtrec.features import Encoder, FeatureCounts
@@ -87,12 +87,6 @@ class Scorer:
     def encode(self, rows: pa.RecordBatch, counts: FeatureCounts | None = None) -> Batch:
         """The batch on the CPU; may run in another thread. Adds nulls and unseen ids to `counts`."""
         return make_batch(rows, self.encoder, {}, None, counts=counts)
-
-    def encode_batches(self, rows: pa.RecordBatch, size: int, counts: FeatureCounts | None = None) -> Iterator[Batch]:
-        """As `encode`, batches of `size` rows, the last maybe smaller. Many rows at once cost less than batch after batch."""
-        cuts = [slice(start, min(start + size, rows.num_rows)) for start in range(0, rows.num_rows, size)]
-        for examples in make_examples(rows, self.encoder, {}, None, cuts, counts):
-            yield join_examples([(examples, 0, examples.num_rows)], self.encoder)
 
     def predict(self, batch: Batch) -> dict[str, Floats]:
         """{column: (B,) float64}, of every column of `self.columns`."""

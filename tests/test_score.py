@@ -368,21 +368,6 @@ def test_a_row_that_cannot_be_encoded_is_named_by_its_number(
     assert "a.parquet', row 255 of those scored: `features.user_id.weights`: column 'price' should hold finite" in message
 
 
-def test_batches_encoded_together_are_those_encoded_alone(run: Run, log: Path) -> None:
-    rows = pq.read_table(log / "part-0.parquet").combine_chunks().to_batches()[0]
-    with open_scorer(run, run.best(), ranking_formula(run.experiment), CPU) as scorer:
-        together, alone = run.encoder.counts(), run.encoder.counts()
-        found = list(scorer.encode_batches(rows, 100, together))
-        assert [batch.num_rows for batch in found] == [100, 100, 100, rows.num_rows - 300]
-        for number, batch in enumerate(found):
-            wanted = scorer.encode(rows.slice(100 * number, 100), alone)
-            assert torch.equal(batch.dense_BF, wanted.dense_BF)
-            assert torch.equal(batch.sparse.values(), wanted.sparse.values())
-            assert torch.equal(batch.sparse.lengths(), wanted.sparse.lengths())
-            assert batch.single == wanted.single
-        assert np.array_equal(together.counts_F4, alone.counts_F4)
-
-
 @pytest.mark.parametrize("row", [-1, 10**6])
 def test_a_row_that_no_table_has_is_refused_by_the_look_up(run: Run, log: Path, row: int) -> None:
     rows = pq.read_table(log / "part-0.parquet").combine_chunks().to_batches()[0]

@@ -241,10 +241,7 @@ def plan_pieces(files: Sequence[InputFile], workers: int, split: bool) -> list[P
 
 
 def batches(piece: Piece, columns: Sequence[str], rows: int) -> Iterator[pa.RecordBatch]:
-    """The piece's rows in order, for batches of `rows`; a batch ends where a unit does.
-
-    What was decoded together comes together, as many whole batches as there are in it: to encode them at once is cheaper.
-    """
+    """The piece's rows in order, `rows` at a time; batches end where units do. Decoded are many more at once: that is cheaper."""
     start = 0
     for end in units(piece.row_groups):
         held: list[pa.RecordBatch] = []  # less than a batch
@@ -256,8 +253,8 @@ def batches(piece: Piece, columns: Sequence[str], rows: int) -> Iterator[pa.Reco
                     yield pa.concat_batches([*held, kept.slice(0, missing)])
                     kept, held = kept.slice(missing), []
                 whole = 0 if held else kept.num_rows // rows * rows
-                if whole:
-                    yield kept.slice(0, whole)
+                for at in range(0, whole, rows):
+                    yield kept.slice(at, rows)
                 if kept.num_rows > whole:
                     held.append(kept.slice(whole))
         if held:

@@ -43,19 +43,6 @@ def ahead(source: Iterator[T], depth: int) -> Generator[T]:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def timed(source: Iterator[T], seconds: dict[str, float], name: str) -> Iterator[T]:
-    """The items of `source`; what it takes to make them is added to `seconds[name]`."""
-    while True:
-        started = time.perf_counter()
-        try:
-            item = next(source)
-        except StopIteration:
-            return
-        finally:
-            seconds[name] += time.perf_counter() - started
-        yield item
-
-
 class FileError(ValueError):
     """A file that could not be scored; the message names it."""
 
@@ -73,17 +60,21 @@ def score_piece(scorer: Scorer, piece: Piece, request: Request) -> Generator[int
     done = 0
 
     def encoded() -> Iterator[tuple[pa.RecordBatch, Batch]]:
-        for rows in batches(piece, columns, request.batch_rows):
-            start = 0
-            for batch in scorer.encode_batches(rows, request.batch_rows, tally.counts):
-                yield rows.slice(start, batch.num_rows), batch
-                start += batch.num_rows
+        found = batches(piece, columns, request.batch_rows)
+        while True:
+            started = time.perf_counter()
+            rows = next(found, None)
+            if rows is None:
+                return
+            batch = scorer.encode(rows, tally.counts)
+            tally.seconds["reading"] += time.perf_counter() - started
+            yield rows, batch
 
     try:
         with (
             output.beside(piece.target) as sink,
             closing(ParquetSink(sink, schema, _footer(file))) as writer,
-            closing(ahead(timed(encoded(), tally.seconds, "reading"), AHEAD)) as source,
+            closing(ahead(encoded(), AHEAD)) as source,
         ):
             for rows, batch in source:
                 started = time.perf_counter()
