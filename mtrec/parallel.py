@@ -380,7 +380,8 @@ def _constraint(table: Table, device_type: str, ids_a_row: Mapping[str, float]) 
     return ParameterConstraints(
         sharding_types=[sharding],
         compute_kernels=kernels,
-        # the look-up on a CPU refuses rows that are none; the check before it would make them row 0, and warn
+        # The look-up on a CPU refuses rows that are none; the check before it would make all but -1 row 0, and warn. It would
+        # look at the offsets, too, which here are sums of the encoder's own lengths.
         bounds_check_mode=BoundsCheckMode.NONE if device_type == "cpu" else None,
         pooling_factors=[max(ids_a_row.get(feature, 1.0), LEAST_IDS_A_ROW) for feature in table.features],
         min_partition=table.dim // table.num_column_shards if table.sharding == "column_wise" else None,

@@ -65,6 +65,13 @@ def test_a_product_and_its_gradients_are_those_of_double_precision(
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=2e-4)
 
 
+@pytest.mark.parametrize(("rows", "inputs", "outputs", "own"), [(3_000, 45, 2, True), (300, 3, 2, False), (3_000, 45, 64, True)])
+def test_thin_maps_of_inputs_of_their_own_are_products_of_ours(rows: int, inputs: int, outputs: int, own: bool) -> None:
+    x, weight = drawn(3, rows, inputs).requires_grad_(), drawn(3, outputs, inputs).requires_grad_()
+    assert (type(linears(x, weight).grad_fn).__name__ == "_LinearBackward") == own
+    assert type(linear(x[0], weight[0]).grad_fn).__name__ == ("_LinearBackward" if outputs == 64 else "MmBackward0")
+
+
 # (maps, outputs of each, biased, ReLU) of each reader
 ONE, GATES, WIDE = (3, 64, True, True), (3, 4, False, False), (4, 128, True, False)
 READERS = {

@@ -350,8 +350,11 @@ def test_a_prediction_that_is_not_finite_fails_the_file(run: Run, log: Path, tmp
     assert "row 0 of those scored: column 'score' should be finite. Found inf" in message
 
 
+@pytest.mark.parametrize(
+    ("workers", "place"), [(1, "row 255 of those scored"), (2, "row 55 of those scored from row group 2 on")]
+)
 def test_a_row_that_cannot_be_encoded_is_named_by_its_number(
-    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workers: int, place: str, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = small_run(log.parent.parent, "features.user_id.weights=price", "training.max_steps=2")
     train_on(1, run)
@@ -359,16 +362,20 @@ def test_a_row_that_cannot_be_encoded_is_named_by_its_number(
     prices = table["price"].to_numpy().copy()
     prices[[255, 300]] = -1.0
     (tmp_path / "in").mkdir()
-    pq.write_table(table.set_column(table.column_names.index("price"), "price", pa.array(prices)), tmp_path / "in" / "a.parquet")
+    bad = table.set_column(table.column_names.index("price"), "price", pa.array(prices))
+    pq.write_table(bad, tmp_path / "in" / "a.parquet", row_group_size=100)
+    monkeypatch.setattr(inputs, "UNIT_ROWS", 100)
     shutil.copy(log / "part-1.parquet", tmp_path / "in" / "b.parquet")
     monkeypatch.setattr(job, "sampled_counts", lambda files, encoder: (encoder.counts(), {}))  # as where the sample misses it
-    manifest = score(run, tmp_path / "in", tmp_path / "out", batch_rows=50)
-    assert names(tmp_path / "out") == ["b.parquet"]
+    asked = Asked(str(run.folder), Source(str(tmp_path / "in")), str(tmp_path / "out"), batch_rows=50)
+    manifest = score_files(asked, score_here, workers=workers)
+    assert "b.parquet" in names(tmp_path / "out")
+    assert "a.parquet" not in names(tmp_path / "out")
     (message,) = manifest["failed"].values()
-    assert "a.parquet', row 255 of those scored: `features.user_id.weights`: column 'price' should hold finite" in message
+    assert f"a.parquet', {place}: `features.user_id.weights`: column 'price' should hold finite" in message
 
 
-@pytest.mark.parametrize("row", [-1, 10**6])
+@pytest.mark.parametrize("row", [-2, 10**6])
 def test_a_row_that_no_table_has_is_refused_by_the_look_up(run: Run, log: Path, row: int) -> None:
     rows = pq.read_table(log / "part-0.parquet").combine_chunks().to_batches()[0]
     with open_scorer(run, run.best(), ranking_formula(run.experiment), CPU) as scorer:

@@ -210,7 +210,9 @@ class Gates(nn.Module):
 
 
 def _softmax(x_GBE: Tensor) -> Tensor:
-    """Over the last dimension. On a CPU torch takes row after row, a register at a time: few columns fill none."""
+    """Over the last dimension. On a CPU torch takes row after row, a register at a time: few columns fill none. Over the
+    transpose the last bits of a row's weights depend on its place in the batch.
+    """
     if x_GBE.device.type != "cpu" or x_GBE.shape[2] >= LEAST_COLUMNS:
         return x_GBE.softmax(2)
     x_GEB = x_GBE.contiguous().transpose(1, 2).contiguous()  # in two steps: the second then reads what lies together

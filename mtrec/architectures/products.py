@@ -148,11 +148,12 @@ def _takes(x: Tensor, weight: Tensor) -> bool:
     """
     if x.device.type != "cpu" or x.dtype != weight.dtype:
         return False
-    sizes = x.shape[-2], *weight.shape[-2:]
+    rows, (outputs, inputs) = x.shape[-2], weight.shape[-2:]
     if x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
         # of several maps torch asks MKL for the gradient of the weights as x^T dy: nine times as long where outputs are few
-        return is_large(*sizes) or (x.dim() == 3 and math.prod(sizes) >= _LEAST_PRODUCTS)
-    return _BF16 and x.dtype == torch.bfloat16 and reads_gaps(x) and is_large(*sizes)
+        thin = x.dim() == 3 and min(rows, inputs) >= _LEAST_SIZE and rows * inputs * outputs >= _LEAST_PRODUCTS
+        return thin or is_large(rows, inputs, outputs)
+    return _BF16 and x.dtype == torch.bfloat16 and reads_gaps(x) and is_large(rows, inputs, outputs)
 
 
 def is_large(*sizes: int) -> bool:

@@ -98,14 +98,20 @@ def score_piece(scorer: Scorer, piece: Piece, request: Request) -> Generator[int
             sink.before_rename = lambda: _make_way(output, piece.target, record)
     except NonFiniteError as error:
         raise FileError(
-            f"'{file.shown}', row {done + error.row} of those scored: {error}. Look at the features of that row"
+            f"{_row(piece, done + error.row)}: {error}. Look at the features of that row"
             f"{' and at the formula' if error.column == SCORE else ''}."
         ) from error
     except BadRowsError as error:
-        raise FileError(f"'{file.shown}', row {done + int(error.rows[0])} of those scored: {error.what}") from error
+        raise FileError(f"{_row(piece, done + int(error.rows[0]))}: {error.what}") from error
     except (ValueError, OSError, pa.ArrowException) as error:
         raise FileError(named(str(error), file.shown)) from error
     return record
+
+
+def _row(piece: Piece, number: int) -> str:
+    """File and row, in words, of a row of the piece; `number` counts from 0 those that `where` left."""
+    begins = f" from row group {piece.row_groups[0].index} on" if piece.start else ""
+    return f"'{piece.file.shown}', row {number} of those scored{begins}"
 
 
 def _footer(file: InputFile) -> pq.FileMetaData:
