@@ -30,7 +30,7 @@ from mtrec.launch import evaluate_run
 from mtrec.predictions import load_model
 from mtrec.run import Run, open_run, prepare
 from mtrec.score import Scorer, Tally, check_memory, open_scorer
-from mtrec.scored_files import Asked, inputs, job, output, pieces, score_files
+from mtrec.scored_files import Asked, inputs, output, pieces, score_files
 from mtrec.scored_files.job import score_here
 
 CPU = torch.device("cpu")
@@ -348,41 +348,6 @@ def test_a_prediction_that_is_not_finite_fails_the_file(run: Run, log: Path, tmp
     assert not names(tmp_path / "out")
     message = manifest["failed"][str(log / "part-0.parquet")]
     assert "row 0 of those scored: column 'score' should be finite. Found inf" in message
-
-
-@pytest.mark.parametrize(
-    ("workers", "place"), [(1, "row 255 of those scored"), (2, "row 55 of those scored from row group 2 on")]
-)
-def test_a_row_that_cannot_be_encoded_is_named_by_its_number(
-    workers: int, place: str, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = small_run(log.parent.parent, "features.user_id.weights=price", "training.max_steps=2")
-    train_on(1, run)
-    table = pq.read_table(log / "part-0.parquet")
-    prices = table["price"].to_numpy().copy()
-    prices[[255, 300]] = -1.0
-    (tmp_path / "in").mkdir()
-    bad = table.set_column(table.column_names.index("price"), "price", pa.array(prices))
-    pq.write_table(bad, tmp_path / "in" / "a.parquet", row_group_size=100)
-    monkeypatch.setattr(inputs, "UNIT_ROWS", 100)
-    shutil.copy(log / "part-1.parquet", tmp_path / "in" / "b.parquet")
-    monkeypatch.setattr(job, "sampled_counts", lambda files, encoder: (encoder.counts(), {}))  # as where the sample misses it
-    asked = Asked(str(run.folder), Source(str(tmp_path / "in")), str(tmp_path / "out"), batch_rows=50)
-    manifest = score_files(asked, score_here, workers=workers)
-    assert "b.parquet" in names(tmp_path / "out")
-    assert "a.parquet" not in names(tmp_path / "out")
-    (message,) = manifest["failed"].values()
-    assert f"a.parquet', {place}: `features.user_id.weights`: column 'price' should hold finite" in message
-
-
-@pytest.mark.parametrize("row", [-2, 10**6])
-def test_a_row_that_no_table_has_is_refused_by_the_look_up(run: Run, log: Path, row: int) -> None:
-    rows = pq.read_table(log / "part-0.parquet").combine_chunks().to_batches()[0]
-    with open_scorer(run, run.best(), ranking_formula(run.experiment), CPU) as scorer:
-        batch = scorer.encode(rows)
-        batch.sparse.values()[3] = row
-        with pytest.raises(RuntimeError, match=f"out of bounds: {row}"):
-            scorer.predict(batch)
 
 
 def test_top_rows_of_each_group_over_all_files(run: Run, log: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from mtrec.architectures.products import (
 _LANES = 16  # numbers in a register and in a line of the cache
 _LEAST_WIDENED = 64  # outputs, for which widening pays
 _ALIASED = 512  # numbers: rows of a multiple of them are padded
-_ALIGNING = ("cuda",)  # kinds of devices
+_ALIGNING = ("cuda",)  # kinds of devices on which rows begin at multiples of 16 bytes
 _apart: ContextVar[str] = ContextVar("apart", default="")
 
 

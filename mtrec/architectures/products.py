@@ -150,9 +150,9 @@ def _takes(x: Tensor, weight: Tensor) -> bool:
         return False
     rows, (outputs, inputs) = x.shape[-2], weight.shape[-2:]
     if x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
-        # of several maps torch asks MKL for the gradient of the weights as x^T dy: nine times as long where outputs are few
-        thin = x.dim() == 3 and min(rows, inputs) >= _LEAST_SIZE and rows * inputs * outputs >= _LEAST_PRODUCTS
-        return thin or is_large(rows, inputs, outputs)
+        if x.dim() == 3:  # torch asks MKL for the weights' gradients as x^T dy: nine times as long where outputs are few
+            return min(rows, inputs) >= _LEAST_SIZE and rows * inputs * outputs >= _LEAST_PRODUCTS
+        return is_large(rows, inputs, outputs)
     return _BF16 and x.dtype == torch.bfloat16 and reads_gaps(x) and is_large(rows, inputs, outputs)
 
 
@@ -173,7 +173,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = 
 
     Rows may have gaps; a transpose must be one of what has none: for it oneDNN may have no fast kernel.
     """
-    if _LINEAR is None or not through_onednn(x.dtype) or not is_large(x.shape[-2], *weight.shape[-2:]):
+    if not _is_onednns(x, weight):
         y = functional.linear(x, weight, bias) if x.dim() == 2 else _batched(x, weight, bias)
     elif x.dim() == 3:  # one after the other: a core runs them faster so than a batched product
         biases = [None] * len(x) if bias is None else list(bias)
@@ -181,6 +181,11 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = 
     else:
         y = _LINEAR(x, weight, bias, "none", [], "")
     return y.relu_() if relu else y  # oneDNN's own ReLU makes a 0 of a NaN, which then nobody notices
+
+
+def _is_onednns(x: Tensor, weight: Tensor) -> bool:
+    """Whether `product` calls oneDNN, which has fast kernels for large ones."""
+    return _LINEAR is not None and through_onednn(x.dtype) and is_large(x.shape[-2], *weight.shape[-2:])
 
 
 def training_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -205,7 +210,7 @@ class _Linear(torch.autograd.Function):
     def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
         """(B, O), or (N, B, O)."""
         context.reads_leaf = is_input(x)
-        if _FP32 or x.stride(-1) != 1:  # MKL reads rows with gaps between them
+        if x.stride(-1) != 1 or _is_onednns(x, weight):  # MKL reads rows with gaps between them
             x = x.contiguous()
         weight = weight.contiguous()
         y = product(x, weight, bias, relu)
