@@ -29,7 +29,8 @@ class Batch:
 
     Attributes:
         dense_BF: float32.
-        sparse: rows of the unweighted tables, keys in the encoder's order; values int64, lengths int32.
+        sparse: rows of the unweighted tables, keys in the encoder's order; values int32 where all tables' rows fit, else int64;
+            lengths int32.
         weighted: the same for tables with weights; None where there are none.
         labels: {task: (B,) float32}; NaN is unobserved.
         sample_weight_B: float32, or None.

@@ -26,6 +26,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from mtrec.ahead import arrive, beside
 from mtrec.batch import Batch
 from mtrec.features import Table
+from mtrec.ids_exchange import IdsExchange
 from mtrec.pooled_exchange import Layout, side_by_side
 
 LEAST_BLOCK = 4  # floats that are moved at once
@@ -82,20 +83,26 @@ class Embeddings(nn.Module):
         self.feature_dims = [table.dim for group in groups.values() for table in group for _ in table.features]
         self.num_dense = num_dense
         self.output_dim = num_dense + sum(self.feature_dims)
-        self.layouts: dict[str, Layout] = {}  # {group of tables: where its columns lie}, where `side_by_side` brings them there
-        self._begun: tuple[Batch, list[_Exchange]] | None = None
+        self.layouts: dict[str, Layout] = {}  # {group of tables: who holds what}, where torchrec's exchanges do not serve
+        self._begun: tuple[Batch, list[_Exchange | _ThroughTorchrec]] | None = None
 
     def begin(self, batch: Batch) -> None:
         """Starts to send the ids of a batch to the ranks that hold their rows, ahead of its `forward`; all ranks do, or none.
 
-        What goes out is the number of ids, beside whatever is computed next. `proceed` then sends the ids themselves. A batch on
-        a GPU was copied there by `copy_ahead`, or the host has waited for its copy: the exchange does not wait for computations.
+        They travel beside whatever is computed next; torchrec sends how many there are first, and with `proceed` the ids
+        themselves. A batch on a GPU was copied there by `copy_ahead`, or the host has waited for its copy: the exchange does not
+        wait for computations.
         """
         device = batch.dense_BF.device
         self._begun = (batch, self._exchanges(batch, device))
 
-    def _exchanges(self, batch: Batch, device: torch.device) -> "list[_Exchange]":
-        return [_Exchange(module, ids, device, self.layouts.get(name)) for name, module, ids in self._sharded(batch)]
+    def _exchanges(self, batch: Batch, device: torch.device) -> "list[_Exchange | _ThroughTorchrec]":
+        return [
+            _Exchange(module, ids, self.layouts[name])
+            if name in self.layouts and ids is not None
+            else _ThroughTorchrec(module, ids, device)
+            for name, module, ids in self._sharded(batch)
+        ]
 
     def proceed(self) -> None:
         """Sends the ids of the batch that was begun, if there is one."""
@@ -248,10 +255,25 @@ def _times(x: Tensor, spans: Mapping[str, slice], names: Sequence[str], factors_
 
 
 class _Exchange:
-    """The ids of one batch on their way between ranks, in the steps that a sharded collection takes them."""
+    """The ids of one batch on their way between ranks that know whose rows are where, and the pooled embeddings back."""
 
-    def __init__(self, module: Any, ids: KeyedJaggedTensor | None, device: torch.device, layout: Layout | None) -> None:
-        self._module, self._device, self._layout = module, device, layout
+    def __init__(self, module: Any, ids: KeyedJaggedTensor, layout: Layout) -> None:
+        self._lookup, self._layout = module._lookups[0], layout
+        self._ids = IdsExchange(ids, layout)
+
+    def proceed(self) -> None:
+        """They are under way."""
+
+    def pooled(self) -> Columns:
+        ids, rows = self._ids.arrived()
+        return Columns(side_by_side(self._lookup(ids), rows, self._layout), self._layout.keys, self._layout.widths)
+
+
+class _ThroughTorchrec:
+    """The same in the steps that a sharded collection takes, whatever its tables and ranks."""
+
+    def __init__(self, module: Any, ids: KeyedJaggedTensor | None, device: torch.device) -> None:
+        self._module, self._device = module, device
         self._context = module.create_context()
         with beside(device):
             self._lengths_sent = module.input_dist(self._context, ids)
@@ -270,11 +292,7 @@ class _Exchange:
         if computing is not None:
             ids.record_stream(computing)
             self._context.record_stream(computing)
-        if self._layout is None:
-            return _columns(self._module.compute_and_output_dist(self._context, ids))
-        [pooled_AH] = self._module.compute(self._context, ids)
-        rows = self._context.sharding_contexts[0].batch_size_per_rank
-        return Columns(side_by_side(pooled_AH, rows, self._layout), self._layout.keys, self._layout.widths)
+        return _columns(self._module.compute_and_output_dist(self._context, ids))
 
 
 def _as_it_is(table: Tensor) -> Tensor:

@@ -19,13 +19,13 @@ class Known:
         step: its number; the first is 1.
         finite: whether all ranks' losses and gradients were finite.
         stop: whether a rank asked to stop.
-        active_K: bool, on the CPU: tasks with labels in its batch.
+        active: of each task, whether its batch had labels of it.
     """
 
     step: int
     finite: bool
     stop: bool
-    active_K: Tensor
+    active: tuple[bool, ...]
 
 
 class Flags:
@@ -68,5 +68,5 @@ class Flags:
             if arrived is not None:
                 arrived.synchronize()
             finite, stop, *active = flags.tolist()
-            found.append(Known(step, finite, stop, torch.tensor(active, dtype=torch.bool)))
+            found.append(Known(step, finite, stop, tuple(active)))
         return found

@@ -1,7 +1,7 @@
 """The one place that speaks torch.distributed: start and end a process group, shard the tables, reduce, gather.
 
-One process is a group of one: the same code, the same fused tables, no special case. What ranks promise each other: all
-call the functions below in the same order, every step, whatever their number of rows.
+One process is a group of one: the same code, the same fused tables; what would travel stays where it is. What ranks promise
+each other: all call the functions below in the same order, every step, whatever their number of rows.
 """
 
 import datetime
@@ -294,20 +294,19 @@ def shard(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 setattr(embeddings, name, sharder.shard(collection, plans[name], environment, device=device))
-    if _within_host is not None:
+    if _within_host is not None or world_size() == 1:
         found = {name: _layout(getattr(embeddings, name), _within_host) for name in collections}
         embeddings.layouts = {name: layout for name, layout in found.items() if layout is not None}
     return ShardedTables(embeddings)
 
 
-def _layout(module: Any, group: shared_memory.SharedMemoryGroup) -> Layout | None:
-    """Where the columns of a sharded collection lie; None where a table is cut (torchrec's own all-to-all knows the others)."""
+def _layout(module: Any, group: shared_memory.SharedMemoryGroup | None) -> Layout | None:
+    """Where the columns of a sharded collection lie; None where a table is cut (torchrec's own exchanges know the others)."""
     shardings = module._embedding_shardings
     if len(shardings) != 1 or type(shardings[0]) is not TwPooledEmbeddingSharding:
         return None
     [sharding] = shardings
-    keys, widths = tuple(sharding.embedding_names()), tuple(sharding.embedding_dims())
-    return Layout(group, keys, widths, tuple(sharding._dim_sum_per_rank()))
+    return Layout(group, tuple(map(tuple, sharding.feature_names_per_rank())), tuple(sharding.embedding_dims()))
 
 
 def fuse(optimizer_class: type[torch.optim.Optimizer], options: Mapping[str, Any], collection: EmbeddingBagCollection) -> None:

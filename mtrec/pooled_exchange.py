@@ -8,7 +8,9 @@ Legend: B rows of this rank, A rows of all ranks (those of rank 0 first), H colu
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,47 +19,64 @@ from torch.autograd.function import once_differentiable
 from mtrec.shared_memory import SharedMemoryGroup
 
 
-class Layout(NamedTuple):
-    """Whose columns lie where: those of rank 0 first, each rank's in the order of `keys`.
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Who holds which columns, whole tables all: those of rank 0 lie first, each rank's in the order of its keys.
 
     Attributes:
-        keys: features; widths: of each; per_rank: columns of each rank.
+        group: of the ranks; None where one rank holds all.
+        held: keys (features) of each rank.
+        widths: of each key.
     """
 
-    group: SharedMemoryGroup
-    keys: tuple[str, ...]
+    group: SharedMemoryGroup | None
+    held: tuple[tuple[str, ...], ...]
     widths: tuple[int, ...]
-    per_rank: tuple[int, ...]
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """Of all ranks."""
+        return tuple(key for keys in self.held for key in keys)
+
+    @cached_property
+    def per_rank(self) -> tuple[int, ...]:
+        """Columns of each rank."""
+        width = dict(zip(self.keys, self.widths, strict=True))
+        return tuple(sum(width[key] for key in keys) for keys in self.held)
 
 
 def side_by_side(pooled_AH: Tensor, rows: Sequence[int], layout: Layout) -> Tensor:
-    """(B, D): this rank's rows of all columns. A collective, and so is its backward pass.
+    """(B, D): this rank's rows of all columns. A collective, and so is its backward pass; alone, B is A and nothing moves.
 
     Args:
         pooled_AH: this rank's columns of all rows.
         rows: of each rank; they sum to A.
     """
-    found: Tensor = _SideBySide.apply(pooled_AH, list(rows), layout)
+    if layout.group is None:
+        return pooled_AH
+    found: Tensor = _SideBySide.apply(pooled_AH, list(rows), layout.group, layout.per_rank)
     return found
 
 
 class _SideBySide(torch.autograd.Function):
     @staticmethod
-    def forward(context: Any, pooled_AH: Tensor, rows: list[int], layout: Layout) -> Tensor:
+    def forward(
+        context: Any, pooled_AH: Tensor, rows: list[int], group: SharedMemoryGroup, per_rank: tuple[int, ...]
+    ) -> Tensor:
         """(B, D)."""
-        context.rows, context.layout = rows, layout
-        found_BD = pooled_AH.new_empty((rows[layout.group.rank()], sum(layout.per_rank)))
-        layout.group.exchange(pooled_AH.split(rows), found_BD.split(layout.per_rank, dim=1))
+        context.rows, context.group, context.per_rank = rows, group, per_rank
+        found_BD = pooled_AH.new_empty((rows[group.rank()], sum(per_rank)))
+        group.exchange(pooled_AH.split(rows), found_BD.split(per_rank, dim=1))
         return found_BD
 
     @staticmethod
     @once_differentiable
     def backward(context: Any, dy_BD: Tensor) -> Any:
         """The gradient (A, H) of what this rank holds."""
-        rows, layout = context.rows, context.layout
-        gradient_AH = dy_BD.new_empty((sum(rows), layout.per_rank[layout.group.rank()]))
-        layout.group.exchange(dy_BD.split(layout.per_rank, dim=1), gradient_AH.split(rows))
-        return gradient_AH, None, None
+        rows, group, per_rank = context.rows, context.group, context.per_rank
+        gradient_AH = dy_BD.new_empty((sum(rows), per_rank[group.rank()]))
+        group.exchange(dy_BD.split(per_rank, dim=1), gradient_AH.split(rows))
+        return gradient_AH, None, None, None
 
 
 __all__ = ["Layout", "side_by_side"]

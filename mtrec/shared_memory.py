@@ -6,7 +6,9 @@ few bytes; who waits copies it out. No thread, no byte through a socket: with tw
 workload takes a seventh less time (pipelines/benchmark/README.md).
 
     post   copy into an own buffer -> message (operation, buffer, offset, bytes) to each peer
-    wait   message of each peer -> copy out of its buffer -> message (operation: read); the buffer is free when all have read it
+    wait   message of each peer -> copy out of its buffer
+
+A message says, too, which operations its sender has read since the last one: a buffer is free when all have read it.
 
 Buffers are memory files without a name, handed over with their first message, and the sockets are abstract: nothing is left
 on the host when processes die, however they do, and a rank whose peer has died is told at once.
@@ -20,19 +22,46 @@ import secrets
 import select
 import socket
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-MESSAGE = struct.Struct("<6q")  # what, operation, buffer, capacity, offset, bytes
-POSTED, READ = 0, 1
+MESSAGE = struct.Struct("<5q")  # operation, buffer, capacity, offset, bytes; then the operations that were read
+OPERATION = struct.Struct("<q")
 ALIGNMENT = 64
 MAX_PENDING = 64  # operations that a rank has begun and not all have read: from here on the oldest is ended before another begins
+MAX_READ = 4 * MAX_PENDING  # operations that one message may say to have been read
+LONGEST = MESSAGE.size + MAX_READ * OPERATION.size
 DIRECT_RANKS, DIRECT_BYTES = 8, 1 << 16  # every rank reads every other's whole tensor to sum it: more go to gloo
+
+
+class Section(NamedTuple):
+    """So many elements of a type."""
+
+    dtype: torch.dtype
+    elements: int
+
+    @property
+    def nbytes(self) -> int:
+        """Without what follows it up to the next one."""
+        return self.dtype.itemsize * self.elements
+
+
+def sections(message: Tensor, kinds: Sequence[Section]) -> list[Tensor]:
+    """The first sections of a message (see `SharedMemoryGroup.send_messages`), which lie in its memory."""
+    found, at = [], 0
+    for each in kinds:
+        found.append(message[at : at + each.nbytes].view(each.dtype))
+        at += _aligned(each.nbytes)
+    return found
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 class _Buffer:
@@ -65,42 +94,42 @@ class _Peer:
         self.buffers: dict[int, _Buffer] = {}
         self.posted: dict[int, tuple[int, int, int]] = {}  # operation: buffer, offset, bytes
         self.knows: set[int] = set()  # own buffers that it has
+        self.read: list[int] = []  # operations of which it is to be told that they were read
 
     def post(self, message: bytes, handle: int | None) -> None:
+        told, self.read = self.read[:MAX_READ], self.read[MAX_READ:]
+        message += b"".join(map(OPERATION.pack, told))
         try:
-            socket.send_fds(self.connection, [message], [] if handle is None else [handle])
+            if handle is None:
+                self.connection.send(message)
+            else:
+                socket.send_fds(self.connection, [message], [handle])
         except TimeoutError as error:
             raise self._timeout() from error
         except OSError as error:
             raise self._gone() from error
 
-    def tell_read(self, operation: int) -> None:
-        """A peer that has ended by now does not need it."""
-        with contextlib.suppress(ConnectionError):
-            self.connection.send(MESSAGE.pack(READ, operation, 0, 0, 0, 0))
-
-    def receive(self) -> tuple[int, int]:
-        """(what, operation) of the next message; waits for it."""
+    def receive(self) -> list[int]:
+        """Waits for the next message, and notes what was posted; the operations that the peer has read."""
         try:
             with contextlib.suppress(ConnectionResetError):  # it ended before it had read all; what it sent is still there
-                return self._take_in(*socket.recv_fds(self.connection, MESSAGE.size, 1)[:2])
-            return self._take_in(*socket.recv_fds(self.connection, MESSAGE.size, 1)[:2])
+                return self._take_in(*socket.recv_fds(self.connection, LONGEST, 1)[:2])
+            return self._take_in(*socket.recv_fds(self.connection, LONGEST, 1)[:2])
         except TimeoutError as error:
             raise self._timeout() from error
         except OSError as error:
             raise self._gone() from error
 
-    def _take_in(self, message: bytes, handles: Sequence[int]) -> tuple[int, int]:
-        if len(message) != MESSAGE.size:
+    def _take_in(self, message: bytes, handles: Sequence[int]) -> list[int]:
+        if len(message) < MESSAGE.size:
             raise self._gone()
-        what, operation, number, capacity, offset, size = MESSAGE.unpack(message)
-        if what == POSTED and number >= 0:
+        operation, number, capacity, offset, size = MESSAGE.unpack_from(message)
+        if number >= 0:
             if handles:
                 self.buffers[number] = _Buffer(handles[0])
             self.buffers[number].map(capacity)
-        if what == POSTED:
-            self.posted[operation] = (number, offset, size)
-        return what, operation
+        self.posted[operation] = (number, offset, size)
+        return [read for (read,) in OPERATION.iter_unpack(message[MESSAGE.size :])]
 
     def _timeout(self) -> RuntimeError:  # in gloo's words: they are known to who looks for the cause
         seconds = self.connection.gettimeout() or 0.0
@@ -184,7 +213,7 @@ class SharedMemoryGroup(dist.ProcessGroup):
 
         def end() -> None:
             parts = {self.rank(): self._buffers[number].view(0, tensor)}
-            parts |= {peer.rank: part for peer, part in self._arrived(operation, [tensor] * len(self._peers))}
+            parts |= {peer.rank: self._as(part, tensor, peer.rank, operation) for peer, part in self._arrived(operation)}
             total = tensor.detach()
             torch.add(parts[0], parts[1], out=total)
             for rank in range(2, size):
@@ -212,6 +241,34 @@ class SharedMemoryGroup(dist.ProcessGroup):
         """Part r of `sent` is written to part `rank` of rank r's `received`, which has its shape; of any strides, both."""
         self._exchanging([part.detach() for part in sent], [part.detach() for part in received]).wait()
 
+    def send_messages(
+        self, messages: Mapping[int, Sequence[Sequence[Tensor]]], read: Callable[[dict[int, Tensor]], None]
+    ) -> dist.Work:
+        """A message of any size to each other rank; all ranks send, and all get one of each.
+
+        Args:
+            messages: {rank: sections}. A section is 1-D tensors of one type, which the message holds end to end; `sections`
+                takes it apart.
+            read: called by `wait` with {rank: message, uint8}. Afterwards their memory holds something else.
+        """
+        kinds = {rank: [_section(tensors) for tensors in message] for rank, message in messages.items()}
+        sizes = {rank: sum(_aligned(each.nbytes) for each in found) for rank, found in kinds.items()}
+        number, places = self._place([sizes[peer.rank] for peer in self._peers])
+        posts = {}
+        for peer, place in zip(self._peers, places, strict=True):
+            posts[peer.rank] = (place, sizes[peer.rank])
+            whole = self._buffers[number].bytes[place : place + sizes[peer.rank]]
+            for tensors, out in zip(messages[peer.rank], sections(whole, kinds[peer.rank]), strict=True):
+                if len(out):
+                    torch.cat(list(tensors), out=out)
+        operation = self._post(number, posts)
+
+        def end() -> None:
+            read({peer.rank: message for peer, message in self._arrived(operation)})
+            self._tell_read(operation)
+
+        return self._begun(operation, end)
+
     def _exchanging(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> dist.Work:
         me = self.rank()
         number, places = self._place([sent[peer.rank].nbytes for peer in self._peers])
@@ -225,8 +282,8 @@ class SharedMemoryGroup(dist.ProcessGroup):
 
         def end() -> None:
             received[me].copy_(sent[me])
-            for peer, part in self._arrived(operation, [received[peer.rank] for peer in self._peers]):
-                received[peer.rank].copy_(part)
+            for peer, part in self._arrived(operation):
+                received[peer.rank].copy_(self._as(part, received[peer.rank], peer.rank, operation))
             self._tell_read(operation)
 
         return self._begun(operation, end)
@@ -234,13 +291,17 @@ class SharedMemoryGroup(dist.ProcessGroup):
     def _place(self, sizes: Sequence[int]) -> tuple[int, list[int]]:
         """A free buffer that holds parts of these sizes in bytes, and where each begins in it."""
         if len(self._unread) >= MAX_PENDING:
+            self._hear()
+        if len(self._unread) >= MAX_PENDING:
             self._end_oldest()
-        self._hear()
         places, total = [], 0
         for size in sizes:
             places.append(total)
-            total += -(-size // ALIGNMENT) * ALIGNMENT
-        fitting = [number for number in self._free if len(self._buffers[number].bytes) >= total]
+            total += _aligned(size)
+        fitting = self._fitting(total)
+        if not fitting:
+            self._hear()
+            fitting = self._fitting(total)
         if fitting:
             number = min(fitting, key=lambda each: len(self._buffers[each].bytes))
         elif self._free:
@@ -253,6 +314,9 @@ class SharedMemoryGroup(dist.ProcessGroup):
             self._buffers[number].grow(max(mmap.PAGESIZE, 1 << math.ceil(math.log2(total))))
         return number, places
 
+    def _fitting(self, size: int) -> list[int]:
+        return [number for number in self._free if len(self._buffers[number].bytes) >= size]
+
     def _post(self, number: int, posts: dict[int, tuple[int, int]]) -> int:
         operation, self._operation = self._operation, self._operation + 1
         buffer = self._buffers[number]
@@ -262,7 +326,7 @@ class SharedMemoryGroup(dist.ProcessGroup):
             offset, size = posts[peer.rank]
             mapped = number if capacity else -1  # nothing was ever written to it: there is nothing to map
             first = capacity > 0 and number not in peer.knows
-            peer.post(MESSAGE.pack(POSTED, operation, mapped, capacity, offset, size), buffer.handle if first else None)
+            peer.post(MESSAGE.pack(operation, mapped, capacity, offset, size), buffer.handle if first else None)
             if first:
                 peer.knows.add(number)
         return operation
@@ -271,29 +335,33 @@ class SharedMemoryGroup(dist.ProcessGroup):
         self._pending[operation] = work = _Work(end)
         return work
 
-    def _arrived(self, operation: int, likes: Sequence[Tensor]) -> Iterator[tuple[_Peer, Tensor]]:
-        """What each peer posted for an operation, in its buffer, as soon as it is there."""
-        for peer, like in zip(self._peers, likes, strict=True):
+    def _arrived(self, operation: int) -> Iterator[tuple[_Peer, Tensor]]:
+        """What each peer posted for an operation, as bytes in its buffer, as soon as it is there."""
+        for peer in self._peers:
             while operation not in peer.posted:
                 self._note(peer)
             number, offset, size = peer.posted.pop(operation)
-            if size != like.nbytes:
-                raise RuntimeError(
-                    f"Rank {peer.rank} sent {size} bytes in operation {operation}; rank {self.rank()} expected {like.nbytes}: "
-                    "the ranks do not make the same calls in the same order."
-                )
-            yield peer, peer.buffers[number].view(offset, like) if size else like
+            yield peer, peer.buffers[number].bytes[offset : offset + size] if size else torch.empty(0, dtype=torch.uint8)
+
+    def _as(self, message: Tensor, like: Tensor, peer: int, operation: int) -> Tensor:
+        """A peer's bytes as a tensor of that type and shape. Raises RuntimeError where they are not as many."""
+        if len(message) != like.nbytes:
+            raise RuntimeError(
+                f"Rank {peer} sent {len(message)} bytes in operation {operation}; rank {self.rank()} expected {like.nbytes}: "
+                "the ranks do not make the same calls in the same order."
+            )
+        return message.view(like.dtype).view(like.shape)
 
     def _tell_read(self, operation: int) -> None:
+        """Each peer, with the next message to it."""
         del self._pending[operation]
         for peer in self._peers:
-            peer.tell_read(operation)
+            peer.read.append(operation)
         self._read(operation, self.rank())
 
     def _note(self, peer: _Peer) -> None:
         """Takes in a peer's next message."""
-        what, operation = peer.receive()
-        if what == READ:
+        for operation in peer.receive():
             self._read(operation, peer.rank)
 
     def _read(self, operation: int, rank: int) -> None:
@@ -319,6 +387,10 @@ class SharedMemoryGroup(dist.ProcessGroup):
         """
         if self._pending:
             self._pending[min(self._pending)].wait()
+
+
+def _section(tensors: Sequence[Tensor]) -> Section:
+    return Section(tensors[0].dtype if tensors else torch.uint8, sum(map(len, tensors)))
 
 
 def _sizes(tensor: Tensor, split_sizes: Sequence[int] | None, size: int) -> list[int]:

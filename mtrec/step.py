@@ -69,7 +69,8 @@ class TrainState:
         finite: whether that one was.
         nonfinite_in_a_row: steps up to that one; nonfinite_steps: in all, since this state was made.
         stop: whether a rank has asked to stop.
-        constant_weights_K: of the balancer, on the device, where it needs nothing from there.
+        constant_weights_K: of the balancer, on the device, where it needs nothing from there: steps do without it then, and it
+            is told which tasks were active, for the log, where they are not those it was told of last (`told`).
         tables_since: the step at which the tables' optimizer began.
     """
 
@@ -99,6 +100,7 @@ class TrainState:
     nonfinite_in_a_row: int = 0
     nonfinite_steps: int = 0
     stop: bool = False
+    told: tuple[bool, ...] = ()
     mark: Callable[[str], None] = lambda phase: None  # told the name of each phase of a step as it ends; for `mtrec bench`
 
     def read_flags(self, *, wait: bool = False) -> None:
@@ -107,8 +109,9 @@ class TrainState:
             self.known_step, self.finite, self.stop = known.step, known.finite, self.stop or known.stop
             self.nonfinite_in_a_row = 0 if known.finite else self.nonfinite_in_a_row + 1
             self.nonfinite_steps += not known.finite
-            if self.flags.late and self.constant_weights_K is not None:  # the step did without the balancer, the log does not
-                self.balancer(torch.zeros(len(known.active_K)), None, known.step - 1, known.active_K)
+            if self.constant_weights_K is not None and known.active != self.told:
+                self.balancer(torch.zeros(len(known.active)), None, known.step - 1, torch.tensor(known.active))
+                self.told = known.active
 
     def tensors(self) -> dict[str, object]:
         """{key: tensor} of weights, optimizer states and buffers; tables as ShardedTensor."""
@@ -309,11 +312,11 @@ def train_step(
         state.dense_gradients.buffer.copy_(dense_gradient)
     state.mark("backward")
 
-    bad = ~(torch.isfinite(state.dense_gradients.buffer.sum()) & torch.isfinite(x_gradient_BD.sum()))
-    flags = torch.cat([share_K.detach(), bad[None].to(share_K.dtype), share_K.new_full((1,), float(stop))])
+    sums = torch.stack([state.dense_gradients.buffer.sum(), x_gradient_BD.sum()]) * 0.0  # NaN of what is not finite
+    flags = torch.cat([share_K.detach(), sums, share_K.new_full((1,), float(stop))])
     parallel.all_reduce_sum(flags)
     dense_work = parallel.start_all_reduce_sum(state.dense_gradients.buffer)
-    all_finite = (flags[-2] == 0) & torch.isfinite(flags[:-2]).all()  # an infinite loss can have a gradient of 0
+    all_finite = torch.isfinite(flags).all()  # an infinite loss can have a gradient of 0
     state.flags.put(state.step + 1, all_finite, flags[-1] > 0, active_K)
     state.read_flags()
     finite = all_finite if state.flags.late else state.finite  # on the device, or known here
@@ -328,7 +331,7 @@ def train_step(
     state.mark("optimizer")
     state.step += 1
     return StepResult(
-        losses_K=flags[:-2] / state.task_weights_K,
+        losses_K=flags[: len(share_K)] / state.task_weights_K,
         weights_K=weights_K * state.task_weights_K,
         counts_K=counts_K,
     )
@@ -415,7 +418,7 @@ def _balance(
     due = balancer.needs_gramian_at(state.step) or (state.balancing.log_gradients and state.step % balancer.every == 0)
     if isinstance(balancer.method, Static) and not balancer.needs_gramian and not due:
         # the weights do not depend on the losses: no reduction, no waiting
-        if state.flags.late and state.constant_weights_K is not None:
+        if state.constant_weights_K is not None:
             return state.constant_weights_K, None
         weights_K: Tensor = balancer(torch.zeros_like(share_K), None, state.step, active_K)
         return weights_K, None

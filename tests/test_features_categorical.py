@@ -116,7 +116,7 @@ def test_vocabulary_encoding_agrees_with_plain_python(column: dict[str, Any]) ->
     assert encoded.values.tolist() == [row for bag in expected for row in bag]
     assert encoded.lengths_KB.tolist() == [[len(bag) for bag in expected]]
     assert (encoded.values.dtype, encoded.lengths_KB.dtype, encoded.dense_BF.shape) == (
-        np.int64,
+        np.int32,
         np.int32,
         (len(everything), 0),
     )
@@ -243,3 +243,12 @@ def test_ids_without_nulls_have_the_rows_of_those_with(values: list[int], encodi
     with_null = encoder.encode(pa.record_batch({"x": pa.array([*values, None], pa.int64())})).values
     assert plain.tolist() == with_null[:-1].tolist()
     assert with_null[-1] == NULL_ROW
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(2**31 - 1, np.int32), (2**31 + 2, np.int64)])
+def test_rows_are_int64_only_where_a_table_has_so_many(rows: int, expected: type) -> None:
+    feature = Categorical("x", encoding="identity", num_embeddings=rows)
+    encoder = fitted([feature], {"x": pa.array([1, 2])})
+    encoded = encoder.encode(pa.record_batch({"x": pa.array([rows - 3, 0])}))
+    assert encoded.values.dtype == expected
+    assert encoded.values.tolist() == [rows - 1, 2]

@@ -164,4 +164,4 @@ def test_parts_whose_keys_hold_one_value_in_one_and_lists_in_another_are_joined(
     joined = join([(lists, 0, 2), (nothing, 0, 1), (lists, 1, 2)])
     assert joined.values.tolist() == [3, 4, 7, 4, 5, 6, 0]
     assert joined.lengths_KB.tolist() == [[1, 1, 1, 1], [2, 0, 1, 0]]
-    assert joined.values.dtype == np.int64
+    assert joined.values.dtype == np.int32

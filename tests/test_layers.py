@@ -36,6 +36,7 @@ LAYERS = [
     ["metrics"],
     ["config"],
     ["feed", "ahead", "pooled_exchange"],
+    ["ids_exchange"],
     ["labels"],
     ["embeddings"],
     ["model"],

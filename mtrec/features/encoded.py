@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 T = TypeVar("T", bound=np.generic)
 Int64s = npt.NDArray[np.int64]
-Integers = npt.NDArray[Any]  # int32 where all rows of all tables fit: half of what a window takes
+Integers = npt.NDArray[Any]  # int32 where all rows of all tables fit: half of what windows and batches take, and messages
 Floats = npt.NDArray[np.float32]
 Order = Int64s | slice
 """Which of some rows, and in which order: their numbers, or a range [start, stop) as it lies."""
@@ -33,15 +33,16 @@ class Ids:
 class Encoded:
     """A batch as arrays. Values lie key after key (in the order of the encoder's keys), and row after row within a key.
 
-    `dense_BF` float32; `values` int64 rows and `lengths_KB` int32 of the unweighted keys, `single` whether every row is known to
-    have one value of a key; `weighted_values`, `weighted_lengths_KB` and `weights` (float32, one a value) of the weighted ones.
+    `dense_BF` float32; `values` rows of tables (int32 or int64) and `lengths_KB` int32 of the unweighted keys, `single` whether
+    every row is known to have one value of a key; `weighted_values`, `weighted_lengths_KB` and `weights` (float32, one a value)
+    of the weighted ones.
     """
 
     dense_BF: Floats
-    values: Int64s
+    values: Integers
     lengths_KB: npt.NDArray[np.int32]
     single: tuple[bool, ...]
-    weighted_values: Int64s
+    weighted_values: Integers
     weighted_lengths_KB: npt.NDArray[np.int32]
     weights: Floats
 
@@ -211,17 +212,18 @@ def join(parts: Sequence[Part]) -> Encoded:
     )
 
 
-def _joined(parts: Sequence[tuple[EncodedIds, int, int]]) -> tuple[Int64s, npt.NDArray[np.int32], Floats]:
+def _joined(parts: Sequence[tuple[EncodedIds, int, int]]) -> tuple[Integers, npt.NDArray[np.int32], Floats]:
     """(values, lengths_KB, weights) of one group of keys."""
     if len({ids.single for ids, _, _ in parts}) > 1:
         parts = [(ids.all_as_bags(), start, stop) for ids, start, stop in parts]
     single, num_rows = parts[0][0].single, sum(stop - start for _, start, stop in parts)
+    dtype = np.result_type(*(ids.rows_SB for ids, _, _ in parts))
     if not single:
-        return np.empty(0, np.int64), np.empty((0, num_rows), np.int32), np.empty(0, np.float32)
+        return np.empty(0, dtype), np.empty((0, num_rows), np.int32), np.empty(0, np.float32)
     cut = [[_cut(ids.bags[bag], start, stop) for ids, start, stop in parts] for bag in range(len(parts[0][0].bags))]
     of_bags = [sum(len(values) for values, _, _ in each) for each in cut]
     total = sum(single) * num_rows + sum(of_bags)
-    values, lengths_KB = np.empty(total, np.int64), np.ones((len(single), num_rows), np.int32)
+    values, lengths_KB = np.empty(total, dtype), np.ones((len(single), num_rows), np.int32)
     weighted = parts[0][0].weights_SB is not None
     weights = np.empty(total if weighted else 0, np.float32)
     at = 0  # in `values`

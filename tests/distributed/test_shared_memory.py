@@ -280,7 +280,7 @@ def pooled_side_by_side() -> tuple[Tensor, Tensor]:
     with parallel.process_group(CPU):
         assert parallel._within_host is not None
         me = dist.get_rank()
-        layout = Layout(parallel._within_host, ("a", "b", "c"), (1, 3, 1), tuple(WIDTHS))
+        layout = Layout(parallel._within_host, (("a", "b"), ("c",), ()), (1, 3, 1))
         pooled_AH = numbers(me, sum(ROWS), WIDTHS[me]).requires_grad_()
         found_BD = side_by_side(pooled_AH, ROWS, layout)
         (gradient_AH,) = torch.autograd.grad(found_BD, pooled_AH, numbers(50 + me, *found_BD.shape))
