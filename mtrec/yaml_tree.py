@@ -85,7 +85,13 @@ def naming(place: str) -> Iterator[None]:
 def naming_keys(path: str | Path, overrides: Sequence[str] | None = None) -> Iterator[None]:
     """Around what an experiment is used for: those of its ValueErrors that begin with a key of it begin with its file, too.
 
-    >>> with naming_keys("x.yaml"):
+    `--set` is named where one of `overrides` (`key.path=value`) states that key, a part of it, or what it is a part of.
+
+    >>> with naming_keys("x.yaml", ["data.train=b", "seed=1"]):
+    ...     raise ValueError("`data.train.path` names nothing. Found 'b'.")
+    Traceback (most recent call last):
+    ValueError: x.yaml with --set: `data.train.path` names nothing. Found 'b'.
+    >>> with naming_keys("x.yaml", ["seed=1"]):
     ...     raise ValueError("`data.train` should have a column 'click'. Found none in 'a.parquet'.")
     Traceback (most recent call last):
     ValueError: x.yaml: `data.train` should have a column 'click'. Found none in 'a.parquet'.
@@ -93,8 +99,15 @@ def naming_keys(path: str | Path, overrides: Sequence[str] | None = None) -> Ite
     try:
         yield
     except ValueError as error:
-        with naming(f"{path} with --set" if overrides else str(path)) if str(error).startswith("`") else nullcontext():
+        key = re.match(r"`([^`]*)`", str(error))
+        stated = [override.partition("=")[0].strip() for override in overrides or ()]
+        overridden = key is not None and any(_one_holds_the_other(key[1], each) for each in stated)
+        with naming(f"{path} with --set" if overridden else str(path)) if key is not None else nullcontext():
             raise
+
+
+def _one_holds_the_other(first: str, second: str) -> bool:
+    return f"{first}.".startswith(f"{second}.") or f"{second}.".startswith(f"{first}.")
 
 
 def expand(value: Any, place: str) -> Any:
