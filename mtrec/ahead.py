@@ -1,9 +1,9 @@
 """The next batch on its way to the device, and its ids to the ranks that hold their rows: on a GPU beside what is computed.
 
 Both take a stream of their own, one a device. What waits there (torchrec reads on the host how many ids each rank will get)
-waits for the next batch alone, not for what is computed, on one GPU. On several the exchange of these numbers queues behind
-the collectives before it (NCCL has one stream a group), so the host may wait for the step before. On a CPU there is no
-stream and nothing special.
+waits for the next batch alone, not for what is computed, on one GPU; of whole tables on one GPU nothing is sent, nor waited for.
+On several the exchange of these numbers queues behind the collectives before it (NCCL has one stream a group), so the host may
+wait for the step before. On a CPU there is no stream and nothing special.
 """
 
 import functools

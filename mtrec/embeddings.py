@@ -83,7 +83,7 @@ class Embeddings(nn.Module):
         self.feature_dims = [table.dim for group in groups.values() for table in group for _ in table.features]
         self.num_dense = num_dense
         self.output_dim = num_dense + sum(self.feature_dims)
-        self.layouts: dict[str, Layout] = {}  # {group of tables: who holds what}, where torchrec's exchanges do not serve
+        self.layouts: dict[str, Layout] = {}  # {group of tables: who holds what}; the others take torchrec's exchanges
         self._begun: tuple[Batch, list[_Exchange | _ThroughTorchrec]] | None = None
 
     def begin(self, batch: Batch) -> None:
@@ -99,7 +99,7 @@ class Embeddings(nn.Module):
     def _exchanges(self, batch: Batch, device: torch.device) -> "list[_Exchange | _ThroughTorchrec]":
         return [
             _Exchange(module, ids, self.layouts[name])
-            if name in self.layouts and ids is not None
+            if name in self.layouts
             else _ThroughTorchrec(module, ids, device)
             for name, module, ids in self._sharded(batch)
         ]
@@ -109,7 +109,7 @@ class Embeddings(nn.Module):
         for exchange in self._begun[1] if self._begun is not None else ():
             exchange.proceed()
 
-    def _sharded(self, batch: Batch) -> list[tuple[str, Any, KeyedJaggedTensor | None]]:
+    def _sharded(self, batch: Batch) -> list[tuple[str, Any, Any]]:
         groups = (("tables", self.tables, batch.sparse), ("weighted_tables", self.weighted_tables, batch.weighted))
         return [each for each in groups if each[1] is not None]
 
@@ -117,11 +117,11 @@ class Embeddings(nn.Module):
         """The pooled embeddings of the sharded (or not yet sharded) tables."""
         if self._begun is not None and self._begun[0] is batch:
             exchanges, self._begun = self._begun[1], None
-        elif self.layouts:
-            exchanges = self._exchanges(batch, batch.dense_BF.device)
-        else:
-            return [_columns(module(ids)) for _, module, ids in self._sharded(batch)]
-        return [exchange.pooled() for exchange in exchanges]
+            return [exchange.pooled() for exchange in exchanges]
+        return [  # on the stream on which the batch was copied
+            _Exchange(module, ids, self.layouts[name]).pooled() if name in self.layouts else _columns(module(ids))
+            for name, module, ids in self._sharded(batch)
+        ]
 
     def forward(self, batch: Batch) -> Tensor:
         """(B, D) pooled embeddings and dense columns side by side; of a batch without rows (0, D)."""
@@ -272,7 +272,7 @@ class _Exchange:
 class _ThroughTorchrec:
     """The same in the steps that a sharded collection takes, whatever its tables and ranks."""
 
-    def __init__(self, module: Any, ids: KeyedJaggedTensor | None, device: torch.device) -> None:
+    def __init__(self, module: Any, ids: KeyedJaggedTensor, device: torch.device) -> None:
         self._module, self._device = module, device
         self._context = module.create_context()
         with beside(device):

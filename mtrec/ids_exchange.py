@@ -4,13 +4,15 @@ torchrec sends how many ids there will be, then how many each row has, then the 
 operators of its own: of a step of few rows a fifth was spent there. Here all travels at once, and where one rank holds all
 tables nothing does.
 
-A message is four sections, each aligned: how many rows there are, the bytes of an id, and how many ids of each key (int64);
-the ids, key after key; the ids that each row has of each key (int32); a weight an id, where there are weights.
+A message is three sections, or four, each aligned: a checksum of the keys' names, how many rows there are, and how many ids of
+each key (int64); the ids, key after key, of the type that all ranks have; the ids that each row has of each key (int32); a weight
+an id, where there are weights.
 
 Legend: B rows of this rank, A rows of all ranks (those of rank 0 first), H keys that this rank holds.
 """
 
 import functools
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -19,9 +21,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mtrec.pooled_exchange import Layout
-from mtrec.shared_memory import Section, sections
-
-_TYPES = {dtype.itemsize: dtype for dtype in (torch.int32, torch.int64)}
+from mtrec.shared_memory import UNLIKE_CALLS, Section, message_bytes, sections
 
 
 class _Held(NamedTuple):
@@ -34,10 +34,10 @@ class _Held(NamedTuple):
 
 
 class IdsExchange:
-    """The ids of one batch on their way. They set out at once; all ranks make one in the same order, and ask for what arrives.
+    """The ids of one batch on their way. They set out at once; all ranks make one, in the same order.
 
     Args:
-        ids: of this rank's rows; keys in any order.
+        ids: of this rank's rows; keys in any order, and some perhaps that nobody holds.
         layout: who holds which key.
     """
 
@@ -47,13 +47,13 @@ class IdsExchange:
         if layout.group is not None:
             own = layout.group.rank()
             parts = _parts(ids, layout.held)
-            messages = {rank: _message(part) for rank, part in enumerate(parts) if rank != own}
+            messages = {rank: _message(part, layout.held[rank]) for rank, part in enumerate(parts) if rank != own}
             self._work = layout.group.send_messages(messages, functools.partial(self._take_in, own=own, part=parts[own]))
 
     def _take_in(self, messages: Mapping[int, Tensor], *, own: int, part: _Held) -> None:
-        weighted = self._ids.weights_or_none() is not None
-        held = [part if rank == own else _read(messages[rank], len(part.ids), weighted) for rank in range(len(messages) + 1)]
-        self._ids, self._rows = _together(held, self._layout.held[own], self._ids), [each.rows for each in held]
+        keys = self._layout.held[own]
+        held = [part if rank == own else _read(messages[rank], keys, self._ids) for rank in range(len(messages) + 1)]
+        self._ids, self._rows = _together(held, keys, self._ids), [each.rows for each in held]
 
     def arrived(self) -> tuple[KeyedJaggedTensor, list[int]]:
         """(ids of all ranks' rows for the H keys that this rank holds, A a key; rows of each rank), once all are there."""
@@ -97,23 +97,31 @@ def _parts(ids: KeyedJaggedTensor, held: Sequence[Sequence[str]]) -> list[_Held]
     ]
 
 
-def _message(part: _Held) -> list[Sequence[Tensor]]:
-    if not part.ids:
-        return [[torch.tensor([part.rows, torch.int64.itemsize])]]
-    head = torch.tensor([part.rows, part.ids[0].element_size(), *map(len, part.ids)])
-    return [[head], part.ids, [part.lengths_HB.view(-1)], part.weights]
+@functools.lru_cache(maxsize=64)
+def _checksum(keys: tuple[str, ...]) -> int:
+    return zlib.crc32("\0".join(keys).encode())
 
 
-def _read(message: Tensor, num_keys: int, weighted: bool) -> _Held:
-    """What `_message` made; its tensors lie in the message."""
-    head = Section(torch.int64, 2 + num_keys)
+def _message(part: _Held, keys: tuple[str, ...]) -> list[Sequence[Tensor]]:
+    head = torch.tensor([_checksum(keys), part.rows, *map(len, part.ids)])
+    return [[head], part.ids, [part.lengths_HB.view(-1)], *([part.weights] if part.weights else [])]
+
+
+def _read(message: Tensor, keys: tuple[str, ...], like: KeyedJaggedTensor) -> _Held:
+    """What `_message` made; its tensors lie in the message. RuntimeError where it is something else."""
+    head = Section(torch.int64, 2 + len(keys))
     (found,) = sections(message, [head])
-    rows, item_bytes, *counts = found.tolist()
+    checksum, rows, *counts = found.tolist()
+    if checksum != _checksum(keys):
+        raise RuntimeError(f"Something else came than the ids of {', '.join(keys)}: {UNLIKE_CALLS}")
+    weights = like.weights_or_none()
     total = sum(counts)
-    kinds = [Section(_TYPES[item_bytes], total), Section(torch.int32, num_keys * rows)]
-    kinds += [Section(torch.float32, total)] * weighted
-    _, ids, lengths, *weights = sections(message, [head, *kinds])
-    return _Held(rows, ids.split(counts), lengths.view(num_keys, rows), weights[0].split(counts) if weighted else [])
+    kinds = [head, Section(like.values().dtype, total), Section(torch.int32, len(keys) * rows)]
+    kinds += [] if weights is None else [Section(weights.dtype, total)]
+    if len(message) != message_bytes(kinds):
+        raise RuntimeError(f"Ids came in {len(message)} bytes, not {message_bytes(kinds)}: {UNLIKE_CALLS}")
+    _, ids, lengths, *weight = sections(message, kinds)
+    return _Held(rows, ids.split(counts), lengths.view(len(keys), rows), weight[0].split(counts) if weight else ())
 
 
 def _together(held: Sequence[_Held], keys: Sequence[str], like: KeyedJaggedTensor) -> KeyedJaggedTensor:
@@ -127,9 +135,9 @@ def _together(held: Sequence[_Held], keys: Sequence[str], like: KeyedJaggedTenso
     else:
         values, lengths = like.values()[:0], like.lengths()[:0]
         weights = None if weights is None else weights[:0]
-    return KeyedJaggedTensor(
-        keys=list(keys), values=values, lengths=lengths, weights=weights, stride=sum(each.rows for each in held)
-    )
+    counts = [sum(len(each.ids[place]) for each in held) for place in places]
+    rows = sum(each.rows for each in held)
+    return KeyedJaggedTensor(list(keys), values, weights, lengths, stride=rows, length_per_key=counts)
 
 
 __all__ = ["IdsExchange"]

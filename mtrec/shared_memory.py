@@ -33,9 +33,9 @@ from torch import Tensor
 MESSAGE = struct.Struct("<5q")  # operation, buffer, capacity, offset, bytes; then the operations that were read
 OPERATION = struct.Struct("<q")
 ALIGNMENT = 64
+UNLIKE_CALLS = "the ranks do not make the same calls in the same order."
 MAX_PENDING = 64  # operations that a rank has begun and not all have read: from here on the oldest is ended before another begins
-MAX_READ = 4 * MAX_PENDING  # operations that one message may say to have been read
-LONGEST = MESSAGE.size + MAX_READ * OPERATION.size
+LONGEST = MESSAGE.size + 2 * MAX_PENDING * OPERATION.size  # between two messages no more operations are ended than may be pending
 DIRECT_RANKS, DIRECT_BYTES = 8, 1 << 16  # every rank reads every other's whole tensor to sum it: more go to gloo
 
 
@@ -52,12 +52,22 @@ class Section(NamedTuple):
 
 
 def sections(message: Tensor, kinds: Sequence[Section]) -> list[Tensor]:
-    """The first sections of a message (see `SharedMemoryGroup.send_messages`), which lie in its memory."""
+    """The sections of a message (see `SharedMemoryGroup.send_messages`), which lie in its memory.
+
+    Raises RuntimeError where the message ends before them.
+    """
     found, at = [], 0
     for each in kinds:
         found.append(message[at : at + each.nbytes].view(each.dtype))
         at += _aligned(each.nbytes)
+    if at > len(message):
+        raise RuntimeError(f"A message of {len(message)} bytes was sent where {at} were expected: {UNLIKE_CALLS}")
     return found
+
+
+def message_bytes(kinds: Sequence[Section]) -> int:
+    """Of a message that consists of these sections."""
+    return sum(_aligned(each.nbytes) for each in kinds)
 
 
 def _aligned(size: int) -> int:
@@ -97,8 +107,8 @@ class _Peer:
         self.read: list[int] = []  # operations of which it is to be told that they were read
 
     def post(self, message: bytes, handle: int | None) -> None:
-        told, self.read = self.read[:MAX_READ], self.read[MAX_READ:]
-        message += b"".join(map(OPERATION.pack, told))
+        message += b"".join(map(OPERATION.pack, self.read))
+        self.read.clear()
         try:
             if handle is None:
                 self.connection.send(message)
@@ -249,10 +259,11 @@ class SharedMemoryGroup(dist.ProcessGroup):
         Args:
             messages: {rank: sections}. A section is 1-D tensors of one type, which the message holds end to end; `sections`
                 takes it apart.
-            read: called by `wait` with {rank: message, uint8}. Afterwards their memory holds something else.
+            read: called by `wait`, or by a later operation where too many are pending, with {rank: message, uint8}. It starts
+                no operation; afterwards their memory holds something else.
         """
         kinds = {rank: [_section(tensors) for tensors in message] for rank, message in messages.items()}
-        sizes = {rank: sum(_aligned(each.nbytes) for each in found) for rank, found in kinds.items()}
+        sizes = {rank: message_bytes(found) for rank, found in kinds.items()}
         number, places = self._place([sizes[peer.rank] for peer in self._peers])
         posts = {}
         for peer, place in zip(self._peers, places, strict=True):
@@ -348,7 +359,7 @@ class SharedMemoryGroup(dist.ProcessGroup):
         if len(message) != like.nbytes:
             raise RuntimeError(
                 f"Rank {peer} sent {len(message)} bytes in operation {operation}; rank {self.rank()} expected {like.nbytes}: "
-                "the ranks do not make the same calls in the same order."
+                f"{UNLIKE_CALLS}"
             )
         return message.view(like.dtype).view(like.shape)
 

@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from logs import HUGE, write_poisoned_log
+from logs import HUGE, experiment_tree, write_log, write_poisoned_log
 from runs import small_run, train_on
 
 import mtrec.train
@@ -123,6 +124,28 @@ def test_too_many_in_a_row_end_the_run_one_step_later_and_name_the_file(tmp_path
     late()
     with pytest.raises(NotFiniteError, match=r"3 steps in a row .*\(up to step 7\).*part-0.parquet:"):
         list(train(run, device=CPU))
+
+
+@pytest.mark.parametrize("log_gradients", [False, True])
+@pytest.mark.parametrize("at_once", [False, True])
+def test_the_log_says_which_tasks_constant_weights_stood_for(
+    tmp_path: Path, late: Callable[[], None], at_once: bool, log_gradients: bool
+) -> None:
+    present = [False, False, True, True, False, True, False, False, True, False, True, True, False]  # dwell, by step
+    whole = pa.concat_tables([pq.read_table(path) for path in sorted(write_log(tmp_path / "clean", 1_600).glob("*"))])
+    dwell = [value if present[row // 128] else None for row, value in enumerate(whole["dwell_seconds"].to_pylist())]
+    field, place = whole.schema.field("dwell_seconds"), whole.schema.get_field_index("dwell_seconds")
+    (tmp_path / "train").mkdir()
+    pq.write_table(whole.set_column(place, field, pa.array(dwell, field.type)), tmp_path / "train" / "part-0.parquet")
+    options = ("training.log_every=1", "balancing.weights={dwell: 0.3}", f"balancing.log_gradients={log_gradients}")
+    run = small_run(tmp_path, *RARE, *options, "balancing.every=4", tree=experiment_tree(tmp_path / "train"))
+    if not at_once:
+        late()
+    logged = told(run)
+    assert [event["balancing"]["weighed/dwell"] for event in logged] == present
+    assert {event["balancing"]["weighed/click"] for event in logged} == {1.0}
+    assert {event["balancing"]["weight/dwell"] for event in logged} == {0.3}
+    assert len({event["weights"]["dwell"] for event in logged}) == 1
 
 
 def test_a_last_step_that_is_not_finite_counts(tmp_path: Path, late: Callable[[], None]) -> None:

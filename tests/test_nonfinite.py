@@ -1,15 +1,25 @@
 """Batches whose loss or gradient is not finite change nothing, on any number of ranks; too many in a row end the run."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from logs import write_poisoned_log
+from ranks import run_ranks
 from runs import small_run, train_on
 
+from mtrec import parallel
 from mtrec.checkpoint import folder_of, read
 from mtrec.events import Step
-from mtrec.train import train
+from mtrec.feed import feed
+from mtrec.labels import labels_of
+from mtrec.model import MultiTaskModel
+from mtrec.run import Run, open_source
+from mtrec.step import build_state, train_step
+from mtrec.train import Progress, make_reader, train
+
+CPU = torch.device("cpu")
 
 BAD = (3, 4, 9)  # steps
 EVERY_STEP = ("training.checkpoint_every=1", "training.keep_last=100", "data.shuffle=false", "data.num_streams=1")
@@ -45,3 +55,49 @@ def test_they_are_counted_and_too_many_in_a_row_end_the_run(tmp_path: Path) -> N
     with pytest.raises(FloatingPointError, match=r"3 steps in a row .*\(up to step 7\).*part-0.parquet"):
         counted.extend(event.nonfinite_steps for event in events if isinstance(event, Step))
     assert counted == [0, 1, 1, 1, 2, 3, 4]
+
+
+BAD_VALUES = {"inf": [torch.inf], "nan": [torch.nan], "their sum": [3e38, 3e38]}  # an infinite one on each rank cancels below
+
+
+def steps_with_a_bad_gradient(folder: str, bad: str, late: bool) -> tuple[int, list[bool]]:
+    """(steps that were not finite, whether tables moved in each): in the second of four x's gradient is not, the loss is."""
+    torch.set_num_threads(1)
+    run, gradients_of = Run(Path(folder)), torch.autograd.grad
+    with parallel.process_group(CPU):
+        model = MultiTaskModel(run.experiment, run.encoder, run.labels, CPU)
+        state = build_state(run.experiment, model, run.labels, batch_size=128, total_steps=9, device=CPU)
+        state.flags.late = late
+        data = open_source(run.experiment, run.experiment.data.train, "data.train")
+        fed = feed(make_reader(run, data, Progress()), run.encoder, labels_of(run.experiment, model.specs))
+        batches = [next(fed).batch for _ in range(4)]
+        fed.close()
+        last = parallel.rank() == parallel.world_size() - 1
+        values = BAD_VALUES.get(bad, [torch.inf if last else -torch.inf])
+
+        def spoiled(*arguments: Any, **options: Any) -> list[torch.Tensor]:
+            x_gradient_BD, *others = gradients_of(*arguments, **options)
+            if state.step == 1 and (last or bad == "opposite"):
+                x_gradient_BD = x_gradient_BD.clone()
+                x_gradient_BD.view(-1)[: len(values)] = torch.tensor(values)
+            return [x_gradient_BD, *others]
+
+        torch.autograd.grad = spoiled  # type: ignore[assignment]  # in this process, which ends with the function
+        moved = []
+        for batch in batches:
+            before = [shard.tensor.clone() for each in state.tables.weights().values() for shard in each.local_shards()]
+            train_step(state, batch)
+            after = [shard.tensor for each in state.tables.weights().values() for shard in each.local_shards()]
+            moved.append(any(not torch.equal(*each) for each in zip(before, after, strict=True)))
+        state.read_flags(wait=True)
+        return state.nonfinite_steps, moved
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(("world_size", "bad"), [(1, "nan"), (1, "their sum"), (2, "inf"), (2, "opposite")])
+def test_a_gradient_that_is_not_finite_counts_where_the_loss_is(
+    tmp_path: Path, world_size: int, bad: str, late: bool
+) -> None:
+    run = small_run(tmp_path)
+    for found in run_ranks(world_size, steps_with_a_bad_gradient, str(run.folder), bad, late, folder=tmp_path):
+        assert found == (1, [True, False, True, True])

@@ -41,8 +41,8 @@ class Balancer(nn.Module):
     one).
 
     - A task is weighed where it is active (has labels in the global batch) and, for a method on the Gramian, its
-      gradient there is finite and not 0. Any other task is left out and keeps the weight it had (1 at first), until it
-      is weighed again.
+      gradient there is finite and not 0. Any other task is left out and keeps the weight it had (at first its
+      constant one, or 1), until it is weighed again.
     - The Gramian is expected every `every` steps (`needs_gramian_at`); methods that need it change their weights then,
       methods on the losses at every step. A Gramian given to a method that does not need it is only described.
 
@@ -123,6 +123,9 @@ class Balancer(nn.Module):
         self.register_buffer("mass_KK", torch.zeros(size, size, dtype=torch.float64))
         self.register_buffer("weighed_K", torch.zeros(size, dtype=torch.bool))  # in the last call
         self.register_buffer("has_gramian_K", torch.zeros(size, dtype=torch.bool))  # in the last Gramian
+        constant_K = self.constant()
+        if constant_K is not None:
+            self.weights_K.copy_(constant_K)
 
     def _check(self, main: list[int]) -> None:
         if self.normalize and self.min_weight > 1.0:
@@ -161,7 +164,10 @@ class Balancer(nn.Module):
         return self.needs_gramian and step % self.every == 0
 
     def current(self, like: Tensor) -> Tensor:
-        """The weights of the last call (1 before the first), on the device and in the type of `like`; changes nothing."""
+        """The weights of the last call, on the device and in the type of `like`; before the first one the constant ones, or 1.
+
+        Changes nothing.
+        """
         return (self.weights_K * self.factors_K).to(like)
 
     def constant(self) -> Tensor | None:

@@ -6,8 +6,8 @@ Correctness, fp32 without TF32, same seed on both devices: predictions of a batc
 every table moved, the metrics of one short run (1e-4; calibration errors 1e-3: a row may change its bin), of the same resumed
 half-way (1e-4), and what its last checkpoint predicts for the golden rows. On a GPU also: the same with half of the memory that
 the tables need, so that some lie in the host's memory behind a cache (UVM); and that a step makes the host wait nowhere: it
-returns while the device is still held up, and no line of mtrec synchronises (those of torchrec, on a stream of their own, are
-listed). Neither is done with `--device cpu`.
+returns while the device is still held up, and no line of mtrec synchronises (those of torchrec, if any, on a stream of their own,
+are listed). Neither is done with `--device cpu`.
 
 Then probes, of what could not be decided without a GPU: rows/s of 1, 2, 4 and 8 reading threads; products of the experts'
 first layer at the model's width and at the next multiple of 8; mixing experts by products and by sums. Then `mtrec bench` with

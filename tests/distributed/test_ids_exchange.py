@@ -1,8 +1,10 @@
 """Ids on their way to the ranks that hold their rows, against the same ids put together by hand; and against torchrec's way."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
@@ -10,10 +12,17 @@ from runs import small_run, trained
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from mtrec import parallel
+from mtrec import embeddings, parallel
+from mtrec.features import encoder
+from mtrec.feed import feed
 from mtrec.ids_exchange import IdsExchange
+from mtrec.labels import labels_of
+from mtrec.model import MultiTaskModel
 from mtrec.pooled_exchange import Layout
+from mtrec.run import open_source
 from mtrec.shared_memory import MAX_PENDING
+from mtrec.step import build_state
+from mtrec.train import Progress, make_reader
 
 CPU = torch.device("cpu")
 ROWS = [3, 0, 2]  # a rank without rows
@@ -97,23 +106,90 @@ def test_alone_they_are_put_in_order() -> None:
     assert same is ids
 
 
-def through_torchrec(folder: str) -> Tensor:
-    parallel._layout = lambda module, group: None  # in this process, which ends with the function
-    losses: Tensor = trained(folder)["losses"]
-    return losses
+def losses(folder: str, way: str = "ours") -> tuple[Tensor, int]:
+    """Of a training in this process, and how many exchanges of ids were ours."""
+    asked, arrived = 0, IdsExchange.arrived
+
+    def noted(exchange: IdsExchange) -> tuple[KeyedJaggedTensor, list[int]]:
+        nonlocal asked
+        asked += 1
+        return arrived(exchange)
+
+    IdsExchange.arrived = noted  # in this process, which ends with the function
+    if way == "torchrec's":
+        parallel._layout = lambda module, group: None
+    if way == "of int64":
+        encoder.row_type = lambda num_embeddings: np.int64
+    return trained(folder)["losses"], asked
 
 
-def losses(folder: str) -> Tensor:
-    found: Tensor = trained(folder)["losses"]
-    return found
+WEIGHTED = ("features.item_id.weights=price", "features.item_id.pooling=sum")  # a second group of tables
 
 
-@pytest.mark.parametrize("features", [(), ("features.item_id.weights=price", "features.item_id.pooling=sum")])
+@pytest.mark.parametrize(
+    ("features", "groups"),
+    [
+        ((), 1),
+        (WEIGHTED, 2),
+        ((*WEIGHTED, "features.item_id.sharding=column_wise", "features.item_id.num_column_shards=2"), 1),  # the other is cut
+        ((*WEIGHTED, "features.tags.sharding=data_parallel"), 2),
+    ],
+    ids=["one group", "two groups", "one cut", "one replicated"],
+)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_training_has_torchrecs_losses_to_the_bit(tmp_path: Path, ranks: int, features: tuple[str, ...]) -> None:
-    found = []
-    for function in (losses, through_torchrec):
-        run = small_run(tmp_path, "training.log_every=1", *features)
-        found.append(run_ranks(ranks, function, str(run.folder), folder=run.folder / "ranks")[0])
-    assert len(found[0]) > 10
-    assert torch.equal(*found)
+def test_training_has_torchrecs_losses_to_the_bit(
+    tmp_path: Path, ranks: int, features: tuple[str, ...], groups: int
+) -> None:
+    options = ("training.log_every=1", "training.max_steps=12", *features)
+    runs = {way: small_run(tmp_path, *options) for way in ("ours", "torchrec's", "of int64")}
+    found = {way: run_ranks(ranks, losses, str(run.folder), way, folder=run.folder / "ranks")[0] for way, run in runs.items()}
+    (ours, asked), (theirs, none), (of_int64, _) = found.values()
+    assert len(ours) == 12
+    assert torch.equal(ours, theirs)
+    assert torch.equal(ours, of_int64)
+    assert (asked >= 12 * groups, none) == (True, 0)
+
+
+def unlike_calls(what: str) -> str:
+    """What rank 0 says when rank 1 makes another call."""
+    with parallel.process_group(CPU, timeout_seconds=30):
+        group = parallel._within_host
+        assert group is not None
+        ids = ids_of({"a": ([1, 2], [0, 1, 2], []), "b": ([2, 0], [3, 4], [])}, 2, torch.int32, weighted=False)
+        said = ""
+        if parallel.rank() == 0 or what == "another plan":
+            held = (("a",), ("b",)) if parallel.rank() == 0 else (("a", "b"), ())
+            try:
+                IdsExchange(ids, Layout(group, held, (1, 1))).arrived()
+            except RuntimeError as error:
+                said = str(error)
+        else:
+            with contextlib.suppress(RuntimeError):  # it finds it out, too
+                group.allreduce([torch.zeros(4)]).wait()
+        parallel.barrier()
+        return said
+
+
+@pytest.mark.parametrize("what", ["another plan", "a sum"])
+def test_ranks_that_do_not_make_the_same_calls_are_told(tmp_path: Path, what: str) -> None:
+    said, _ = run_ranks(2, unlike_calls, what, folder=tmp_path)
+    assert "the ranks do not make the same calls in the same order" in said
+
+
+def test_of_a_batch_that_was_not_begun_tables_that_are_cut_go_through_their_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU such a batch was copied on the stream that computes: nothing may be read beside it."""
+    run = small_run(tmp_path, *WEIGHTED, "features.item_id.sharding=column_wise", "features.item_id.num_column_shards=2")
+    with parallel.process_group(CPU):
+        model = MultiTaskModel(run.experiment, run.encoder, run.labels, CPU)
+        build_state(run.experiment, model, run.labels, batch_size=128, total_steps=1, device=CPU)
+        assert set(model.embeddings.layouts) == {"tables"}
+        data = open_source(run.experiment, run.experiment.data.train, "data.train")
+        fed = feed(make_reader(run, data, Progress()), run.encoder, labels_of(run.experiment, model.specs))
+        batch = next(fed).batch
+        fed.close()
+        model.embeddings.begin(batch)
+        begun = model.embeddings(batch)
+        monkeypatch.setattr(embeddings, "beside", None)  # nobody calls it
+        assert torch.equal(model.embeddings(batch), begun)
