@@ -265,6 +265,7 @@ class _Exchange:
         """They are under way."""
 
     def pooled(self) -> Columns:
+        """Waits for the ids of all ranks; a collective, as its backward pass."""
         ids, rows = self._ids.arrived()
         return Columns(side_by_side(self._lookup(ids), rows, self._layout), self._layout.keys, self._layout.widths)
 
@@ -285,6 +286,7 @@ class _ThroughTorchrec:
                 self._ids_sent = self._lengths_sent.wait()
 
     def pooled(self) -> Columns:
+        """Waits for the ids of all ranks; a collective, as its backward pass."""
         self.proceed()
         with beside(self._device):
             ids = self._ids_sent.wait()

@@ -43,7 +43,6 @@ class IdsExchange:
 
     def __init__(self, ids: KeyedJaggedTensor, layout: Layout) -> None:
         self._ids, self._layout = ids, layout
-        self._held: list[_Held] = []
         if layout.group is not None:
             own = layout.group.rank()
             parts = _parts(ids, layout.held)

@@ -56,12 +56,12 @@ def sections(message: Tensor, kinds: Sequence[Section]) -> list[Tensor]:
 
     Raises RuntimeError where the message ends before them.
     """
+    if message_bytes(kinds) > len(message):
+        raise RuntimeError(f"{len(message)} bytes were sent where {message_bytes(kinds)} were expected: {UNLIKE_CALLS}")
     found, at = [], 0
     for each in kinds:
         found.append(message[at : at + each.nbytes].view(each.dtype))
         at += _aligned(each.nbytes)
-    if at > len(message):
-        raise RuntimeError(f"A message of {len(message)} bytes was sent where {at} were expected: {UNLIKE_CALLS}")
     return found
 
 
@@ -107,8 +107,10 @@ class _Peer:
         self.read: list[int] = []  # operations of which it is to be told that they were read
 
     def post(self, message: bytes, handle: int | None) -> None:
+        """Sends what was posted, with a buffer's handle where the peer has not got it yet, and which operations were read."""
         message += b"".join(map(OPERATION.pack, self.read))
         self.read.clear()
+        assert len(message) <= LONGEST  # the socket would cut it, and the peer never hear of a buffer
         try:
             if handle is None:
                 self.connection.send(message)
