@@ -101,6 +101,7 @@ class Dataset:
             batches = parquet.iter_batches(rows, row_groups=[row_group.index], columns=read, use_threads=False)
 
             def next_chunk() -> tuple[pa.RecordBatch, pa.BooleanArray | None] | None:
+                """The next rows in the dataset's types and which of them stay; None at the end."""
                 raw = self._decoded(batches, file, row_group)
                 if raw is None:
                     return None
@@ -188,6 +189,7 @@ class Dataset:
             wanted.setdefault(group.file_index, []).append(group)
 
         def bounds_of(item: tuple[int, list[RowGroup]]) -> list[Bounds | None]:
+            """Least and greatest value of the column in these row groups of one file."""
             file = self.files[item[0]]
             if column not in file.schema.names or column in dict(file.location.keys):
                 return [unstored_bounds(file, column, group, self.partition_types) for group in item[1]]

@@ -168,6 +168,7 @@ def feed(
     """
 
     def prepare(rows: pa.RecordBatch, orders: Sequence[Order]) -> Sequence[Examples | None]:
+        """The windows encoded together, or one by one where a row is refused: None for those that hold such a row."""
         try:
             return make_examples(rows, encoder, labels, sample_weight, orders)
         except BadRowsError:
@@ -177,6 +178,7 @@ def feed(
         return [each for window in windows for each in prepare(window, [slice(0, window.num_rows)])]
 
     def batch_of(piece: Piece) -> Fed:
+        """The batch of a piece, from what was prepared of its cuts; the others are encoded here."""
         examples, before = [], 0
         for number in range(len(piece.parts)):
             assert piece.cuts is not None

@@ -148,6 +148,7 @@ class _Parser:
             raise self.error(f"have '{word}' at column {self.tokens[self.at][2]}")
 
     def condition(self) -> Condition:
+        """either, to the end of the text."""
         found = self.either()
         if self.tokens[self.at][0] != "end":
             _, text, column = self.tokens[self.at]
@@ -155,18 +156,21 @@ class _Parser:
         return found
 
     def either(self) -> Condition:
+        """both { "or" both }"""
         found = self.both()
         while self.word("or"):
             found = Either(found, self.both())
         return found
 
     def both(self) -> Condition:
+        """term { "and" term }"""
         found = self.term()
         while self.word("and"):
             found = Both(found, self.term())
         return found
 
     def term(self) -> Condition:
+        """"not" term, "(" either ")", or a column or value compared once, or twice as in 0 < x < 9."""
         if self.word("not"):
             return Not(self.term())
         if self.word("("):
@@ -192,6 +196,7 @@ class _Parser:
         return first
 
     def op(self) -> str:
+        """The comparison that stands here, in one spelling."""
         sort, text, column = self.tokens[self.at]
         if sort != "op":
             raise self.error(f"have a comparison (<, <=, >, >=, ==, !=, in, is null) at column {column}")
@@ -199,6 +204,7 @@ class _Parser:
         return {"=": "==", "<>": "!="}.get(text, text)
 
     def compare(self, left: "_Column | Value", op: str, right: "_Column | Value") -> Compare:
+        """The column on the left, whichever side it stood on."""
         if isinstance(left, _Column) and not isinstance(right, _Column):
             return Compare(left.name, op, right)
         if isinstance(right, _Column) and not isinstance(left, _Column):
@@ -207,6 +213,7 @@ class _Parser:
         raise self.error(f"compare a column with a value; text stands in quotes: '{word}'")
 
     def values(self) -> tuple[Value, ...]:
+        """"[" value { "," value } "]"."""
         self.need("[")
         found: list[Value] = []
         while not self.word("]"):
@@ -219,6 +226,7 @@ class _Parser:
         return tuple(found)
 
     def operand(self) -> "_Column | Value":
+        """A column or a value, of the type that its spelling says."""
         sort, text, column = self.tokens[self.at]
         self.at += 1
         if sort == "quoted":

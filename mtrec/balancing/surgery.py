@@ -49,6 +49,7 @@ class PCGrad(nn.Module):
         draws = generator(self.seed, step)
 
         def solve(gramian: Array) -> Array:
+            """PCGrad: each row of the identity without what conflicts."""
             size = len(gramian)
             changed_KK = np.eye(size)
             for i in range(size):
@@ -99,6 +100,7 @@ class GradVac(nn.Module):
         target = self.target_KK[index][:, index].numpy()  # a copy
 
         def solve(gramian: Array) -> Array:
+            """Each row lifted to the wished cosines, which follow those that are seen."""
             size = len(gramian)
             changed_KK = np.eye(size)
             for i in range(size):

@@ -153,6 +153,7 @@ class _Search(OptunaSearch):  # type: ignore[misc]
         return found
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """Makes the next trial's folder, with values that Optuna suggests unless it is the experiment as written."""
         number, shares = self._waiting.pop(0), dict[str, float]()
         if number == AS_WRITTEN:
             self._undrawn.add(trial_id)
@@ -222,6 +223,7 @@ def _on_workers(spec: dict[str, Any]) -> Callable[[Run, Callable[[], None]], Non
     """Trains on Ray Train's workers, which are asked to stop when the trial is."""
 
     def train(run: Run, tell: Callable[[], None]) -> None:
+        """Trains in a thread, and calls `tell` meanwhile, whose SystemExit asks the workers to stop."""
         from mtrec.jobs import recovery
 
         errors: list[BaseException] = []

@@ -55,6 +55,7 @@ class _NumberRows:
         self.labels.add_values(arrays["labels"])
 
     def compute(self) -> dict[str, float]:
+        """Weighted mean errors and the share of pairs in order; NaN where no row counts."""
         absolute, square, _, _ = self.sums.tolist()
         weight = float(self.labels.values[0])
         return {

@@ -60,6 +60,7 @@ def score_piece(scorer: Scorer, piece: Piece, request: Request) -> Generator[int
     done = 0
 
     def encoded() -> Iterator[tuple[pa.RecordBatch, Batch]]:
+        """Batch after batch; the time that this takes counts as reading."""
         found = batches(piece, columns, request.batch_rows)
         while True:
             started = time.perf_counter()
