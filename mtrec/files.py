@@ -29,13 +29,17 @@ _BUFFER_BYTES = 65536  # per column chunk of an open row group, instead of the w
 
 @dataclass(frozen=True)
 class Location:
-    """Where a file is: `path` in `filesystem`, `shown` in messages, `keys` of Hive folders such as `dt=2026-01-01`."""
+    """Where a file is: `path` in `filesystem`, `shown` in messages, `keys` of Hive folders such as `dt=2026-01-01`.
+
+    `root`: the folder that it was looked for in (the named one, the fixed part of a glob, the file's own), as `path` begins.
+    """
 
     filesystem: pa.fs.FileSystem
     path: str
     shown: str
     keys: tuple[tuple[str, str | None], ...]
     size: int
+    root: str
 
 
 def find_files(paths: str | Sequence[str], place: str) -> tuple[list[Location], list[str]]:
@@ -65,10 +69,14 @@ def _local_files(entry: str, place: str) -> list[Location]:
     path = os.path.expanduser(entry)
     if glob.has_magic(path) and not os.path.exists(path):
         matches = sorted(glob.glob(path, recursive=True))
+        parts = path.split("/")
+        root = "/".join(parts[: next(number for number, part in enumerate(parts) if glob.has_magic(part))])
         found = {
             file.path: file
             for match in matches
-            for file in (_below(filesystem, match, "") if os.path.isdir(match) else [_local_file(filesystem, match)])
+            for file in (
+                _below(filesystem, match, "", root) if os.path.isdir(match) else [_local_file(filesystem, match, root)]
+            )
         }
         if not found:
             raise ValueError(f"`{place}.path` should match at least one Parquet file. Found none for '{entry}'.")
@@ -79,12 +87,12 @@ def _local_files(entry: str, place: str) -> list[Location]:
         hint = nearest(name, beside) or ("" if beside else f" The folder '{folder}' does not exist or is empty.")
         raise ValueError(f"`{place}.path` should name a file or folder that exists. Found '{entry}'.{hint}")
     if os.path.isdir(path):
-        return _some(_below(filesystem, path, ""), entry, place)
-    return [_local_file(filesystem, path)]
+        return _some(_below(filesystem, path, "", path), entry, place)
+    return [_local_file(filesystem, path, os.path.dirname(path))]
 
 
-def _local_file(filesystem: pa.fs.FileSystem, path: str) -> Location:
-    return Location(filesystem, path, path, _keys(path), os.path.getsize(path))
+def _local_file(filesystem: pa.fs.FileSystem, path: str, root: str) -> Location:
+    return Location(filesystem, path, path, _keys(path), os.path.getsize(path), root.rstrip("/"))
 
 
 def _remote_files(entry: str, place: str) -> list[Location]:
@@ -103,8 +111,8 @@ def _remote_files(entry: str, place: str) -> list[Location]:
     if info.type == pa.fs.FileType.NotFound:
         raise ValueError(f"`{place}.path` should name a file or folder that exists. Found '{entry}'.")
     if magic is None and info.type == pa.fs.FileType.File:
-        return [Location(filesystem, base, prefix + base, _keys(base), info.size)]
-    below = _below(filesystem, base, prefix)
+        return [Location(filesystem, base, prefix + base, _keys(base), info.size, base.rpartition("/")[0])]
+    below = _below(filesystem, base, prefix, base)
     if magic is not None:
         start = len(base.rstrip("/")) + 1
         below = [file for file in below if _matches(file.path[start:].split("/"), parts[magic:])]
@@ -117,7 +125,7 @@ def _some(files: list[Location], entry: str, place: str) -> list[Location]:
     return files
 
 
-def _below(filesystem: pa.fs.FileSystem, base: str, prefix: str) -> list[Location]:
+def _below(filesystem: pa.fs.FileSystem, base: str, prefix: str, root: str) -> list[Location]:
     """The Parquet files of a folder and its folders, by name."""
     found = []
     start = len(base.rstrip("/")) + 1
@@ -127,7 +135,7 @@ def _below(filesystem: pa.fs.FileSystem, base: str, prefix: str) -> list[Locatio
         names = info.path[start:].split("/")
         hidden = any(name.startswith(("_", ".")) and "=" not in name for name in names)
         if info.type == pa.fs.FileType.File and info.path.endswith(SUFFIXES) and not hidden:
-            found.append(Location(filesystem, info.path, prefix + info.path, _keys(info.path), info.size))
+            found.append(Location(filesystem, info.path, prefix + info.path, _keys(info.path), info.size, root.rstrip("/")))
     return sorted(found, key=lambda file: file.path)
 
 

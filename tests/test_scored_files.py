@@ -2,7 +2,9 @@
 fail at the last moment.
 """
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +15,7 @@ from runs import small_run, train_on
 
 from mtrec.dataset import Source, open_dataset
 from mtrec.formula import ranking_formula
+from mtrec.locking import LockedError
 from mtrec.run import Run, open_run
 from mtrec.score import open_scorer
 from mtrec.scored_files import Asked, inputs, job, output, score_files
@@ -93,6 +96,73 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def rows(run: Run) -> pa.RecordBatch:
     path = run.folder.parent / "log-4000" / "validation" / "part-0.parquet"
     return pq.read_table(path).combine_chunks().to_batches()[0]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def test_the_best_rows_of_all_files_are_chosen_anew_where_a_job_was_cut_short(
+    run: Run, rows: pa.RecordBatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(2):
+        pq.write_table(pa.table(rows).slice(number * 150, 150), tmp_path / "in" / f"{number}.parquet")
+    source = Source(str(tmp_path / "in"))
+    asked = Asked(str(run.folder), source, str(tmp_path / "out"), top=1, by="click", batch_rows=50)
+    score_files(asked, score_here)
+    whole = contents(tmp_path / "out")
+    assert sum(pq.read_table(tmp_path / "out" / name).num_rows for name in ("0.parquet", "1.parquet")) == 2
+
+    joined = job.join
+
+    def no_room(file: inputs.InputFile, *others: Any) -> dict[str, Any]:
+        if file.relative == "1.parquet":
+            raise OSError("no space left")
+        return joined(file, *others)
+
+    again = dataclasses.replace(asked, output=str(tmp_path / "again"))
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "join", no_room)
+        with pytest.raises(OSError, match="no space left"):
+            score_files(again, score_here)
+    assert (tmp_path / "again" / "0.parquet").exists()
+    assert score_files(again, score_here)["session"]["rows"] == 0  # all pieces were there
+    assert contents(tmp_path / "again") == whole
+
+
+@pytest.mark.parametrize(
+    ("given", "output"),
+    [("file://{}/in/*.parquet", "file://{}/in"), ("file://{}/in/a.parquet", "{}/in"), ("{}/in", "file://{}/in/scores")],
+)
+def test_an_output_that_would_replace_its_input_is_refused(
+    run: Run, rows: pa.RecordBatch, tmp_path: Path, given: str, output: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table(rows), tmp_path / "in" / "a.parquet")
+    asked = Asked(str(run.folder), Source(given.format(tmp_path)), output.format(tmp_path), overwrite=True)
+    with pytest.raises(ValueError, match="OUTPUT should lie outside of INPUT"):
+        score_files(asked, score_here)
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["a.parquet"]
+
+
+def test_output_paths_begin_below_the_fixed_part_of_a_glob(run: Run, rows: pa.RecordBatch, tmp_path: Path) -> None:
+    for day in ("dt=1", "dt=2"):
+        (tmp_path / "logs" / day).mkdir(parents=True)
+        pq.write_table(pa.table(rows).slice(0, 150), tmp_path / "logs" / day / "a.parquet")
+    for number, given in enumerate(("logs/dt=?", "logs/dt=[12]/*", "logs")):
+        out = tmp_path / f"out-{number}"
+        score_files(Asked(str(run.folder), Source(str(tmp_path / given)), str(out)), score_here)
+        assert sorted(str(path.relative_to(out)) for path in out.rglob("a.parquet")) == ["dt=1/a.parquet", "dt=2/a.parquet"]
+
+
+def test_one_process_at_a_time_scores_into_a_folder(run: Run, rows: pa.RecordBatch, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table(rows), tmp_path / "in" / "a.parquet")
+    place = output.Output(str(tmp_path / "out"))
+    with place.locked(), pytest.raises(LockedError, match=r"The output .*out is being written by process"):
+        score_files(Asked(str(run.folder), Source(str(tmp_path / "in")), place.address), score_here)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize(

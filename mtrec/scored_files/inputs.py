@@ -1,6 +1,7 @@
 """The input of a scoring job: what is asked, which files can be scored, how their rows are cut into pieces and batches."""
 
 import dataclasses
+import glob
 import hashlib
 import itertools
 import json
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.fs
 
 from mtrec.dataset import Dataset, Source, open_each
 from mtrec.features import Encoder, FeatureCounts, check_schema
@@ -124,8 +126,9 @@ def open_inputs(
     absent_labels = [column for column in label_columns if column not in wanted]
     found: list[InputFile] = []
     bad: dict[str, str] = {}
-    root = input_root(request.source.path)
-    for location, opened in open_each(request.source, [*wanted, *absent_labels], [*optional, *absent_labels], place=INPUT):
+    each_opened = list(open_each(request.source, [*wanted, *absent_labels], [*optional, *absent_labels], place=INPUT))
+    root = common_root([location for location, _ in each_opened])
+    for location, opened in each_opened:
         try:
             if isinstance(opened, ValueError):
                 raise opened
@@ -155,7 +158,7 @@ def _input_file(
     if kept is None:
         outcomes = labels.columns(list(labels.labels))
         features = [name for name in file.schema.names if name not in keys and name not in outcomes]
-        kept = (*features, *((request.by,) if request.by in keys else ()))
+        kept = (*features, *((request.by,) if request.by is not None and request.by not in features else ()))
     clash = [name for name in kept if name in made]
     if clash:
         raise ValueError(
@@ -187,19 +190,10 @@ def _input_file(
     return InputFile(data, relative, kept, known, label_columns, identity)
 
 
-def input_root(paths: str | Sequence[str]) -> str:
-    """The folder below which output paths are those of the input: the fixed part of a glob, a folder, a file's folder.
-
-    >>> input_root("logs/dt=*/*.parquet"), input_root("s3://bucket/logs/*?region=eu"), input_root("a/b.parquet")
-    ('logs', 'bucket/logs', 'a')
-    """
-    path = paths if isinstance(paths, str) else os.path.commonpath(list(paths))
-    path = path.partition("?")[0].partition("://")[2] if "://" in path else os.path.expanduser(path)
-    parts = path.split("/")
-    fixed = next((number for number, part in enumerate(parts) if "*" in part or "[" in part), None)
-    if fixed is None or os.path.exists(path):
-        fixed = len(parts) - 1 if path.endswith((".parquet", ".parq", ".pq")) and not os.path.isdir(path) else len(parts)
-    return "/".join(parts[:fixed]).rstrip("/")
+def common_root(files: Sequence[Location]) -> str:
+    """The folder below which output paths are those of the input, on the files' filesystem: what their roots have in common."""
+    roots = sorted({file.root for file in files})
+    return roots[0] if len(roots) == 1 else os.path.commonpath(roots)
 
 
 def units(row_groups: Sequence[RowGroup]) -> list[int]:
@@ -284,22 +278,36 @@ def named(message: str, path: str) -> str:
     return message if path in message else f"'{path}': {message}"
 
 
-def check_output(request: Request) -> None:
-    """Raises ValueError where the output lies in the input, or the input in the output: a file would replace its own source."""
-    if "://" in request.output or not isinstance(request.source.path, str) or "://" in request.source.path:
-        if isinstance(request.source.path, str) and request.output.rstrip("/") == request.source.path.partition("?")[0].rstrip(
-            "/"
-        ):
-            raise ValueError(f"OUTPUT should be another folder than INPUT. Found {request.output} for both.")
-        return
-    inside = Path(input_root(request.source.path) or ".").resolve()
-    out = Path(request.output).expanduser().resolve()
-    if out == inside or (inside in out.parents and Path(request.source.path).is_dir()):
-        raise ValueError(
-            f"OUTPUT should lie outside of INPUT, or it would be scored, or replace it, next time. Found '{out}' in '{inside}'."
-        )
-    if out.is_file():
+def check_output(filesystem: pa.fs.FileSystem, base: str, paths: str | Sequence[str], files: Sequence[InputFile]) -> None:
+    """Raises ValueError where the output (`base` on its file system) lies in the input, or would replace a file of it.
+
+    `paths`: the input as it was named.
+    """
+    local = filesystem.type_name == "local"
+    out = str(Path(base).resolve()) if local else base
+    for file in files:
+        location = file.data.files[0].location
+        if location.filesystem.type_name != filesystem.type_name:
+            continue
+        root = str(Path(location.root or ".").resolve()) if local else location.root
+        source = str(Path(location.path).resolve()) if local else location.path
+        below = out.startswith(f"{root}/") and _names_folder(paths, location)
+        if out == root or below or f"{out}/{file.relative}" == source:
+            raise ValueError(
+                f"OUTPUT should lie outside of INPUT, or it would be scored, or replace it, next time. Found '{out}' in '{root}'."
+            )
+    if filesystem.get_file_info(base).type == pa.fs.FileType.File:
         raise ValueError(f"OUTPUT should be a folder. Found the file '{out}'.")
+
+
+def _names_folder(paths: str | Sequence[str], found: Location) -> bool:
+    """Whether the input, in which this file was found, is one folder: what lies in it later is input, too."""
+    if not isinstance(paths, str):
+        return False
+    if "://" not in paths:
+        return os.path.isdir(paths)
+    address = paths.partition("?")[0].rstrip("/")
+    return not glob.has_magic(address) and address.endswith(f"/{found.root.rpartition('/')[2]}")
 
 
 def check_group_column(request: Request, files: Sequence[InputFile]) -> None:

@@ -142,18 +142,39 @@ def score_files(
         on_rows: told of rows as they are scored.
 
     Files that cannot be scored are in the manifest's `failed`; the others are scored. Raises ValueError before anything is
-    scored where run, formula, columns, output or null shares forbid it, CheckpointError where golden rows differ.
+    scored where run, formula, columns, output or null shares forbid it, LockedError where another process scores into the same
+    local folder, CheckpointError where golden rows differ.
     """
     began = time.monotonic()
     run = open_run(asked.run)
     work = _work(asked, run)
     request = work.request
-    check_output(request)
     files, failed = _inputs(request, run)
     output = Output(request.output)
+    check_output(output.filesystem, output.base, request.source.path, files)
+    with output.locked():
+        manifest, session = _score_files(asked, run, work, files, failed, spread, workers, on_start, on_rows)
+    return {**manifest, "session": {**session, "wall_seconds": time.monotonic() - began}}
+
+
+def _score_files(
+    asked: Asked,
+    run: Run,
+    work: Work,
+    files: Sequence[InputFile],
+    failed: dict[str, str],
+    spread: Spread,
+    workers: int,
+    on_start: Callable[[dict[str, Any]], None],
+    on_rows: Callable[[int], None],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the manifest, what this call did) for the files that can be opened; `failed`: {path: what is wrong with the others}."""
+    request, output = work.request, Output(work.request.output)
     finished = {file.relative for file in files if read_record(output, file.relative, file.identity) is not None}
+    _check_nothing_is_replaced(request, output, [file for file in files if file.relative not in finished])
+    if request.top is not None and len(finished) < len(files):
+        finished = set()  # the best rows are chosen among those of all files: a file is only done when all are
     pending = [file for file in files if file.relative not in finished]
-    _check_nothing_is_replaced(request, output, pending)
     failed.update(_check_rows(run, pending, asked.allow_null_jump))
     sound = [file for file in pending if file.shown not in failed]
     pieces = plan_pieces(sound, workers, split=request.top is not None)
@@ -180,11 +201,10 @@ def score_files(
             output.delete_folder(folder)
     session = {
         "rows": sum(piece.rows for piece in left if piece.file.shown not in failed),
-        "wall_seconds": time.monotonic() - began,
         "golden": told.golden,
         "seconds": told.seconds,
     }
-    return {**manifest, "session": session}
+    return manifest, session
 
 
 def _work(asked: Asked, run: Run) -> Work:

@@ -4,19 +4,22 @@ import hashlib
 import json
 import os
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
+from mtrec.locking import locked
 from mtrec.scored_files.inputs import UNIT_ROWS
 
-RECORDS = "_records"
+RECORDS, LOCK = "_records", "score.lock"
 PLAIN_BYTES = {"INT32": 4, "INT64": 8, "FLOAT": 4, "DOUBLE": 8}
 WORTH_IT = 0.8  # of the plain size
 LOOKED_AT = 4  # row groups
@@ -32,6 +35,15 @@ class Output:
         else:
             self.filesystem, base = pa.fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(address))
         self.base = base.rstrip("/")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Around a job that writes here: a second one is refused (LockedError). Object stores have no locks, and get none."""
+        if self.filesystem.type_name != "local":
+            yield
+            return
+        with locked(Path(self.path(RECORDS)) / LOCK, f"The output {self.address}"):
+            yield
 
     def path(self, relative: str) -> str:
         """The path on the file system."""
@@ -60,7 +72,9 @@ class Output:
     def beside(self, relative: str) -> Iterator["HashedSink"]:
         """A sink whose file appears at its place when the context ends well, and not at all when it does not."""
         folder, _, name = self.path(relative).rpartition("/")
-        unfinished = f"{folder}/.{name}.unfinished"
+        # without a lock (see `locked`) two jobs that write the same file should at least not write into one
+        own = "" if self.filesystem.type_name == "local" else f".{uuid.uuid4().hex[:8]}"
+        unfinished = f"{folder}/.{name}{own}.unfinished"
         self.filesystem.create_dir(folder, recursive=True)
         try:
             with self.filesystem.open_output_stream(unfinished) as stream:
