@@ -15,7 +15,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,14 @@ def _valid(checkpoints: Path, verify: bool) -> Iterator[Checkpoint]:
         if problem:
             log.warning("Checkpoint %s is damaged and passed over: %s", folder, problem)
             continue
-        yield Checkpoint(folder, state_of(folder))
+        try:
+            state = state_of(folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if verify:  # its files are sound: it is the storage that fails, now
+                raise
+            log.warning("Checkpoint %s is damaged and passed over: %s", folder, error)
+            continue
+        yield Checkpoint(folder, state)
 
 
 def state_of(folder: Path) -> dict[str, Any]:
@@ -164,6 +171,18 @@ def fetch(checkpoints: Path, mirror: Mirror) -> list[str]:
     return fetched
 
 
+def copy_missing(checkpoints: Path, mirror: Mirror) -> list[str]:
+    """Copies the valid checkpoints whose copy was cut short, or never begun, to a mirror; their names."""
+    copied = []
+    for folder in sorted(checkpoints.glob("step-*")):
+        manifest, inside = folder / "manifest.json", f"{checkpoints.name}/{folder.name}"
+        if manifest.is_file() and mirror.read(f"{inside}/manifest.json") != manifest.read_bytes() and check(folder) is None:
+            names = json.loads(manifest.read_text())["files"]
+            mirror.put(*(f"{inside}/{name}" for name in [*names, "manifest.json"]))
+            copied.append(folder.name)
+    return copied
+
+
 def best(found: list[Checkpoint]) -> Checkpoint | None:
     """The checkpoint with the largest metric; the newest where none has one."""
     with_metric = [each for each in found if each.metric is not None]
@@ -209,6 +228,7 @@ class Saver:
         mirror: Mirror | None = None,
     ) -> None:
         self._checkpoints, self._keep_last, self._keep_best, self._mirror = checkpoints, keep_last, keep_best, mirror
+        self._timeout = timeout_seconds
         # saving beside the training needs collectives of its own: shared with the training's they would be mixed up
         self._group = parallel.new_group(timeout_seconds) if in_background else None
         self._committer = ThreadPoolExecutor(1, "mtrec-checkpoint") if in_background else None
@@ -217,13 +237,13 @@ class Saver:
     def save(
         self, tensors: Mapping[str, Any], state: Mapping[str, Any], files: Mapping[str, bytes] | None = None
     ) -> Path:
-        """Does a save, or starts one; it counts once its manifest is written, at the latest when `finish` returns.
+        """Does a save, or starts one; it counts once its manifest is written, at the latest when `settle` returns.
 
         `files`: {name: content} that rank 0 lays beside the tensors.
 
         Raises CheckpointError (a full disk, say); earlier checkpoints are then as they were.
         """
-        self.finish()
+        self.settle()
         folder = folder_of(self._checkpoints, int(state["step"]))
         try:
             if parallel.rank() == 0:
@@ -238,6 +258,7 @@ class Saver:
                 if self._committer is None:
                     save(dict(tensors), checkpoint_id=folder)
                     self._commit(folder, dict(state))
+                    parallel.by_rank_zero(lambda: self._copy(folder), self._timeout)
                     return folder
                 written = async_save(
                     dict(tensors), checkpoint_id=folder, process_group=self._group, async_stager=_Stager()
@@ -250,19 +271,24 @@ class Saver:
 
     def add_validation(self, step: int, state: Mapping[str, Any]) -> None:
         """Adds what the validation of the newest checkpoint found: `state` overrides keys of that given to `save`."""
-        if parallel.rank() != 0:
-            return
         folder = folder_of(self._checkpoints, step)
         if self._committer is not None:
-            self._pending.append((self._committer.submit(self._amend, folder, dict(state)), folder))
+            if parallel.rank() == 0:
+                self._pending.append((self._committer.submit(self._amend, folder, dict(state)), folder))
             return
         try:
-            self._amend(folder, dict(state))
+            parallel.by_rank_zero(lambda: self._amend(folder, dict(state)), self._timeout)
         except OSError as error:
             raise self._failure(folder, error) from error
 
+    def settle(self) -> None:
+        """`finish` on all ranks alike, however long rank 0 takes to copy a checkpoint to the mirror."""
+        under_way = [future for future, _ in self._pending]
+        parallel.wait_for_rank_zero(lambda seconds: not wait(under_way, seconds).not_done, self._timeout)
+        self.finish()
+
     def finish(self) -> None:
-        """Waits for the save under way, until it is committed. Raises CheckpointError where it failed."""
+        """Waits for this rank's part of the save under way, until it is committed. Raises CheckpointError where it failed."""
         pending, self._pending = self._pending, []
         for future, folder in pending:
             try:
@@ -273,6 +299,8 @@ class Saver:
     def _commit_written(self, written: "Future[Any]", folder: Path, state: dict[str, Any]) -> None:
         written.result()
         self._commit(folder, state)
+        if parallel.rank() == 0:
+            self._copy(folder)
 
     def _commit(self, folder: Path, state: dict[str, Any]) -> None:
         """Every rank hashes its files, rank 0 writes the manifest. DCP's own metadata, written last, is there already."""
@@ -289,7 +317,6 @@ class Saver:
         files = {path.name: hashed.get(path.name) or _entry(path) for path in here}
         write_atomically(folder / "manifest.json", json.dumps({"format": FORMAT, "files": files}, indent=1))
         self._remove_old(folder)
-        self._copy(folder, list(files))
 
     def _hashed(self, folder: Path) -> dict[str, Any]:
         """{file of tensors: entry of the manifest} on rank 0. Hashing is most of what a save costs where the CPU has no
@@ -314,11 +341,13 @@ class Saver:
         self._remove_old(folder)
         self._copy(folder, [VALIDATION])
 
-    def _copy(self, folder: Path, names: Sequence[str]) -> None:
-        """To the mirror, the manifest last; what is gone here goes there, too."""
+    def _copy(self, folder: Path, names: Sequence[str] = ()) -> None:
+        """To the mirror, all files or those named, the manifest last; what is gone here goes there, too."""
         if self._mirror is None:
             return
         inside = self._checkpoints.name
+        if not names or self._mirror.read(f"{inside}/{folder.name}/manifest.json") is None:  # or an earlier copy was cut short
+            names = list(json.loads((folder / "manifest.json").read_text())["files"])
         self._mirror.put(*(f"{inside}/{folder.name}/{name}" for name in [*names, "manifest.json"]))
         for name in self._mirror.names(inside):
             if not (self._checkpoints / name).exists():

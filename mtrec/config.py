@@ -281,7 +281,7 @@ class Experiment(Section):
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     scoring: Scoring = Scoring()
-    output: str | None = Field(None, description="folder of the run; default: runs/<name>")
+    output: str | None = Field(None, description="folder of the run; default: runs/<name>-<date>-<time>")
 
     @pydantic.field_validator("name")
     @classmethod

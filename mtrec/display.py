@@ -15,6 +15,7 @@ from rich.table import Table
 
 from mtrec.checkpoint import Checkpoint
 from mtrec.kinds import counted
+from mtrec.recorder import whole_lines
 from mtrec.run import Run
 from mtrec.terminal import console, say
 
@@ -88,7 +89,7 @@ class TrainDisplay:
         path = self._folder / "log.jsonl"
         path.touch()
         self._log = path.open(encoding="utf-8")
-        self._log.seek(0, io.SEEK_END)
+        self._log.seek(whole_lines(path))  # a line that was cut short is taken away when the training goes on
         if self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("step"),

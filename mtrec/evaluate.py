@@ -177,7 +177,7 @@ def evaluate(
     model.eval()
     bf16 = experiment.training.precision == "bf16"
     with torch.no_grad():
-        bad = bad_rows(experiment.data, dataset.num_rows, parallel.world_size())
+        bad = bad_rows(experiment.data, dataset.num_rows)
         rows_needed = bool(group or by)
         fed = feed(reader, encoder, labels, experiment.data.sample_weight, keep_rows=rows_needed, bad=bad)
         for piece, cpu_batch in fed:
@@ -198,6 +198,8 @@ def evaluate(
                         None if group_B is None else group_B[index],
                     )
     model.train(was_training)
+    if bad is not None:
+        bad.check_everywhere(dataset.place)
     total.merge_ranks()
     metrics: dict[str, Any] = total.compute()
     if by:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from mtrec import parallel
 from mtrec.batch import Batch, Examples, Label, join_examples, label_values, make_examples
 from mtrec.config import Data
 from mtrec.dataset import Dataset
@@ -31,14 +32,15 @@ class Fed(NamedTuple):
 
 @dataclasses.dataclass
 class BadRows:
-    """Rows that were left out, counted by reason; the column is part of it.
+    """Rows that were left out on this rank, counted by reason; the column is part of it.
 
     Args:
-        rows: of this rank in an epoch; more than `max_fraction` of them is an error.
+        rows: of all ranks in an epoch; more than `max_fraction` of them is an error, at once where one rank alone meets
+            so many, else when all have read their rows (`check_everywhere`): so it does not depend on the number of ranks.
     """
 
     max_fraction: float
-    rows: float
+    rows: int
     skipped: Counter[str] = dataclasses.field(default_factory=Counter)
     _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, repr=False, compare=False)
 
@@ -48,16 +50,24 @@ class BadRows:
             self.skipped[error.reason] += len(error.rows)
             total = self.skipped.total()
         if total > self.max_fraction * self.rows:
-            listed = "; ".join(f"{reason}: {counted(count, 'row')}" for reason, count in self.skipped.most_common())
-            raise ValueError(
-                f"`data.max_bad_fraction` ({self.max_fraction:g}) is exceeded: {total:,} bad rows ({listed}). "
-                f"The newest one: {place}: {error.what}"
-            ) from error
+            raise ValueError(f"{self._exceeded(self.skipped)} The newest one: {place}: {error.what}") from error
+
+    def check_everywhere(self, source: str) -> None:
+        """Raises ValueError on every rank where those of all ranks are too many; `source` is what they were read from."""
+        total = sum(parallel.gather_objects(self.skipped) or [], Counter[str]())
+        problem = self._exceeded(total) if total.total() > self.max_fraction * self.rows else None
+        problem = parallel.broadcast_object(problem)
+        if problem is not None:
+            raise ValueError(f"{problem} They are rows of `{source}`.")
+
+    def _exceeded(self, skipped: Counter[str]) -> str:
+        listed = "; ".join(f"{reason}: {counted(count, 'row')}" for reason, count in skipped.most_common())
+        return f"`data.max_bad_fraction` ({self.max_fraction:g}) is exceeded: {skipped.total():,} bad rows ({listed})."
 
 
-def bad_rows(data: Data, num_rows: int, world_size: int = 1) -> BadRows | None:
-    """What `data.on_bad_rows` asks for on one of `world_size` ranks that share `num_rows` rows; None: bad rows are errors."""
-    return BadRows(data.max_bad_fraction, num_rows / world_size) if data.on_bad_rows == "skip" else None
+def bad_rows(data: Data, num_rows: int) -> BadRows | None:
+    """What `data.on_bad_rows` asks for, of `num_rows` rows on all ranks; None: bad rows are errors."""
+    return BadRows(data.max_bad_fraction, num_rows) if data.on_bad_rows == "skip" else None
 
 
 def without_bad_rows(
@@ -97,6 +107,26 @@ def bad_row(data: Dataset, columns: Sequence[str], look: Callable[[pa.RecordBatc
                 return f"'{data.files[group.file_index].path}', row group {group.index}, row {row}: {error.what}"
             start += batch.num_rows
     return None
+
+
+def refused_rows(data: Dataset, columns: Sequence[str], look: Callable[[pa.RecordBatch], object]) -> NDArray[np.int64]:
+    """The numbers of all rows that `look` refuses (BadRowsError), counted over the row groups before `where`; ascending."""
+    found, start = [np.zeros(0, np.int64)], 0
+    for group in data.row_groups:
+        for batch, mask in data.chunks(group, columns, LOOK_ROWS):
+            places = start + (np.arange(batch.num_rows) if mask is None else np.flatnonzero(mask))
+            start += batch.num_rows
+            rows = batch if mask is None else batch.filter(mask)
+            while True:
+                try:
+                    look(rows)
+                except BadRowsError as error:
+                    found.append(places[error.rows])
+                    kept = _kept(rows.num_rows, error)
+                    rows, places = rows.filter(pa.array(kept)), places[kept]
+                else:
+                    break
+    return np.sort(np.concatenate(found))
 
 
 def check_encodes(encoder: Encoder, data: Dataset) -> None:

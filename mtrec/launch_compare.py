@@ -1,18 +1,17 @@
 """What `mtrec compare` and `mtrec report` do."""
 
-import datetime
 import functools
 import json
 from pathlib import Path
 
 from mtrec import terminal
 from mtrec.atomic import write_atomically
-from mtrec.compare.plan import Plan, load_plan
+from mtrec.compare.plan import load_plan
 from mtrec.compare.report import comparison_report, run_report
 from mtrec.compare.results import compute, write
 from mtrec.compare.table import show_results
 from mtrec.compare.whole import PLAN, REPORT, compare, plan_of
-from mtrec.run import open_run
+from mtrec.run import dated_folder, open_run
 
 
 def launch_comparison(path: Path, *, workers: int, parallel: int | None, resume: bool, output: Path | None) -> Path:
@@ -23,7 +22,7 @@ def launch_comparison(path: Path, *, workers: int, parallel: int | None, resume:
     plan = load_plan(path)
     if plan.comparison.budget is not None and plan.comparison.budget.seconds is not None and workers > 1:
         raise ValueError("`budget.seconds` is for runs on one worker. Give steps or rows, or leave out --workers.")
-    folder = (output or _default_folder(plan, resume)).absolute()
+    folder = (output or dated_folder(plan.comparison.name, PLAN, "comparison", resume)).absolute()
     to = terminal.console()
     say = functools.partial(terminal.say, to)
 
@@ -35,16 +34,6 @@ def launch_comparison(path: Path, *, workers: int, parallel: int | None, resume:
     show_results(found, to)
     say(f"report: {folder / REPORT}")
     return folder
-
-
-def _default_folder(plan: Plan, resume: bool) -> Path:
-    name = plan.comparison.name
-    if resume:
-        found = sorted(path.parent for path in Path("runs").glob(f"{name}-*/{PLAN}"))
-        if not found:
-            raise ValueError(f"--resume: there is no comparison runs/{name}-*. Name its folder with --output.")
-        return found[-1]
-    return Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:

@@ -1,12 +1,12 @@
 """What `mtrec tune` does."""
 
-import datetime
 import functools
 import json
 from pathlib import Path
 
 from mtrec import terminal
 from mtrec.config import Experiment
+from mtrec.run import dated_folder
 from mtrec.tune.plan import load_plan
 from mtrec.tune.table import show_results
 from mtrec.tune.whole import PLAN, REPORT, read_plan, tune, write_all
@@ -27,7 +27,7 @@ def launch_search(
     Raises ValueError for a mistake in experiment, space or arguments, before anything runs.
     """
     plan = load_plan(experiment, space, trials)
-    folder = (output or _default_folder(experiment, resume)).absolute()
+    folder = (output or dated_folder(f"{experiment.name}-tune", PLAN, "search", resume)).absolute()
     to = terminal.console()
     say = functools.partial(terminal.say, to)
 
@@ -38,16 +38,6 @@ def launch_search(
     show_results(tune(plan, folder, resume=resume, search=search, say=say), to)
     say(f"best: {folder / 'best.yaml'}\nreport: {folder / REPORT}")
     return folder
-
-
-def _default_folder(experiment: Experiment, resume: bool) -> Path:
-    name = f"{experiment.name}-tune"
-    if resume:
-        found = sorted(path.parent for path in Path("runs").glob(f"{name}-*/{PLAN}"))
-        if not found:
-            raise ValueError(f"--resume: there is no search runs/{name}-*. Name its folder with --output.")
-        return found[-1]
-    return Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
 def is_search(folder: Path) -> bool:

@@ -19,6 +19,8 @@ from mtrec.kinds import check_options, resolve
 from mtrec.labels import LabelStatistics
 from mtrec.tasks import TASKS, Objectives, TaskSpec, automatic_weight
 
+_ANY_WIDTH = 64  # of x_BD, for a look at the structure of the dense part
+
 
 def task_specs(experiment: Experiment) -> dict[str, TaskSpec]:
     """The tasks of an experiment, built from their kinds."""
@@ -28,6 +30,23 @@ def task_specs(experiment: Experiment) -> dict[str, TaskSpec]:
         options = check_options(task_class, task.options, f"tasks.{name}")
         specs[name] = TaskSpec(task_class(name, **options), given=task.given, space=task.space)
     return specs
+
+
+def check_buffers(experiment: Experiment) -> None:
+    """Raises ValueError where a module of the dense part keeps numbers of its own beside its parameters, as batch norm does.
+
+    Each rank would have others, and checkpoints hold parameters alone. Builds the dense part on `meta`: milliseconds, no data.
+    """
+    with torch.device("meta"):
+        dense = DensePart(_ANY_WIDTH, experiment, task_specs(experiment))
+    parameters = {name for name, _ in dense.named_parameters(remove_duplicate=False)}
+    for name in dense.state_dict():
+        if name not in parameters:
+            owner = type(dense.get_submodule(name.rpartition(".")[0])).__name__
+            raise ValueError(
+                f"`model`: {owner} keeps the buffer `{name}`, which checkpoints do not hold and workers do not share. Use layer "
+                "norm in place of batch norm; a constant is registered with persistent=False."
+            )
 
 
 class DensePart(nn.Module):

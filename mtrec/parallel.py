@@ -8,10 +8,11 @@ import datetime
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,7 @@ from mtrec.pooled_exchange import Layout
 for _name in ("torchrec.distributed.planner", "torch.fx"):
     logging.getLogger(_name).setLevel(logging.ERROR)  # advice on topologies that users of mtrec cannot follow
 
+T = TypeVar("T")
 
 LEAST_IDS_A_ROW = 0.01  # a feature that is nearly always empty costs something, too
 HOST_SHARE = 0.75  # of a host's memory for tables; of the GPU's torchrec's planner leaves some by itself
@@ -145,6 +147,29 @@ def gather_objects(value: Any, group: Any = None) -> list[Any] | None:
     gathered: list[Any] | None = [None] * world_size() if rank() == 0 else None
     dist.gather_object(value, gathered, group=group)
     return gathered
+
+
+def wait_for_rank_zero(done: Callable[[float], bool], timeout_seconds: float) -> None:
+    """Waits until `done(seconds)`, which itself waits so long at most, is true on rank 0: longer than one collective may take."""
+    while not broadcast_object(rank() != 0 or done(timeout_seconds / 4)):
+        pass
+
+
+def by_rank_zero(work: Callable[[], T], timeout_seconds: float) -> T:
+    """What `work()` returned on rank 0, or its error, on all ranks, however long it takes."""
+    outcome: tuple[Any, Exception | None] = None, None
+    with ThreadPoolExecutor(1) as pool:
+        futures = [pool.submit(work)] if rank() == 0 else []
+        wait_for_rank_zero(lambda seconds: not wait(futures, seconds).not_done, timeout_seconds)
+        for future in futures:
+            error = future.exception()
+            if error is not None and not isinstance(error, Exception):
+                raise error
+            outcome = (None, error) if error is not None else (future.result(), None)
+    value, problem = broadcast_object(outcome)
+    if problem is not None:
+        raise problem
+    return value  # type: ignore[no-any-return]  # of rank 0
 
 
 def barrier() -> None:

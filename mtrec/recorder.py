@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -9,6 +10,8 @@ from pathlib import Path
 
 from mtrec.atomic import write_atomically
 from mtrec.events import Event, Step, Validation
+
+BLOCK_BYTES = 65_536
 
 
 class Recorder:
@@ -18,6 +21,7 @@ class Recorder:
         from torch.utils.tensorboard import SummaryWriter  # half a second, on rank 0 only
 
         self._folder = folder
+        _drop_cut_line(folder / "log.jsonl")
         self._log = (folder / "log.jsonl").open("a", encoding="utf-8")
         self._board = SummaryWriter(folder / "tensorboard")
 
@@ -40,6 +44,26 @@ class Recorder:
         with suppress(OSError):  # of a full disk: it was raised when the line was written
             self._log.close()
         self._board.close()
+
+
+def _drop_cut_line(log: Path) -> None:
+    """Takes away the end of a log that a full disk or a kill cut short: the next event would be glued to it."""
+    if log.is_file():
+        os.truncate(log, whole_lines(log))
+
+
+def whole_lines(log: Path) -> int:
+    """Bytes of a file up to the end of its last whole line."""
+    with log.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - BLOCK_BYTES)
+            file.seek(start)
+            last = file.read(end - start).rfind(b"\n")
+            if last >= 0:
+                return start + last + 1
+            end = start
+    return 0
 
 
 def _scalars(event: Event) -> Iterator[tuple[str, float]]:

@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import json
 import platform
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
@@ -39,7 +40,7 @@ from mtrec.kinds import check_options, resolve
 from mtrec.labels import LabelFit, LabelStatistics, check_trained, labels_of
 from mtrec.metrics import group_keys
 from mtrec.mirror import Mirror
-from mtrec.model import task_specs
+from mtrec.model import check_buffers, task_specs
 from mtrec.tasks import Objectives, TaskSpec
 from mtrec.yaml_tree import naming, read_yaml
 
@@ -129,7 +130,7 @@ def check_mirror(experiment: Experiment, folder: Path) -> None:
 
 
 def copy_to_mirror(run: Run) -> None:
-    """Copies to `training.checkpoint_storage` what a resume needs beside the checkpoints."""
+    """Copies to `training.checkpoint_storage` what a resume needs, and checkpoints whose copy was cut short."""
     mirror = run.mirror()
     if mirror is None:
         return
@@ -138,6 +139,7 @@ def copy_to_mirror(run: Run) -> None:
     files = [path.relative_to(run.folder) for path in sorted(run.folder.rglob("*")) if path.is_file()]
     names = [str(path) for path in files if path.parts[0] not in apart and path.suffix not in (".lock", ".jsonl")]
     mirror.put(*names, "run.json")
+    checkpoint.copy_missing(run.checkpoints, mirror)
 
 
 def fetch_from_mirror(folder: Path, experiment: Experiment) -> list[str]:
@@ -271,6 +273,7 @@ def prepare(experiment: Experiment, folder: Path, previous: Run | None = None) -
     objectives = Objectives(specs)
     ranking_formula(experiment)
     check_place(experiment)
+    check_buffers(experiment)
     if experiment.data.on_bad_rows == "error":
         for source in sources:
             check_footers(source, specs, experiment)
@@ -434,12 +437,21 @@ def default_folder(experiment: Experiment, resume: bool) -> Path:
     """runs/<name>-<time>; to resume, the newest of these."""
     if experiment.output is not None:
         return Path(experiment.output)
-    if resume:
-        found = sorted(path.parent for path in Path("runs").glob(f"{experiment.name}-*/run.json"))
-        if not found:
-            raise ValueError(f"--resume: there is no run runs/{experiment.name}-*. Name its folder with --output.")
-        return found[-1]
-    return Path("runs") / f"{experiment.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    return dated_folder(experiment.name, "run.json", "run", resume)
+
+
+def dated_folder(name: str, file: str, what: str, resume: bool) -> Path:
+    """runs/NAME-20261129-120000, of now; to resume, the newest of those that hold `file`. ValueError where there is none.
+
+    Only the name with a time counts: `mmoe-long-20261129-120000` is not one of `mmoe`.
+    """
+    if not resume:
+        return Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    dated = re.compile(re.escape(name) + r"-\d{8}-\d{6}")
+    found = sorted(path.parent for path in Path("runs").glob(f"*/{file}") if dated.fullmatch(path.parent.name))
+    if not found:
+        raise ValueError(f"--resume: there is no {what} runs/{name}-DATE-TIME. Name its folder with --output.")
+    return found[-1]
 
 
 __all__ = [

@@ -71,8 +71,10 @@ def train(
     assert isinstance(experiment.data.batch_size, int)
     torch.set_num_threads(config.threads_per_worker)
     keep_freed_memory()
-    if config.deterministic and device.type == "cpu":
+    if device.type == "cpu" and config.deterministic:
         be_deterministic()
+    elif device.type != "cpu":
+        torch.use_deterministic_algorithms(False)  # which a training on the CPU before it, in this process, may have left
     seconds = config.collective_timeout_seconds
     with hang.hangs_named(seconds), parallel.process_group(device, seconds, share_memory=config.exchange == "auto"):
         _check_world(experiment.data.num_streams)
@@ -101,8 +103,8 @@ def train(
             yield WarmStarted(0, str(started.folder), started.notes)
         try:
             yield from _loop(run, data, state, saver, progress, total_steps, stop_requested)
-        except Exception as error:
-            if not hang.timed_out(error):
+        except BaseException as error:  # Ctrl-C, and a caller that goes away, too
+            if not (isinstance(error, Exception) and hang.timed_out(error)):
                 saver.finish()  # what is being saved counts, although a validation, say, cannot be done
             raise
 
@@ -184,7 +186,7 @@ def _loop(
         steps_per_epoch = reader.num_batches
         pin = state.device.type == "cuda"
         pieces = deque[Piece](maxlen=2 if state.flags.late else 1)  # of the newest steps
-        bad = bad_rows(experiment.data, data.num_rows, parallel.world_size())
+        bad = bad_rows(experiment.data, data.num_rows)
         with closing(feed(reader, run.encoder, labels, experiment.data.sample_weight, pin=pin, bad=bad)) as fed:
             for piece, batch, upcoming in _with_upcoming(meter.waiting(fed), state.device):
                 result = train_step(state, batch, stop=stop_requested(), upcoming=upcoming)
@@ -208,6 +210,8 @@ def _loop(
                     bad_piece = pieces[state.known_step - state.step - 1]
                     raise _not_finite(state, run, [path for path, _ in reader.sources(bad_piece)])
                 progress.to_validate = to_validate
+                if bad is not None and (epoch_ended or ended):
+                    bad.check_everywhere("data.train")  # before the epoch counts as done
                 # saved before it is validated: a validation that fails, or is killed, costs no training
                 if to_save or state.stop:
                     folder = saver.save(state.tensors(), _state(run, state, progress), sample.files(state.model, state.device))
@@ -216,7 +220,7 @@ def _loop(
                 if validation is not None and progress.to_validate and (ended or not state.stop):
                     yield _validate(run, state, validation, progress, saver)
                     meter.restart()
-                if state.stop:
+                if state.stop and not ended:  # at the last step there is nothing left to go on with
                     reason = "stopped"
                 elif _stops_early(progress, config.early_stopping):
                     reason = "early_stopping"
@@ -227,7 +231,7 @@ def _loop(
         skipped.update(bad.skipped if bad is not None else {})
         if reason != "finished":
             break
-    saver.finish()
+    saver.settle()
     parallel.barrier()
     everywhere = sum(parallel.gather_objects(skipped) or [], Counter[str]())
     yield Ended(state.step, reason, progress.best_step, progress.best_metric, dict(everywhere))

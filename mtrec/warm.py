@@ -4,7 +4,8 @@ Legend: D columns of the shared representation, K tasks, S values of optimizer s
 
 What is taken over, by name and never by position:
 - tables: the rows of all ids that the other run knew, with their optimizer state (a vocabulary is append-only, so an id
-  keeps its row). Rows of new ids, and tables that the other run did not have, keep their initial values.
+  keeps its row). Rows of new ids, and tables that the other run did not have, keep their initial values. Adam's state, and
+  that of another kind of optimizer, begins anew.
 - the dense part and its optimizer state: axes that follow the columns of the shared representation are matched column by
   column (feature and place, or dense column), axes that follow the tasks are matched task by task, heads by their task.
 The balancer, the schedules, the step and the position in the data begin anew.
@@ -27,6 +28,7 @@ from mtrec.step import TrainState
 from mtrec.tasks import TaskSpec
 
 SAME_STATE = {"momentum1": "sum", "sum": "momentum1"}  # Adagrad's sum of squares: the fused kernel's name, and torch's
+ADAGRAD = ("rowwise_adagrad", "adagrad")  # torchrec calls Adam's means momentum1, too, and Adam's count of steps begins anew
 PROBE = "warm_start_probe"
 
 Pairs = tuple[Tensor, Tensor]  # places of an axis in the new tensor, and in the old one
@@ -48,11 +50,13 @@ def warm_start(state: TrainState, run: Run, previous: Run) -> WarmStart:
 
     Deviation from a resumed run: not bit for bit the same training, since schedules and balancer begin anew.
     """
-    folder = parallel.broadcast_object(previous.best().folder if parallel.rank() == 0 else None)
+    timeout = run.experiment.training.collective_timeout_seconds
+    folder = parallel.by_rank_zero(lambda: previous.best().folder, timeout)  # which reads all of its checkpoints
     shapes = checkpoint.shapes(folder)
     tensors = state.tensors()
     notes = [*run.encoder.changes]
-    notes += _tables(tensors, run.encoder, previous.encoder, folder, shapes)
+    kinds = (each.experiment.optimizer.tables.kind for each in (run, previous))
+    notes += _tables(tensors, run.encoder, previous.encoder, folder, shapes, keep_state=all(kind in ADAGRAD for kind in kinds))
     state.tables.forget_cached_rows()
     notes += _dense(tensors, run, previous, folder, shapes)
     return WarmStart(folder, tuple(notes))
@@ -77,7 +81,13 @@ def known_rows(table: Table, previous: Table) -> int:
 
 
 def _tables(
-    tensors: Mapping[str, object], encoder: Encoder, before: Encoder, folder: Path, shapes: Mapping[str, tuple[int, ...]]
+    tensors: Mapping[str, object],
+    encoder: Encoder,
+    before: Encoder,
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    keep_state: bool,
 ) -> list[str]:
     old_tables = {table.name: table for table in before.tables}
     notes, fresh = [], []
@@ -94,7 +104,8 @@ def _tables(
         prefix = f"tables_state.{table.name}."
         names = [key.removeprefix(prefix) for key in tensors if key.startswith(prefix)]
         for name in [name for name in names if "." not in name]:
-            key = next((f"{prefix}{each}" for each in (name, SAME_STATE.get(name)) if f"{prefix}{each}" in shapes), None)
+            known = (name, SAME_STATE.get(name)) if keep_state else ()
+            key = next((f"{prefix}{each}" for each in known if f"{prefix}{each}" in shapes), None)
             if key is None:
                 if name != "step":
                     notes.append(f"table {table.name}: optimizer state '{name}' begins anew")
@@ -134,7 +145,7 @@ def to_width(state: Tensor, width: int, dim: int) -> Tensor:
 
 def _held(value: object) -> bool:
     """Whether this rank holds a part of a tensor."""
-    return isinstance(value, Tensor) or bool(value.local_shards())  # type: ignore[attr-defined]
+    return not hasattr(value, "local_shards") or bool(value.local_shards())  # torchrec's sharded tensors are Tensors, too
 
 
 def _plain(value: object) -> Tensor:

@@ -17,6 +17,11 @@ class _Loader(yaml.SafeLoader):
 def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
     seen: dict[Any, int] = {}
     for key_node, _ in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise ValueError(
+                f"Line {key_node.start_mark.line + 1}: a key should be a word. Found a {key_node.id}: a template such as "
+                "{{ ds }} that was not rendered? Text with braces stands in quotes."
+            )
         key = key_node.value
         if key in seen and key != "<<":
             raise ValueError(

@@ -9,8 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from logs import experiment_tree, write_log
+from ranks import run_ranks
 from runs import small_run
 
+from mtrec.atomic import write_atomically
+from mtrec.config import to_yaml
 from mtrec.dataset import Dataset
 from mtrec.events import Ended
 from mtrec.feed import bad_rows, feed
@@ -62,7 +65,7 @@ def fed_rows(run: Run, data: Dataset, rank: int, world_size: int, threads: int =
         shuffle_window=config.shuffle_window,
         num_threads=threads,
     )
-    bad = bad_rows(config, data.num_rows, world_size)
+    bad = bad_rows(config, data.num_rows)
     assert bad is not None
     rows, batches = [], 0
     labels = labels_of(run.experiment, task_specs(run.experiment))
@@ -106,6 +109,29 @@ def test_by_default_a_bad_row_is_an_error_that_names_its_place(tmp_path: Path) -
     object.__setattr__(run, "__dict__", {**run.__dict__, "experiment": strict})
     with pytest.raises(ValueError, match=r"part-0.parquet', row group 0, row 42: .*column 'weight' should hold finite weights"):
         list(train(run, device=torch.device("cpu")))
+
+
+def epoch_with_bad_rows(folder: str) -> str:
+    """What the training of a run ends with on this rank."""
+    torch.set_num_threads(1)
+    try:
+        return str(list(train(Run(Path(folder)), device=torch.device("cpu")))[-1])
+    except ValueError as error:
+        return str(error)
+
+
+def test_how_many_rows_are_bad_is_judged_over_all_ranks(tmp_path: Path) -> None:
+    options = ("data.on_bad_rows=skip", "data.shuffle=false", "training.exchange=gloo")
+    run = small_run(tmp_path, *options, tree=broken_tree(tmp_path))  # 7 bad rows of 2,000: 4 in the first half, 3 in the other
+    for limit, passes in ((0.0036, True), (0.0034, False)):
+        data = run.experiment.data.model_copy(update={"max_bad_fraction": limit})
+        write_atomically(run.folder / "experiment.yaml", to_yaml(run.experiment.model_copy(update={"data": data})))
+        for found in run_ranks(2, epoch_with_bad_rows, str(run.folder), folder=tmp_path):
+            if passes:
+                assert found.startswith("Ended("), found
+            else:
+                assert "`data.max_bad_fraction` (0.0034) is exceeded: 7 bad rows (" in found
+                assert "They are rows of `data.train`." in found
 
 
 def test_too_many_bad_rows_end_the_run(tmp_path: Path) -> None:

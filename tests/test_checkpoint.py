@@ -220,3 +220,14 @@ def test_a_really_full_disk(small_disk: Path, background: bool) -> None:
     assert "No space left on device" in said
     assert "The last good one is step-00000001" in said
     assert [each.step for each in find(small_disk)] == [1]
+
+
+@pytest.mark.parametrize("damage", ["half a manifest", "no state"])
+def test_a_save_passes_over_a_checkpoint_that_cannot_be_read(tmp_path: Path, damage: str) -> None:
+    save(tmp_path, 100, 200)
+    if damage == "half a manifest":
+        (folder_of(tmp_path, 200) / "manifest.json").write_text('{"format": 1, "fi')
+    else:
+        (folder_of(tmp_path, 200) / "state.json").unlink()
+    save(tmp_path, 300, keep_last=2)
+    assert [each.step for each in find(tmp_path)] == [300, 100]

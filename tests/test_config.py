@@ -249,3 +249,10 @@ def test_any_value_at_any_key_gives_a_config_or_a_readable_error(key: str, value
         parse_experiment(tree)
     except ValueError as error:
         assert len(str(error)) > 10  # noqa: PT017
+
+
+def test_a_template_that_was_not_rendered_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("data:\n  train: {{ ds }}\n")
+    with pytest.raises(ValueError, match=r"job\.yaml: Line 2: a key should be a word\. Found a mapping: a template such as"):
+        load_experiment(path)

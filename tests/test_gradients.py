@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 import mtrec.step
 from mtrec import parallel
+from mtrec.architectures import ARCHITECTURES
 from mtrec.atomic import write_atomically
 from mtrec.balancing import BALANCERS
 from mtrec.batch import Batch
@@ -23,7 +24,7 @@ from mtrec.events import Step
 from mtrec.feed import feed
 from mtrec.gradients import check_place, gramian, gramian_of_parameters, sampled_rows, task_gradients
 from mtrec.labels import labels_of
-from mtrec.model import MultiTaskModel
+from mtrec.model import MultiTaskModel, check_buffers
 from mtrec.run import Run, open_source
 from mtrec.step import FlatGradients, TrainState, build_state, train_step
 from mtrec.train import Progress, make_reader, train
@@ -223,6 +224,14 @@ def test_a_place_without_gradients_is_refused_before_the_data_are_read(run: Run,
     tree = experiment_tree(write_log(tmp_path / "log", rows=200))
     with pytest.raises(ValueError, match=r"`balancing.at` should be"):
         small_run(tmp_path, *SINGLE, "balancing.kind=mgda", tree=tree)
+
+
+def test_what_keeps_statistics_of_its_own_is_refused(run: Run) -> None:
+    own = f"model.architecture.kind={__name__}:NormedBottom"
+    with pytest.raises(ValueError, match=r"`model`: BatchNorm1d keeps the buffer `architecture\.norm\.running_mean`"):
+        check_buffers(changed(run, own))
+    for kind in ARCHITECTURES:
+        check_buffers(changed(run, f"model.architecture={kind}"))
 
 
 def test_batch_norm_is_refused_where_rows_are_compared(run: Run) -> None:

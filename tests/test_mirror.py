@@ -12,7 +12,8 @@ import yaml
 from logs import experiment_tree, write_log
 from typer.testing import CliRunner
 
-from mtrec.checkpoint import find, read
+from mtrec import parallel
+from mtrec.checkpoint import Saver, find, read
 from mtrec.cli import app
 from mtrec.mirror import StorageError
 from mtrec.run import Run
@@ -77,6 +78,36 @@ def test_a_run_whose_folder_is_gone_goes_on_from_the_store(tmp_path: Path, comma
     found = read(find(run.checkpoints)[0].folder)
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_a_copy_that_was_cut_short_is_made_when_the_run_goes_on(
+    tmp_path: Path, command: list[str], store: tuple[str, Any]
+) -> None:
+    options, files = store
+    there = ["--set", f"training.checkpoint_storage=s3://runs/d?{options}", "--set", "training.keep_last=2"]
+    run = Run(tmp_path / "run")
+    done(*command, *there, "--output", str(run.folder))
+    last = "runs/d/checkpoints/step-00000013"
+    files.delete_file(f"{last}/manifest.json")
+    files.delete_file(f"{last}/state.json")
+    done(*command, *there, "--output", str(run.folder), "--resume")
+    assert all(copied(files, last, run.checkpoints / "step-00000013"))
+
+    files.delete_file(f"{last}/manifest.json")
+    files.delete_file(f"{last}/state.json")
+    with parallel.process_group(torch.device("cpu")):  # a validation that comes later does not make half a copy look whole
+        Saver(run.checkpoints, 2, 0, False, mirror=run.mirror()).add_validation(13, {"metric": 0.5})
+    assert all(copied(files, last, run.checkpoints / "step-00000013"))
+
+
+def copied(files: Any, far: str, here: Path) -> list[bool]:
+    """For each file of a checkpoint whether it lies in the store, byte for byte."""
+    found = []
+    for path in sorted(here.iterdir()):
+        with files.open_input_stream(f"{far}/{path.name}") as file:
+            found.append(file.read() == path.read_bytes())
+    assert len(found) > 3
+    return found
 
 
 def test_a_uri_holds_one_run(tmp_path: Path, command: list[str], store: tuple[str, Any]) -> None:

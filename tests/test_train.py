@@ -1,6 +1,9 @@
 """What the training options do: epochs with new tables, early stopping, bf16, weights of rows, rates, clipping."""
 
+import contextlib
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from torch.testing import assert_close
 
 import mtrec.evaluate
 import mtrec.train
-from mtrec.checkpoint import Checkpoint, find, read
+from mtrec.checkpoint import Checkpoint, Saver, find, read
 from mtrec.config import Training
 from mtrec.events import Ended, Saved, Step, Validation
 from mtrec.launch import evaluate_run
@@ -139,6 +142,38 @@ def test_a_run_that_stopped_early_has_ended(tmp_path: Path) -> None:
     assert ended.reason == "early_stopping"
     again = list(train(run, device=CPU, resume_from=find(run.checkpoints)[0]))
     assert again == [ended]
+
+
+@pytest.mark.parametrize(
+    "end",
+    [lambda training: training.throw(KeyboardInterrupt), lambda training: training.close()],
+    ids=["Ctrl-C", "a caller that goes away"],
+)
+def test_a_save_under_way_is_finished_whatever_ends_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: Callable[[Any], None]
+) -> None:
+    hashed = Saver._hashed
+
+    def slow(saver: Saver, folder: Path) -> dict[str, Any]:
+        time.sleep(0.5)
+        return hashed(saver, folder)
+
+    monkeypatch.setattr(Saver, "_hashed", slow)
+    run = small_run(tmp_path, "training.checkpoint_every=2", "data.validation=null")
+    training = train(run, device=CPU)
+    assert next(event for event in training if isinstance(event, Saved)).step == 2
+    assert not find(run.checkpoints)
+    with contextlib.suppress(KeyboardInterrupt):
+        end(training)
+    assert [each.step for each in find(run.checkpoints)] == [2]
+
+
+def test_a_run_that_is_asked_to_stop_at_its_last_step_has_ended(tmp_path: Path) -> None:
+    run = small_run(tmp_path, "training.max_steps=3")
+    asked = iter([False, False, True])
+    *_, ended = train(run, device=CPU, stop_requested=lambda: next(asked))
+    assert isinstance(ended, Ended)
+    assert ended.reason == "max_steps"
 
 
 def test_a_module_beside_the_experiment_is_found_by_others(tmp_path: Path) -> None:

@@ -192,7 +192,8 @@ def _train(run: Run, rank: int) -> None:
     from mtrec.train import train
 
     # the newest folder with a valid manifest, not Ray's own record, which lags; one rank looks, so that all take the same
-    resume_from = parallel.broadcast_object(to_resume(run.checkpoints) if rank == 0 else None)
+    timeout = run.experiment.training.collective_timeout_seconds
+    resume_from = parallel.by_rank_zero(lambda: to_resume(run.checkpoints), timeout)
     recorder = Recorder(run.folder) if rank == 0 else None
     gauges = Gauges(run.folder.name) if rank == 0 else None
     try:

@@ -296,9 +296,12 @@ def forward_and_backward(way: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: 
     torch.autograd.grad(way(a, b), [a, b], gradient)
 
 
+FIRST_SIZE_SECONDS = 120.0  # a guess of two fits and six processes: none is begun that a call's limit would cut short
+
+
 def speeds(asked: Asked, sizes: list[int], most_steps: int, end: float, keep: Callable[[str, Any], None]) -> None:
     """Measures one batch size after the other; none is begun where the last one's time is not left before `end`."""
-    took = 0.0
+    took = FIRST_SIZE_SECONDS
     for size in sizes:
         left = end - time.monotonic()
         if left < took:

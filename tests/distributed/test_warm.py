@@ -12,7 +12,7 @@ from logs import experiment_tree, write_log
 from ranks import run_ranks
 from runs import gathered, small_run, train_on
 
-from mtrec import parallel
+from mtrec import parallel, warm
 from mtrec.batch import make_batch
 from mtrec.checkpoint import read
 from mtrec.features import FIRST_ROW
@@ -176,6 +176,37 @@ def test_another_sharding_keeps_rows_and_state(yesterday: tuple[Path, Run], tmp_
     assert torch.equal(new["state"]["tables_state.tags.momentum1"], old["state"]["tables_state.tags.sum"].flatten())
     mean = old["state"]["tables_state.user_id.momentum1"].view(2, -1).mean(0)
     torch.testing.assert_close(new["state"]["tables_state.user_id.sum"][:, 0], mean)
+
+
+def test_state_of_another_kind_of_optimizer_begins_anew(
+    yesterday: tuple[Path, Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, before = yesterday
+    run, device = small_run(folder, previous=before), torch.device("cpu")
+    monkeypatch.setattr(warm, "ADAGRAD", ("adagrad",))  # as if the runs' row-wise one were Adam, which a CPU does not have
+    with parallel.process_group(device):
+        model = MultiTaskModel(run.experiment, run.encoder, run.labels, device)
+        built = build_state(run.experiment, model, run.labels, batch_size=128, total_steps=10, device=device)
+        notes = warm_start(built, run, before).notes
+        state = gathered(built, run.folder / "gathered")
+    assert state is not None
+    assert "table user_id: optimizer state 'momentum1' begins anew" in notes
+    assert not any(state[key].any() for key in state if key.startswith("tables_state."))
+    assert torch.equal(state["tables.user_id"], read(before.best().folder)["tables.user_id"])
+
+
+def test_a_rank_without_a_shard_holds_no_part() -> None:
+    class Sharded(torch.Tensor):  # as torchrec's sharded tensors, which are Tensors, too
+        shards: list[int]
+
+        def local_shards(self) -> list[int]:
+            return self.shards
+
+    tensor = Sharded()
+    for shards in ([], [1]):
+        tensor.shards = list(shards)
+        assert warm._held(tensor) == bool(shards)
+    assert warm._held(torch.zeros(1))
 
 
 def test_another_dimension_and_a_run_without_checkpoint_are_errors(yesterday: tuple[Path, Run], tmp_path: Path) -> None:

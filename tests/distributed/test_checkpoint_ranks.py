@@ -1,6 +1,7 @@
-"""Each rank hashes the files that it wrote; the manifest has them all, and one that cannot read its own fails the save."""
+"""What ranks do for a checkpoint: each hashes the files that it wrote, and all wait for what rank 0 does alone."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from ranks import run_ranks
 
 from mtrec import checkpoint, parallel
 from mtrec.checkpoint import CheckpointError, Saver
+from mtrec.mirror import Mirror
 
 
 def save(folder: str, background: bool, broken: int | None) -> tuple[list[str], str | None]:
@@ -56,3 +58,46 @@ def test_a_rank_that_cannot_read_its_file_fails_the_save_on_rank_0_too(backgroun
         assert problem is not None
         assert "Input/output error" in problem
     assert checkpoint.find(tmp_path / "checkpoints") == []
+
+
+def save_with_a_slow_copy(folder: str, background: bool) -> list[str]:
+    """Names of the mirror's checkpoints on this rank's view, after a copy that took longer than a collective may."""
+    put = Mirror.put
+
+    def slow(mirror: Mirror, *names: str) -> None:
+        time.sleep(6)
+        put(mirror, *names)
+
+    Mirror.put = slow  # type: ignore[method-assign]  # in this process, which ends with the function
+    with parallel.process_group(torch.device("cpu"), timeout_seconds=4):
+        mirror = Mirror((Path(folder) / "far").as_uri(), Path(folder) / "run")
+        saver = Saver(Path(folder) / "run" / "checkpoints", 2, 0, background, timeout_seconds=4, mirror=mirror)
+        saver.save({"dense.a": torch.zeros(50)}, {"step": 3, "metric": None})
+        saver.settle()
+        parallel.barrier()
+        return mirror.names("checkpoints")
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_copy_may_take_longer_than_a_collective(background: bool, tmp_path: Path) -> None:
+    found = run_ranks(2, save_with_a_slow_copy, str(tmp_path), background, folder=tmp_path)
+    assert found == [["step-00000003"], ["step-00000003"]]
+
+
+def refuse() -> int:
+    raise CheckpointError("no checkpoint can be trusted")
+
+
+def asked_of_rank_0(slow: bool) -> tuple[int, str]:
+    with parallel.process_group(torch.device("cpu"), timeout_seconds=4):
+        rank = parallel.rank()
+        found = parallel.by_rank_zero(lambda: time.sleep(6 * slow) or rank + 7, 4)
+        with pytest.raises(CheckpointError) as caught:
+            parallel.by_rank_zero(refuse, 4)
+        return found, str(caught.value)
+
+
+def test_what_rank_0_does_for_all_may_take_its_time_and_its_error_is_everybodys(tmp_path: Path) -> None:
+    for world_size, slow in ((1, False), (2, True)):
+        found = run_ranks(world_size, asked_of_rank_0, slow, folder=tmp_path)
+        assert found == [(7, "no checkpoint can be trusted")] * world_size
