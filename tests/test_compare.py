@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -21,9 +22,13 @@ from typer.testing import CliRunner
 from mtrec.cli import app
 from mtrec.compare.plan import Budget, Comparison, Plan, Search, dense_size, load_plan, matched, search_draws
 from mtrec.compare.results import Measured, finished_runs
-from mtrec.compare.runs import conduct, folder_of, gate_shares, make_folders, read_done, with_budget
+from mtrec.compare.runs import Spec, conduct, folder_of, gate_shares, has_ended, make_folders, read_done, with_budget
 from mtrec.compare.table import show_results
 from mtrec.compare.whole import compare
+from mtrec.locking import LockedError, locked
+from mtrec.recorder import Recorder
+from mtrec.run import Run
+from mtrec.train import train
 
 CPU = torch.device("cpu")
 
@@ -114,6 +119,23 @@ def whole(log: Path) -> tuple[Plan, Path, dict[str, Any]]:
         ),
         ({"variants": {"a": {"set": {"seed": 4}}}}, r"`variants\.a\.set` should leave `seed` as it is"),
         ({"variants": {"a": {"set": {"data": {"train": "x"}}}}}, r"`variants\.a\.set` should leave `data\.test` as it is"),
+        ({"variants": {"a": {"set": {"data.sample_weight": "age"}}}}, r"`variants\.a\.set` should leave `data\.sample_weight`"),
+        (
+            {"variants": {"a": {"set": {"tasks.conversion": {"kind": "binary"}}}}},
+            r"Variant 'a': `tasks\.conversion\.given` should be as the base's \(click\): .* Found None\.",
+        ),
+        (
+            {"variants": {"a": {"set": {"tasks.dwell.unit": "minutes"}}}},
+            r"Variant 'a': `tasks\.dwell\.unit` should scale its label as the base's \(1\.0\)",
+        ),
+        (
+            {"variants": {"a": {"set": {"tasks.dwell": {"kind": "regression", "label": "dwell_seconds", "given": "click"}}}}},
+            r"`tasks\.dwell\.kind` should predict the columns as the base's \(dwell_seconds\): .* Found dwell\.",
+        ),
+        (
+            {"variants": {"a": {"set": {"tasks.dwell.loss": "tweedie"}}}, "primary": {"dwell": "r2_log1p_given"}},
+            r"Variant 'a': `primary\.dwell`: r2_log1p is of losses with a log-scale output, which `tasks\.dwell\.loss` is",
+        ),
         ({"variants": {"mmoe": {"set": {"model.tower_layers": [4]}}}}, r"`variants\.mmoe` should be a name of its own"),
         ({"variants": {"a/b": {"set": {"model.tower_layers": [4]}}}}, r"`variants\.a/b` should be a name"),
         ({"seeds": 1}, r"`seeds` should be at least 2 different numbers .* Found 1\."),
@@ -318,6 +340,104 @@ def test_budget_and_search(log: Path, tmp_path: Path) -> None:
         ).exists()  # the test is read once, at the end
 
 
+def test_a_run_that_fails_does_not_keep_back_what_the_others_say(log: Path, tmp_path: Path) -> None:
+    base = _tree(log)
+    base["training"]["checkpoint_storage"] = (tmp_path / "store").as_uri()  # of the experiment's own run
+    variants = {"tweedie": {"set": {"tasks.dwell.loss": "tweedie"}}, "narrow": {"set": {"model.tower_layers": [4]}}}
+    plan = load_plan(_file(tmp_path, base, variants=variants, budget={"steps": 3}, match="none", segment=None))
+
+    def all_but_one(folder: Path, names: Sequence[str]) -> None:
+        _conduct_here(folder, [name for name in names if name != "narrow/seed-1"])
+        raise RuntimeError("1 run is missing")
+
+    said: list[str] = []
+    with pytest.raises(RuntimeError, match="1 run is missing"):
+        compare(plan, tmp_path / "out", resume=False, conduct_all=all_but_one, say=said.append)
+    assert said[-1] == f"what the finished runs say: {tmp_path / 'out' / 'report.html'}"
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["notes"][0] == "narrow has 1 finished runs and is left out; it needs two."
+    assert {row["variant"] for row in results["differences"]} == {"tweedie", "mmoe again"}
+    assert "xauc_given" in results["variants"]["tweedie"]["metrics"]["dwell"]
+    assert "r2_log1p_given" not in results["variants"]["mmoe"]["metrics"]["dwell"]  # tweedie has no log scale
+    assert compare(plan, tmp_path / "out", resume=True, conduct_all=_conduct_here)["notes"] == results["notes"][-1:]
+    assert not (tmp_path / "store").exists()
+
+    failing = load_plan(_file(tmp_path, base, variants=variants, budget={"steps": 3}, match="none", segment=None))
+    with pytest.raises(RuntimeError, match="nothing was made"):
+        compare(failing, tmp_path / "none", resume=False, conduct_all=_fails)
+    assert not (tmp_path / "none" / "report.html").exists()
+
+
+def _fails(folder: Path, names: Sequence[str]) -> None:
+    raise RuntimeError("nothing was made")
+
+
+def test_one_process_at_a_time_makes_a_comparison(log: Path, tmp_path: Path) -> None:
+    plan = load_plan(_file(tmp_path, _tree(log)))
+    with locked(tmp_path / "out" / "compare.lock", "it"), pytest.raises(LockedError, match=r"The comparison .*out is being"):
+        compare(plan, tmp_path / "out", resume=True, conduct_all=_fails)
+
+
+def test_test_rows_that_cannot_be_used_are_told_before_anything_is_trained(log: Path, tmp_path: Path) -> None:
+    table = pa.concat_tables([pq.read_table(path) for path in sorted((log / "test").glob("*"))])
+    clicks = table["click"].to_numpy().copy()
+    clicks[[7, 500]] = 2
+    place = table.column_names.index("click")
+    (tmp_path / "test").mkdir()
+    bad = table.set_column(place, "click", pa.array(clicks))
+    pq.write_table(bad, tmp_path / "test" / "a.parquet", write_statistics=False, row_group_size=400)
+    base = _tree(log)
+    base["data"]["test"] = str(tmp_path / "test")
+    plan = load_plan(_file(tmp_path, base, budget={"steps": 2}))
+    with pytest.raises(ValueError, match=r"`data\.test`: '.*a\.parquet', row group 0, row 7: .*'click' should be 0, 1 or null"):
+        compare(plan, tmp_path / "out", resume=False, conduct_all=_fails)
+    pq.write_table(bad, tmp_path / "test" / "a.parquet")  # now the footer tells it
+    with pytest.raises(ValueError, match=r"`tasks\.click\.label`: column 'click' should be 0 or 1\. Found 2"):
+        load_plan(_file(tmp_path, base))
+    texts = table.set_column(table.column_names.index("user_id"), "user_id", table["user_id"].cast(pa.string()))
+    pq.write_table(texts, tmp_path / "test" / "a.parquet")
+    with pytest.raises(ValueError, match=r"`data\.test`: `features\.user_id\.column` should hold integers"):
+        compare(load_plan(_file(tmp_path, base)), tmp_path / "other", resume=False, conduct_all=_fails)
+
+    pq.write_table(bad, tmp_path / "test" / "a.parquet")
+    base["data"]["on_bad_rows"] = "skip"
+    plan = load_plan(_file(tmp_path, base, budget={"steps": 2}, match="none", segment=None))
+    assert compare(plan, tmp_path / "skipped", resume=False, conduct_all=_conduct_here)["test_rows"] == 798
+
+    # a variant whose own feature refuses another row would be measured on other rows than the base
+    prices = table["price"].to_numpy().copy()
+    prices[9] = -1.0
+    bad = bad.set_column(table.column_names.index("price"), "price", pa.array(prices))
+    pq.write_table(bad, tmp_path / "test" / "a.parquet")
+    weighted = {"weighted": {"set": {"features.user_id.weights": "price"}}}
+    plan = load_plan(_file(tmp_path, base, variants=weighted, match="none", segment=None))
+    with pytest.raises(ValueError, match=r"Variant 'weighted': `data\.on_bad_rows`: .* Found 3 skipped for this one and 2 for"):
+        compare(plan, tmp_path / "unlike", resume=False, conduct_all=_fails)
+    base["data"]["max_bad_fraction"] = 0.001
+    with pytest.raises(ValueError, match=r"`data\.max_bad_fraction` \(0\.001\) is exceeded in `data\.test`: 2 bad rows"):
+        compare(load_plan(_file(tmp_path, base)), tmp_path / "many", resume=False, conduct_all=_fails)
+
+
+def test_a_run_that_was_asked_to_stop_is_to_go_on(log: Path, tmp_path: Path) -> None:
+    plan = load_plan(_file(tmp_path, _tree(log), budget={"steps": 6}))
+    spec = Spec("mmoe/seed-0", "mmoe", 0, plan.experiments["mmoe"])
+    make_folders(plan, tmp_path / "out", [spec])
+    place = folder_of(tmp_path / "out", spec.name)
+
+    def asked_to_stop(run: Run) -> None:
+        recorder = Recorder(run.folder)
+        for event in train(run, device=CPU, stop_requested=lambda: True):
+            recorder(event)
+        recorder.close()
+
+    with pytest.raises(RuntimeError, match=r"mmoe/seed-0: the training was asked to stop before its end"):
+        conduct(place, CPU, asked_to_stop)
+    assert not has_ended(Run(place))
+    assert not (place / "done.json").exists()
+    conduct(place, CPU)
+    assert read_done(tmp_path / "out", spec.name)["steps"] == 6
+
+
 def test_steps_of_a_budget_are_spread_over_epochs(log: Path, tmp_path: Path) -> None:
     plan = load_plan(_file(tmp_path, _tree(log), budget={"steps": 40}))
     training = with_budget(plan.experiments["mmoe"], 2_000, plan.comparison.budget, 8).training
@@ -341,8 +461,6 @@ def test_draws_cover_a_list_and_a_range() -> None:
 
 
 def test_a_run_cut_short_while_its_folder_was_made_is_made_again(log: Path, tmp_path: Path) -> None:
-    from mtrec.compare.runs import Spec
-
     plan = load_plan(_file(tmp_path, _tree(log)))
     spec = Spec("mmoe/seed-0", "mmoe", 0, plan.experiments["mmoe"])
     place = folder_of(tmp_path / "out", spec.name)
@@ -363,8 +481,6 @@ def test_a_budget_of_seconds_ends_in_time(log: Path, tmp_path: Path) -> None:
     plan = load_plan(_file(tmp_path, base, budget={"seconds": 0.5}))
     assert isinstance(plan.comparison, Comparison)
     assert plan.comparison.budget == Budget(seconds=0.5)
-    from mtrec.compare.runs import Spec
-
     spec = Spec("mmoe/seed-0", "mmoe", 0, plan.experiments["mmoe"])
     make_folders(plan, tmp_path / "out", [spec])
     _conduct_here(tmp_path / "out", [spec.name])

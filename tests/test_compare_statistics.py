@@ -28,6 +28,13 @@ from mtrec.compare.verdict import outcome, verdict
 # --- One comparison
 
 
+@pytest.mark.parametrize("metric", ["auc", "xauc", "gauc", "log_loss", "normalized_entropy", "calibration", "r2"])
+def test_a_metric_of_rows_without_weight_is_undefined(metric: str) -> None:
+    sides = [replace(each, weight=np.zeros(len(each.label))) for each in simulated(np.random.default_rng(0), gain=0.2)]
+    found = paired_difference(metric, *sides)
+    assert all(math.isnan(value) for value in (found.value, found.low, found.high, found.p_value))
+
+
 def test_the_parts_add_up() -> None:
     baseline, variant = simulated(np.random.default_rng(0), gain=0.2)
     found = paired_difference("auc", baseline, variant)

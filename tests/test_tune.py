@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from mtrec.checkpoint import CheckpointError
 from mtrec.compare.runs import prepared
 from mtrec.compare.space import Parameter, active
 from mtrec.config import Experiment, apply_overrides, load_experiment, parse_experiment, with_absolute_paths
-from mtrec.run import open_run
+from mtrec.locking import LockedError, locked
+from mtrec.recorder import Recorder
+from mtrec.run import Run, open_run
+from mtrec.train import train
 from mtrec.tune.plan import Plan, checked, load_plan
 from mtrec.tune.results import place_of
 from mtrec.tune.trials import AS_WRITTEN, folder_of, make_trial, read_result, train_trial, write_result
@@ -258,6 +262,32 @@ def test_a_search_is_taken_up_and_not_mixed_up(searched: tuple[Path, dict[str, A
     other = checked(experiment, {"parameters": RATE}, 3)
     with pytest.raises(ValueError, match=r"--resume: the space differs"):
         tune(other, folder, resume=True, search=lambda plan, folder: None)
+
+
+def test_a_trial_whose_workers_were_asked_to_stop_goes_on(experiment: Experiment, tmp_path: Path) -> None:
+    plan = checked(experiment, {"parameters": RATE}, 1)
+    (tmp_path / "prepared").mkdir()
+    place = make_trial(plan, tmp_path, 1, {"optimizer.dense.learning_rate": 0.5})
+
+    def asked_to_stop(run: Run, tell: Callable[[], None]) -> None:
+        recorder = Recorder(run.folder)
+        for event in train(run, device=torch.device("cpu"), stop_requested=lambda: True):
+            recorder(event)
+        recorder.close()
+
+    def report(share: int, values: list[float]) -> None:
+        assert share < 100
+
+    with pytest.raises(RuntimeError, match="asked to stop before its end"):
+        train_trial(place, plan.objectives, torch.device("cpu"), report, asked_to_stop)
+    train_trial(place, plan.objectives, torch.device("cpu"), report)
+    assert write_result(plan, tmp_path, 1)["state"] == "finished"
+
+
+def test_one_process_at_a_time_makes_a_search(experiment: Experiment, tmp_path: Path) -> None:
+    plan = checked(experiment, {"parameters": RATE}, 1)
+    with locked(tmp_path / "out" / "tune.lock", "it"), pytest.raises(LockedError, match=r"The search .*out is being written"):
+        tune(plan, tmp_path / "out", resume=True, search=lambda plan, folder: None)
 
 
 def test_a_failed_trial_is_told_and_does_not_end_the_search(experiment: Experiment, tmp_path: Path) -> None:

@@ -28,16 +28,16 @@ from mtrec.evaluate import MAIN_METRIC, Measures, check_best_metric
 from mtrec.formula import ranking_formula
 from mtrec.gradients import check_place
 from mtrec.kinds import PositiveFloat, PositiveInt, check_options, explain, nearest, resolve
-from mtrec.model import DensePart, task_specs
-from mtrec.run import check_device, evaluation_columns, open_source
-from mtrec.tasks import Objectives
+from mtrec.model import DensePart, check_buffers, task_specs
+from mtrec.run import check_device, check_footers, evaluation_columns, open_source
+from mtrec.tasks import Objectives, TaskSpec
 from mtrec.yaml_tree import naming, read_yaml
 
 AGAIN = " again"  # the A/A row: the baseline with other seeds
 AGAIN_SEEDS = 1_000  # what is added to the seeds for it
 COUNTS = ("rows", "positives", "rows_given", "positives_given", "auc_error_bound", "gauc_coverage", "gauc_coverage_given")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
-KEPT = ("seed", "output", "name", "data.test", "evaluation.group_by")  # what a variant may not change
+KEPT = ("seed", "output", "name", "data.test", "data.sample_weight", "evaluation.group_by")  # what a variant may not change
 
 
 class Budget(Section):
@@ -286,21 +286,54 @@ def _check(plan: Plan) -> None:
             raise ValueError("`search` chooses on validation rows, and the base has no `data.validation`.")
         for name, experiment in plan.experiments.items():
             for overrides in search_draws(comparison.search):
-                varied(experiment, active(comparison.search.space, overrides), f"search.space (variant {name})")
+                drawn = varied(experiment, active(comparison.search.space, overrides), f"search.space (variant {name})")
+                with naming(f"`search.space` (variant {name})"):
+                    _check_comparable(drawn, base, plan.primary)
     for name, experiment in plan.experiments.items():
         with naming(f"Variant '{name}'" + (" (the base)" if experiment is base else "")):
             check_best_metric(experiment, Objectives(task_specs(experiment)))
             check_place(experiment)
+            check_buffers(experiment)
             ranking_formula(experiment)
             check_device(experiment, "cuda" if torch.cuda.is_available() else "cpu")
-            if experiment.tasks.keys() != base.tasks.keys():
-                raise ValueError(f"`tasks` should be those of the base ({', '.join(base.tasks)}).")
+            _check_comparable(experiment, base, plan.primary)
             open_source(experiment, experiment.data.train, "data.train")
     segment = [comparison.segment] if comparison.segment else []
     with naming("The base"):
-        open_source(base, base.data.test, "data.test", [*evaluation_columns(base), *segment])
+        test = open_source(base, base.data.test, "data.test", [*evaluation_columns(base), *segment])
+        if base.data.on_bad_rows == "error":
+            check_footers(test, task_specs(base), base)
         if base.data.validation is not None:
             open_source(base, base.data.validation, "data.validation", evaluation_columns(base))
+
+
+def _check_comparable(experiment: Experiment, base: Experiment, primary: Mapping[str, str]) -> None:
+    """What a task is measured on should be the base's: its label, where it counts, the columns that are predicted for it."""
+    if experiment.tasks.keys() != base.tasks.keys():
+        raise ValueError(f"`tasks` should be those of the base ({', '.join(base.tasks)}).")
+    objectives = Objectives(task_specs(experiment))
+    for name, wanted in task_specs(base).items():
+        found = objectives.specs[name]
+        for key, theirs, ours in (
+            ("label", base.label_column(name), experiment.label_column(name)),
+            ("given", wanted.given, found.given),
+            ("kind", ", ".join(wanted.task.prediction_names()), ", ".join(found.task.prediction_names())),
+            ("unit", wanted.task.label_scale, found.task.label_scale),
+        ):
+            if ours != theirs:
+                what = {"kind": "predict the columns", "unit": "scale its label"}.get(key, "be")
+                raise ValueError(
+                    f"`tasks.{name}.{key}` should {what} as the base's ({theirs}): all variants are measured on the same rows "
+                    f"and labels. Found {ours}."
+                )
+        if primary.get(name, "").startswith("r2_log1p") and found.task.log_prediction(_no_logits(found)) is None:
+            raise ValueError(
+                f"`primary.{name}`: r2_log1p is of losses with a log-scale output, which `tasks.{name}.loss` is not."
+            )
+
+
+def _no_logits(spec: TaskSpec) -> torch.Tensor:
+    return torch.zeros(0, spec.task.num_logits)
 
 
 def varied(experiment: Experiment, overrides: Mapping[str, Any], place: str) -> Experiment:

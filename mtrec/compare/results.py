@@ -53,7 +53,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     "regression": ("r2", "xauc", "mae", "rmse"),
     "multiclass": ("accuracy", "log_loss"),
 }
-MAX_SEGMENTS = 10  # the largest; the others are added up
+MAX_SEGMENTS = 10  # the largest; the others are left out
 CALIBRATION_BINS = 12
 POWER = 0.8
 FEW_SEEDS = 4  # fewer than that: a note says what they are worth
@@ -126,11 +126,12 @@ class Measured:
 
     def metrics(self, task: str) -> list[str]:
         """The metrics that are reported of a task."""
-        spec, first = self.objectives.specs[task], next(iter(next(iter(self.tables.values())).values()))
+        spec = self.objectives.specs[task]
         names = [name for name in SHOWN[spec.task.family] if name in METRIC_NAMES]
         if self.user is None:
             names = [name for name in names if name != "gauc"]
-        if f"{LOG}{task}" not in first.column_names:
+        tables = [table for by_seed in self.tables.values() for table in by_seed.values()]
+        if not all(f"{LOG}{task}" in table.column_names for table in tables):
             names = [name for name in names if name != "r2_log1p"]
         suffixes = [""] if spec.given is None or spec.task.family in ("binary", "dwell") else []
         if spec.given is not None or self.experiment.tasks[task].also_on is not None:
@@ -148,24 +149,36 @@ def finished_runs(plan: Plan, folder: Path) -> dict[str, dict[int, str]]:
     return found
 
 
+def can_compute(plan: Plan, folder: Path) -> bool:
+    """Whether the baseline and a variant (the A/A row, at least) have the two finished runs that a comparison needs."""
+    runs = finished_runs(plan, folder)
+    short = _short(runs)
+    return plan.baseline not in short and len(short) < len(runs) - 1
+
+
+def _short(runs: Mapping[str, Mapping[int, str]]) -> list[str]:
+    return [name for name, by_seed in runs.items() if len(by_seed) < 2]
+
+
 def compute(plan: Plan, folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that is known of a comparison from the files of its runs, as plain values.
 
     `facts`: what the job knows beside them: sizes and matching, the search, versions (plan.json).
     Raises ValueError where the baseline or all variants have fewer than two finished runs.
     """
-    runs = finished_runs(plan, folder)
-    short = [name for name, by_seed in runs.items() if len(by_seed) < 2]
-    if plan.baseline in short or len(short) >= len(runs) - 1:
+    if not can_compute(plan, folder):
         raise ValueError(
             f"{folder} holds too few finished runs: the baseline and a variant need two seeds each. `--resume` goes on."
         )
+    runs = finished_runs(plan, folder)
+    short = _short(runs)
     notes = [f"{name} has {len(runs[name])} finished runs and is left out; it needs two." for name in short]
     notes += [
         f"{name}: {len(by_seed)} of {len(plan.seeds)} seeds are finished."
         for name, by_seed in runs.items()
         if name not in short and len(by_seed) < len(plan.seeds)
     ]
+    notes_of_missing = list(notes)
     runs = {name: by_seed for name, by_seed in runs.items() if name not in short}
     fewest = min(len(by_seed) for by_seed in runs.values())
     if fewest < FEW_SEEDS:
@@ -191,6 +204,7 @@ def compute(plan: Plan, folder: Path, facts: Mapping[str, Any]) -> dict[str, Any
         "test_users": None if measured.user is None else len(np.unique(measured.user)),
         "user_column": measured.experiment.evaluation.group_by,
         "segment_column": plan.comparison.segment,
+        "complete": not notes_of_missing,
         "notes": notes,
         "variants": variants,
         "differences": rows,

@@ -27,9 +27,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 
 from mtrec import checkpoint, parallel
 from mtrec.atomic import write_atomically
+from mtrec.batch import make_batch
 from mtrec.checkpoint import Checkpoint
 from mtrec.compare.plan import Budget, Plan, dense_size, matched, search_draws, varied
 from mtrec.compare.space import active
@@ -37,9 +39,10 @@ from mtrec.config import Experiment, Source, parse_experiment, to_yaml
 from mtrec.embeddings import Embeddings
 from mtrec.evaluate import whole_reader
 from mtrec.events import Event, Step
-from mtrec.feed import feed
+from mtrec.feed import bad_row, bad_rows, check_encodes, feed, refused_rows
 from mtrec.labels import labels_of
 from mtrec.metrics import group_keys
+from mtrec.model import task_specs
 from mtrec.predictions import load_model, uses_bf16
 from mtrec.recorder import Recorder
 from mtrec.run import Run, evaluation_columns, label_columns, open_run, open_source, prepare, resolve_auto
@@ -94,18 +97,46 @@ def prepared(folder: Path, experiment: Experiment) -> Run:
     return run
 
 
+def check_test(run: Run, experiment: Experiment) -> NDArray[np.int64]:
+    """Reads the test rows once, as they will be predicted on; `run` holds the fit. The numbers of those that will be skipped.
+
+    Raises ValueError naming file and row, or column, where they could not be: that is better known before everything is trained.
+    """
+    data = open_source(experiment, experiment.data.test, "data.test")  # type: ignore[arg-type]  # a plan has one
+    check_encodes(run.encoder, data)
+    columns = list(dict.fromkeys([*run.encoder.columns, *label_columns(experiment)]))
+    columns = [name for name in columns if name in data.schema.names]
+    labels = labels_of(experiment, task_specs(experiment))
+
+    def look(batch: pa.RecordBatch) -> None:
+        make_batch(batch, run.encoder, labels, experiment.data.sample_weight)
+
+    if experiment.data.on_bad_rows == "error":
+        problem = bad_row(data, columns, look)
+        if problem is not None:
+            raise ValueError(f"`data.test`: {problem}")
+        return np.zeros(0, np.int64)
+    refused, limit = refused_rows(data, columns, look), experiment.data.max_bad_fraction
+    if len(refused) > limit * data.num_rows:
+        raise ValueError(f"`data.max_bad_fraction` ({limit:g}) is exceeded in `data.test`: {len(refused):,} bad rows.")
+    return refused
+
+
 def with_budget(experiment: Experiment, rows: int, budget: Budget | None, curve_points: int) -> Experiment:
-    """The experiment with its steps set by the budget, and so many validations as a learning curve needs; `rows`: of training."""
+    """The experiment with its steps set by the budget, and so many validations as a learning curve needs; `rows`: of training.
+
+    `checkpoint_storage` is that of the experiment's own run, not of these: they would take each other's checkpoints away there.
+    """
     experiment = resolve_auto(experiment, rows)
     batch_size = experiment.data.batch_size
     assert isinstance(batch_size, int)
     training = experiment.training
     steps_an_epoch = -(-rows // batch_size)
     steps = min(steps_an_epoch * training.epochs, training.max_steps or FOR_EVER)
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"checkpoint_storage": None}
     if budget is not None and budget.seconds is None:
         steps = budget.steps or max(1, (budget.rows or 0) // batch_size)
-        changes = {"max_steps": steps, "epochs": -(-steps // steps_an_epoch)}
+        changes |= {"max_steps": steps, "epochs": -(-steps // steps_an_epoch)}
     if training.validate_every is None and experiment.data.validation is not None:
         changes["validate_every"] = max(1, -(-steps // curve_points))
     return experiment.model_copy(update={"training": training.model_copy(update=changes)})
@@ -283,11 +314,13 @@ def conduct(place: Path, device: torch.device, train_run: Callable[[Run], None] 
     what = json.loads((place / SPEC).read_text())
     started = time.monotonic()
     _reset_peak_memory(device)
-    if not has_ended(run):
+    timed = what["seconds"] is not None
+    if not has_ended(run, timed):
         if train_run is None:
             train_here(run, device, what["seconds"])
         else:
             train_run(run)
+        check_ended(run, timed)
     found = run.best()
     done: dict[str, Any] = {"step": found.step, "metric": found.metric, **_training_facts(run), **_model_facts(run)}
     if what["tested"]:
@@ -324,10 +357,20 @@ def gate_shares(events: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list
     return {gate: {"steps": sorted(by), "shares": [by[step] for step in sorted(by)]} for gate, by in found.items()}
 
 
-def has_ended(run: Run) -> bool:
-    """Whether training ended; then only the predictions are missing. A resumed run's log may hold an older part."""
+def has_ended(run: Run, timed: bool = False) -> bool:
+    """Whether training ended; then only the predictions are missing. A resumed run's log may hold an older part.
+
+    A run that was asked to stop (SIGTERM, a node taken away) is to go on; `timed`: it has a budget of seconds, which ends so.
+    """
     events = list(events_of(run))
-    return bool(events) and events[-1]["event"] == "ended" and checkpoint.newest(run.checkpoints) is not None
+    ended = bool(events) and events[-1]["event"] == "ended" and (timed or events[-1]["reason"] != "stopped")
+    return ended and checkpoint.newest(run.checkpoints) is not None
+
+
+def check_ended(run: Run, timed: bool = False) -> None:
+    """Raises RuntimeError where a training that has returned was asked to stop before its end; see `has_ended`."""
+    if not has_ended(run, timed):
+        raise RuntimeError(f"{run.folder}: the training was asked to stop before its end. It goes on from its checkpoint.")
 
 
 def _training_facts(run: Run) -> dict[str, Any]:
@@ -386,7 +429,8 @@ def predict_test(
         labels = labels_of(experiment, model.specs)
         group = experiment.evaluation.group_by
         rows_needed = bool(group or segment)
-        for piece, batch in feed(reader, run.encoder, labels, experiment.data.sample_weight, keep_rows=rows_needed):
+        bad = bad_rows(experiment.data, data.num_rows)
+        for piece, batch in feed(reader, run.encoder, labels, experiment.data.sample_weight, keep_rows=rows_needed, bad=bad):
             if not batch.num_rows:
                 continue
             began = time.perf_counter()

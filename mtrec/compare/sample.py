@@ -81,8 +81,8 @@ def sample_metric(metric: str, sides: Sequence[tuple[Scores, Sequence[int]]], bo
         Rows(scores.prediction[each][keep_N], label_N, weight_N, user_N, num_users) for scores, seeds in sides for each in seeds
     ]
     found: Estimate
-    if not num_users:
-        found = np.full(len(runs), math.nan), _unknown, math.nan, "no observed rows"
+    if not np.sum(weight_N):
+        found = np.full(len(runs), math.nan), _unknown, math.nan, "no observed rows" if not num_users else "no row with a weight"
     elif kind == "auc":
         found = _auc(runs, first.user is not None)
     elif kind == "xauc":

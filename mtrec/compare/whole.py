@@ -10,11 +10,13 @@ from mtrec.atomic import write_atomically
 from mtrec.compare import results
 from mtrec.compare.plan import Comparison, Plan
 from mtrec.compare.report import comparison_report
-from mtrec.compare.runs import Spec, chosen, final_specs, make_folders, matching, prepared, search_specs
+from mtrec.compare.runs import Spec, check_test, chosen, final_specs, fit_key, make_folders, matching, prepared, search_specs
 from mtrec.config import parse_experiment, to_yaml
+from mtrec.locking import locked
 from mtrec.run import versions
+from mtrec.yaml_tree import naming
 
-PLAN, REPORT = "plan.json", "report.html"
+PLAN, REPORT, LOCK = "plan.json", "report.html", "compare.lock"
 
 
 def compare(
@@ -33,15 +35,25 @@ def compare(
         conduct_all: (folder, names of runs) -> when it returns, `runs.conduct` has been called for each.
         say: gets lines for a person.
 
-    Raises ValueError where the folder holds a comparison and `resume` is not given.
+    Where a run fails, what the others say is written all the same. Raises ValueError where the folder holds a comparison and
+    `resume` is not given, or where test rows cannot be used, before any run starts; LockedError where another process makes
+    it; the first error of the runs.
     """
+    with locked(folder / LOCK, f"The comparison {folder}"):
+        return _compare(plan, folder, resume, conduct_all, say)
+
+
+def _compare(
+    plan: Plan, folder: Path, resume: bool, conduct_all: Callable[[Path, Sequence[str]], None], say: Callable[[str], None]
+) -> dict[str, Any]:
     if (folder / PLAN).exists() and not resume:
         raise ValueError(
             f"{folder} holds a comparison already. Add --resume to go on with it, or choose another folder (--output)."
         )
-    folder.mkdir(parents=True, exist_ok=True)
     for experiment in plan.experiments.values():
         prepared(folder, experiment)
+    if not (folder / PLAN).exists():
+        _check_test_rows(plan, folder)
     experiments, sizes = matching(plan, folder)
     for name, size in sizes.items():
         done = size["matched"]
@@ -64,22 +76,49 @@ def compare(
     if (folder / PLAN).exists():
         facts["made"] = json.loads((folder / PLAN).read_text())["made"]
 
-    def conduct_missing(specs: Sequence[Spec], what: str) -> None:
+    def missing_of(specs: Sequence[Spec], what: str) -> list[str]:
         missing = make_folders(plan, folder, specs)  # raises where the folder's runs are of another comparison
         write_atomically(folder / PLAN, json.dumps(facts, indent=1))
         say(f"{len(specs)} {what}, {len(specs) - len(missing)} of them done already")
-        if missing:
-            conduct_all(folder, missing)
+        return missing
 
     trials = search_specs(plan, experiments)
-    if trials:
-        conduct_missing(trials, "search trials")
+    if trials and (missing := missing_of(trials, "search trials")):
+        conduct_all(folder, missing)
     experiments, facts["search"] = chosen(plan, folder, experiments)
-    conduct_missing(final_specs(plan, experiments), "runs")
+    missing = missing_of(final_specs(plan, experiments), "runs")
+    try:
+        if missing:
+            conduct_all(folder, missing)
+    except (ValueError, RuntimeError):
+        if results.can_compute(plan, folder):  # one run that cannot be made does not keep back what the others say
+            _write(results.compute(plan, folder, facts), folder)
+            say(f"what the finished runs say: {folder / REPORT}")
+        raise
     found = results.compute(plan, folder, facts)
+    _write(found, folder)
+    return found
+
+
+def _check_test_rows(plan: Plan, folder: Path) -> None:
+    """Raises ValueError naming the variant that cannot predict on the test rows, or would skip others of them than the base."""
+    known: dict[tuple[object, ...], list[int]] = {}
+    for name, experiment in plan.experiments.items():
+        what = (fit_key(experiment), experiment.data.on_bad_rows, experiment.data.max_bad_fraction)
+        with naming(f"Variant '{name}'"):
+            if what not in known:
+                known[what] = check_test(prepared(folder, experiment), experiment).tolist()
+            base = next(iter(known.values()))
+            if known[what] != base:
+                raise ValueError(
+                    "`data.on_bad_rows`: all variants should be measured on the same test rows. Found "
+                    f"{len(known[what])} skipped for this one and {len(base)} for the base, not the same: mend these rows."
+                )
+
+
+def _write(found: dict[str, Any], folder: Path) -> None:
     results.write(found, folder)
     write_atomically(folder / REPORT, comparison_report(found))
-    return found
 
 
 def plan_of(facts: dict[str, Any]) -> Plan:

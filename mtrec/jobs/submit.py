@@ -11,14 +11,14 @@ import os
 import re
 import shlex
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from mtrec.allocator import KEPT
 from mtrec.check import check_experiment
-from mtrec.compare.plan import load_plan
+from mtrec.compare.plan import Plan, load_plan
 from mtrec.config import Experiment, load_experiment
 from mtrec.files import find_files
 from mtrec.jobs import packing
@@ -141,6 +141,11 @@ def compare_job(values: Mapping[str, Any], write: Callable[[Mapping[str, Any]], 
     tree = packing.tree_of(pinned)
     # `set` is in the base already
     comparison = {**plan.comparison.model_dump(mode="json", exclude_unset=True), "base": BASE_YAML, "set": {}}
+    for name, variant in comparison["variants"].items():
+        sources_of, more = _pinned_sources(plan, name)
+        facts += more
+        if sources_of:
+            variant["set"] = {**_without(variant.get("set", {}), sources_of), **sources_of}
     job = {
         "needed": [],
         "experiment": tree,
@@ -153,6 +158,24 @@ def compare_job(values: Mapping[str, Any], write: Callable[[Mapping[str, Any]], 
     modules = packing.user_modules({"kinds": variants}, [Path.cwd(), given.resolve().parent])
     core = {"base": sources, "comparison": comparison}
     return _job("compare", write(inside), str(output), values["workers"], core, core, job, modules, facts, with_code)
+
+
+def _pinned_sources(plan: Plan, variant: str) -> tuple[dict[str, Any], list[str]]:
+    """({"data.train": ..., the sources of which a variant has its own}, lines on them), with their input files pinned."""
+    base = plan.experiments[plan.baseline].data
+    experiment = plan.experiments[next(iter(plan.sweeps.get(variant, [variant])))]
+    changed = [name for name in ("train", "validation") if getattr(experiment.data, name) != getattr(base, name)]
+    if not changed:
+        return {}, []
+    pinned, lines, _ = packing.pin(experiment)
+    tree = packing.tree_of(pinned)["data"]
+    found = {f"data.{name}": tree[name] for name in changed}
+    return found, [f"{variant}: {line}" for line in lines if line.partition(":")[0] in found]
+
+
+def _without(changes: Mapping[str, Any], paths: Collection[str]) -> dict[str, Any]:
+    """A variant's changes but for those of the paths and of parts of them (`data.train.where`)."""
+    return {key: value for key, value in changes.items() if not any(f"{key}.".startswith(f"{path}.") for path in paths)}
 
 
 def _check_not_local(values: Mapping[str, Any]) -> None:

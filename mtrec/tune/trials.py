@@ -20,7 +20,7 @@ import torch
 
 from mtrec.atomic import write_atomically
 from mtrec.compare.plan import varied
-from mtrec.compare.runs import copy_prepared, events_of, has_ended, prepared, train_here, with_budget
+from mtrec.compare.runs import check_ended, copy_prepared, events_of, has_ended, prepared, train_here, with_budget
 from mtrec.compare.space import active
 from mtrec.events import Event, Validation
 from mtrec.run import Run, open_run
@@ -123,7 +123,8 @@ def train_trial(
             validation so far; may raise SystemExit, which ends the trial.
         train_run: (run, called after events or now and then) -> trains it elsewhere; by default in this process.
 
-    Raises ValueError where the trial failed before, or where an objective is undefined on the validation rows.
+    Raises ValueError where the trial failed before, or where an objective is undefined on the validation rows, RuntimeError
+    where its workers were asked to stop.
     """
     noted = failure(place)
     if noted is not None:
@@ -151,12 +152,13 @@ def train_trial(
             train_here(run, device, watch=watch)
         else:
             train_run(run, tell)
-        if best_validation(run, objectives) is None:
+        if has_ended(run) and best_validation(run, objectives) is None:
             names = ", ".join(each.name for each in objectives)
             raise ValueError(f"{names}: undefined on the validation rows in every validation of this trial")
     except Exception as error:
         note_failure(place, error)
         raise
+    check_ended(run)  # a trial that a lost node cut short has not failed: a restart goes on with it
 
 
 def result_of(plan: Plan, folder: Path, number: int, error: str | None = None) -> dict[str, Any]:

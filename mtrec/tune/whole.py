@@ -9,13 +9,14 @@ from typing import Any
 from mtrec.atomic import write_atomically
 from mtrec.compare.runs import prepared
 from mtrec.config import parse_experiment, to_yaml
+from mtrec.locking import locked
 from mtrec.run import versions
 from mtrec.tune import results
 from mtrec.tune.page import search_report
 from mtrec.tune.plan import Plan, SearchFile, plan_of
 from mtrec.tune.trials import AS_WRITTEN, drawn, drop_checkpoints, read_result
 
-PLAN, REPORT = "tune.json", "tune.html"
+PLAN, REPORT, LOCK = "tune.json", "tune.html", "tune.lock"
 
 
 def tune(
@@ -34,8 +35,16 @@ def tune(
         folder: of this search; with `resume` one that is there already. More trials than before may be asked for.
         search: when it returns, every trial of the plan has a result.
 
-    Raises ValueError where the folder holds a search and `resume` is not given, or one of another experiment or space.
+    Raises ValueError where the folder holds a search and `resume` is not given, or one of another experiment or space;
+    LockedError where another process makes it.
     """
+    with locked(folder / LOCK, f"The search {folder}"):
+        return _tune(plan, folder, resume, search, say)
+
+
+def _tune(
+    plan: Plan, folder: Path, resume: bool, search: Callable[[Plan, Path], None], say: Callable[[str], None]
+) -> dict[str, Any]:
     tree = {
         "experiment": plan.experiment.model_dump(mode="json"),
         "search": plan.search.model_dump(mode="json", exclude_none=True),

@@ -11,6 +11,7 @@ report.html), results.json, REPORT.md and error.svg. Of the data only the test r
 """
 
 import argparse
+import json
 import math
 import os
 import subprocess
@@ -45,7 +46,7 @@ def made_data(folder: Path, correlation: float, rows: int, seed: int) -> None:
 def compared(comparison: Path, folder: Path, correlation: float, seed: int, arguments: argparse.Namespace) -> None:
     """Runs `mtrec compare` in FOLDER/comparison on data in FOLDER/data, or what is missing of it."""
     output, data = folder / "comparison", folder / "data"
-    if (output / RESULTS).is_file():
+    if (output / RESULTS).is_file() and json.loads((output / RESULTS).read_text()).get("complete", True):
         return
     made_data(data, correlation, arguments.rows, seed)
     command = [str(Path(sys.executable).parent / "mtrec"), "compare", str(comparison), "--output", str(output)]

@@ -342,6 +342,15 @@ def test_a_comparison_travels_with_its_base(place: Path, monkeypatch: pytest.Mon
     content = json.loads(job.files["job.json"])
     assert content["experiment"]["data"]["test"]["path"][0] == str(place / "data" / "validation" / "part-0.parquet")
     assert content["comparison"]["variants"] == comparison["variants"]
+
+    less = {"data.train": {"path": "data/train/part-0.parquet", "where": "age > 20"}, "model.architecture.width": 12}
+    comparison["variants"] = {"less": {"set": less}}
+    (place / "compare.yaml").write_text(yaml.safe_dump(comparison))
+    sent = json.loads(make_job("compare", "compare.yaml").files["job.json"])["comparison"]["variants"]["less"]["set"]
+    assert sent["model.architecture.width"] == 12
+    assert sent["data.train"]["path"] == [str(place / "data" / "train" / "part-0.parquet")]  # not of the job's folder
+    assert sent["data.train"]["where"] == "age > 20"
+    assert "data.validation" not in sent
     (folder).mkdir(parents=True)
     (folder / "submitted-base.yaml").write_text(yaml.safe_dump(content["experiment"]))
     (folder / "submitted-comparison.yaml").write_text(yaml.safe_dump(content["comparison"]))
