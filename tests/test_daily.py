@@ -10,8 +10,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from logs import experiment_tree
 
 from mtrec.compare.gate import NonInferiority
+from mtrec.config import Source, parse_experiment
 from mtrec.run import open_run
 
 
@@ -46,6 +48,20 @@ def gate(value: float, half: float = 0.002, in_service: float = 0.75) -> NonInfe
 )
 def test_decisions(gates: dict[str, NonInferiority], decision: str) -> None:
     assert daily.decide(gates, {"click/auc": 0.75, "buy/auc": 0.75}, max_drop=0.05)[0] == decision
+
+
+def test_a_day_keeps_what_the_experiment_says_of_its_rows(tmp_path: Path) -> None:
+    tree: dict[str, Any] = experiment_tree(tmp_path / "train", tmp_path / "validation")
+    tree["data"]["train"] = {"path": "logs", "where": "tab in [0, 1] or vip"}
+    tree["training"] = {"best_metric": "click/auc", "early_stopping": {"patience": 2}}
+    tree["training"]["checkpoint_storage"] = "s3://b/runs/?region=eu"
+    experiment = parse_experiment(tree)
+    source = Source(path="logs", window=("a", "b"), where=daily.both(experiment.data.train.where, "dt != 2026-11-01", None))
+    made = parse_experiment(daily.of_day(experiment, "2026-11-02", source).model_dump(mode="json"))
+    assert made.data.train.where == "(tab in [0, 1] or vip) and (dt != 2026-11-01)"
+    assert made.data.validation is None
+    assert made.training.checkpoint_storage == "s3://b/runs/2026-11-02?region=eu"
+    assert made.training.best_metric is made.training.early_stopping is None
 
 
 @pytest.mark.slow

@@ -10,6 +10,10 @@ above - margin. A candidate that fails is kept out, and its newest day out of la
 falls by more than `--max-drop` decides nothing (broken labels cannot tell good from bad, and two bad models are alike), unless
 the candidate is clearly better there (then the world has changed); such a day is next tried alone.
 
+Of the experiment `data.train.where` holds for what is trained on and judged on. Its other sources, and what needs a validation
+(`training.best_metric`, `early_stopping`, `validate_every`), are left out: each day is judged by the next one. Checkpoints are
+copied to a folder a day below `training.checkpoint_storage`.
+
 OUTPUT/days.json holds what was decided, day by day; the same command goes on after it (once a day, by cron). OUTPUT/runs/DAY is
 the day's run, OUTPUT/in_service.json names the one to serve, RESULTS.md is the table.
 """
@@ -40,6 +44,7 @@ from mtrec.files import find_files
 from mtrec.launch import launch, local_device
 from mtrec.run import Run, open_run
 from mtrec.synthetic import write_log
+from mtrec.yaml_tree import read_yaml
 
 HERE = Path(__file__).resolve().parent
 PROMOTED, KEPT_OUT, UNDECIDED = "promoted", "kept out", "undecided"
@@ -102,16 +107,36 @@ def train_day(output: Path, logs: str, day: str, experiment: Experiment, before:
     if service is not None and before[-1].decision != UNDECIDED:  # else the day looks broken, and is tried alone
         first = str(datetime.date.fromisoformat(service.day) + datetime.timedelta(days=1))
     bad = [each.day for each in before if each.decision == KEPT_OUT and first <= each.day < day]
-    source = Source(path=logs, window=(first, day), where=" and ".join(f"dt != {each}" for each in bad) or None)
-    data = experiment.data.model_copy(update={"train": source, "validation": None, "test": None})
+    source = Source(path=logs, window=(first, day), where=both(experiment.data.train.where, *(f"dt != {each}" for each in bad)))
     return launch(
-        experiment.model_copy(update={"name": day, "data": data}),
+        of_day(experiment, day, source),
         output=folder_of(output, day),
         warm_start=folder_of(output, service.day) if service else None,
         resume=True,  # where an earlier try was cut short
         local=workers is None,
         workers=workers or "auto",
     )
+
+
+def both(*conditions: str | None) -> str | None:
+    """The condition that all of those given hold.
+
+    >>> both("tab in [0, 1] or vip", None, "dt != 2026-11-01"), both(None)
+    ('(tab in [0, 1] or vip) and (dt != 2026-11-01)', None)
+    """
+    given = [each for each in conditions if each is not None]
+    return " and ".join(f"({each})" for each in given) if len(given) > 1 else next(iter(given), None)
+
+
+def of_day(experiment: Experiment, day: str, source: Source) -> Experiment:
+    """The experiment of a day's candidate."""
+    training, uri = experiment.training, experiment.training.checkpoint_storage
+    changes: dict[str, Any] = dict.fromkeys(("best_metric", "early_stopping", "validate_every"))
+    if uri is not None:
+        address, mark, options = uri.partition("?")
+        changes["checkpoint_storage"] = f"{address.rstrip('/')}/{day}{mark}{options}"
+    data = experiment.data.model_copy(update={"train": source, "validation": None, "test": None})
+    return experiment.model_copy(update={"name": day, "data": data, "training": training.model_copy(update=changes)})
 
 
 def judge(output: Path, days: dict[str, str], source: Source, margin: float) -> tuple[dict[str, float], dict[str, Any], int]:
@@ -165,7 +190,8 @@ def one_day(
     train = run.experiment.data.train
     assert train.window is not None
     compared = {"candidate": day, **({"in service": service.day} if service else {})}
-    metrics, gates, judged_rows = judge(output, compared, Source(path=logs, window=(following, following)), margin)
+    judged = Source(path=logs, window=(following, following), where=experiment.data.train.where)
+    metrics, gates, judged_rows = judge(output, compared, judged, margin)
     decision, why = decide(gates, service.metrics if service else {}, max_drop)
     made = Day(
         day=day,
@@ -267,7 +293,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = days_of(logs)
     if given.logs is None and given.bad_day:
         bad_day = names[given.bad_day - 1]
-    experiment = load_experiment(given.experiment, [f"data.train={yaml.safe_dump(logs).splitlines()[0]}", *given.set])
+    read = read_yaml(given.experiment.read_text(encoding="utf-8"), str(given.experiment)).get("data", {}).get("train")
+    key = "data.train.path" if isinstance(read, dict) else "data.train"
+    experiment = load_experiment(given.experiment, [f"{key}={yaml.safe_dump(logs).splitlines()[0]}", *given.set])
     done = [each.day for each in read_days(given.output)]
     for day, following in itertools.pairwise(names):
         if day in done or (done and day < done[-1]):
