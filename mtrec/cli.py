@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from mtrec.allocator import keep_freed_memory
+from mtrec.events import Failed
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,10 +34,10 @@ def main() -> None:
     _warn_in_plain_words()
     try:
         app(standalone_mode=True)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, Failed) as error:
         if "--debug" in sys.argv:
             raise
-        where = "" if isinstance(error, ValueError) else " (mtrec --debug ... shows where)"
+        where = "" if isinstance(error, ValueError | Failed) else " (mtrec --debug ... shows where)"
         typer.secho(f"error: {error}{where}", fg=typer.colors.RED, err=True)
         _end(1)
     except SystemExit as ended:  # every other way: done, Ctrl-C, SIGTERM
@@ -95,17 +96,16 @@ def train(
     json_: Annotated[Path | None, typer.Option("--json", help="also write the last validation's metrics here")] = None,
 ) -> None:
     """Train an experiment. Exit code 75: stopped by SIGTERM, with a checkpoint; run it again with --resume."""
-    import os
-
     from mtrec.config import load_experiment
 
     loaded = load_experiment(experiment, set_ or ())
-    if not local and "RAY_ADDRESS" not in os.environ:
-        from mtrec.jobs.connection import connect_beside
+    if not local:
+        from mtrec.jobs.connection import check_cluster, cluster_address, connect_beside
 
-        connect_beside()  # before the imports that take longest
+        check_cluster()  # before anything is prepared
+        if cluster_address() is None:
+            connect_beside()  # before the imports that take longest
 
-    from mtrec.events import TrainingFailed
     from mtrec.launch import Stopped, launch
     from mtrec.stopping import EXIT_CODE
     from mtrec.yaml_tree import naming_keys
@@ -124,18 +124,13 @@ def train(
     except Stopped as stopped:
         typer.secho(str(stopped), fg=typer.colors.YELLOW, err=True)
         raise typer.Exit(EXIT_CODE) from None
-    except TrainingFailed as failed:
-        if "--debug" in sys.argv:
-            raise
-        typer.secho(f"error: {failed}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(1) from None
 
 
 @app.command()
 def check(
     experiment: ExperimentFile,
     set_: Overrides = None,
-    sample_rows: Annotated[int, typer.Option(help="rows read for label, drift and leak checks")] = 100_000,
+    sample_rows: Annotated[int, typer.Option(min=1, help="rows read for label, drift and leak checks")] = 100_000,
 ) -> None:
     """Check an experiment and its data in seconds, without a worker: columns, types, labels, tables, model size, drift, leaks."""
     from mtrec.check import check_experiment

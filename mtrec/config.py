@@ -450,7 +450,7 @@ def _with(tree: Mapping[str, Any], keys: list[str], value: Any, override: str, a
         return changed
     below = changed.get(keys[0], {})
     if isinstance(below, str | list):  # `architecture: mmoe` and `train: path` are short for a mapping
-        main = "kind" if isinstance(below, str) and keys[0] in KNOWN else "path"
+        main = "kind" if isinstance(below, str) and (keys[0] in KNOWN or above == "features") else "path"
         below = {main: below}
     elif below is None:
         below = {}

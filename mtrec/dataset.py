@@ -4,6 +4,7 @@
 can satisfy `where` or `window`, and gives a `Dataset`, from which row groups are decoded a chunk at a time.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -314,7 +315,7 @@ def _bound_condition(
     bound = None if condition is None else conditions.bind(condition, types, f"{place}.where")
     if source.window is None:
         return bound
-    first, last = (_window_value(value) for value in source.window)
+    first, last = (_window_value(value, types[source.window_column]) for value in source.window)
     if type(first) is type(last) and first > last:  # type: ignore[operator]  # of one type, then
         raise ValueError(f"`{place}.window` should be [first, last]. Found {first}, which is after {last}.")
     asked = conditions.window(source.window_column, first, last, types[source.window_column])
@@ -322,8 +323,12 @@ def _bound_condition(
     return window if bound is None else conditions.Both(window, bound)
 
 
-def _window_value(value: conditions.Value) -> conditions.Value:
-    """Dates may come from YAML as text."""
+def _window_value(value: conditions.Value, type_: pa.DataType) -> conditions.Value:
+    """Dates and numbers come from an experiment as text."""
+    for is_number, number in ((pa.types.is_integer, int), (pa.types.is_floating, float)):
+        if isinstance(value, str) and is_number(type_):
+            with contextlib.suppress(ValueError):  # `bind` says what it should be
+                return number(value)
     dated = isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value)
     return datetime.date.fromisoformat(value) if dated and isinstance(value, str) else value
 
@@ -334,7 +339,7 @@ def _absent_days(
     """A note where days of the window have no files: no error (a day without traffic), but it should be seen."""
     if source.window is None or partition_types.get(source.window_column) != pa.date32():
         return []
-    first, last = (_window_value(value) for value in source.window)
+    first, last = (_window_value(value, pa.date32()) for value in source.window)
     if not (isinstance(first, datetime.date) and isinstance(last, datetime.date)):
         return []
     present = {value for location in locations for key, value in location.keys if key == source.window_column}

@@ -52,6 +52,17 @@ class TrainDisplay:
         self.ended: str | None = None  # the reason, once training has ended
         self._began = time.monotonic()
 
+    def __enter__(self) -> "TrainDisplay":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Gives the terminal back as it was, also after an error."""
+        if self._progress is not None:
+            self._progress.stop()
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
     @contextmanager
     def preparing(self) -> Iterator[None]:
         """Around the fit of vocabularies and statistics."""
@@ -157,10 +168,7 @@ class TrainDisplay:
     def close(self) -> None:
         """Prints the last validation's metrics and where the run lies."""
         self.poll()
-        if self._progress is not None:
-            self._progress.stop()
-        if self._log is not None:
-            self._log.close()
+        self.__exit__()
         if self._metrics is not None:
             show_metrics(self._metrics, title="validation", to=self._console)
         self._console.print(

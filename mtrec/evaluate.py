@@ -4,6 +4,7 @@ Legend: B rows on this rank.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from mtrec.batch import Batch
 from mtrec.config import Experiment
 from mtrec.dataset import Dataset
 from mtrec.features import Encoder
-from mtrec.feed import bad_rows, feed
+from mtrec.feed import BadRows, bad_rows, feed
 from mtrec.kinds import nearest
 from mtrec.labels import labels_of
 from mtrec.metrics import (
@@ -199,29 +200,51 @@ def evaluate(
                     )
     model.train(was_training)
     if bad is not None:
-        bad.check_everywhere(dataset.place)
+        check_bad_rows(bad, dataset.place)
     total.merge_ranks()
     metrics: dict[str, Any] = total.compute()
     if by:
         values = parallel.broadcast_object(
             sorted({v for part in parallel.gather_objects(list(segments)) or [] for v in part}, key=str)
         )
-        found = {}
-        for value in values:
+        found: dict[str, Any] = {}
+        for value in sorted(values, key=lambda value: value is None):  # null last, under a name that no value has
             measures = segments.get(value) or Measures(experiment, model.objectives, spill_folder)
             measures.merge_ranks()
-            found[str(value)] = measures.compute()
+            found[_segment_name(value, found)] = measures.compute()
         metrics["by"] = {by: found}
     result: dict[str, Any] = parallel.broadcast_object(metrics)
     return result
 
 
+def check_bad_rows(bad: BadRows, source: str) -> None:
+    """Raises ValueError on every rank where the rows that all ranks left out are too many; `source`: what they were read from."""
+    every = parallel.gather_objects((bad.skipped, bad.kept)) or []
+    skipped = sum((each for each, _ in every), Counter[str]())
+    skipped, rows = parallel.broadcast_object((skipped, skipped.total() + sum(kept for _, kept in every)))
+    bad.check(skipped, rows, f"They are rows of `{source}`.")
+
+
 def _split(column: pa.Array) -> Iterator[tuple[Any, NDArray[np.int64]]]:
     """(value, row numbers) of each distinct value."""
     encoded = column.dictionary_encode()
+    seen: dict[Any, list[NDArray[np.int64]]] = {}
     codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
     for code in np.unique(codes):
-        yield (None if code < 0 else encoded.dictionary[int(code)].as_py()), np.flatnonzero(codes == code)
+        value = None if code < 0 else encoded.dictionary[int(code)].as_py()
+        if isinstance(value, float) and math.isnan(value):
+            value = "nan"  # a NaN equals no other one
+        seen.setdefault(value, []).append(np.flatnonzero(codes == code))
+    for value, rows in seen.items():
+        yield value, np.concatenate(rows)
+
+
+def _segment_name(value: Any, taken: Mapping[str, Any]) -> str:
+    """Of a value of the column of `by`; null stands apart from a text "null"."""
+    name = "null" if value is None else str(value)
+    while value is None and name in taken:
+        name = f"({name})"
+    return name
 
 
 def _select(batch: Batch, rows: torch.Tensor) -> Batch:

@@ -84,7 +84,11 @@ class Ended:
 Event = Step | Validation | Saved | WarmStarted | Restarted | Ended
 
 
-class TrainingFailed(RuntimeError):
+class Failed(RuntimeError):
+    """Work that could not be done though nothing was wrong with what was asked; the message says what can be done now."""
+
+
+class TrainingFailed(Failed):
     """Workers failed more often than `training.max_failures` allows; what is saved can be resumed."""
 
 

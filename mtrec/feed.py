@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from mtrec import parallel
 from mtrec.batch import Batch, Examples, Label, join_examples, label_values, make_examples
 from mtrec.config import Data
 from mtrec.dataset import Dataset
@@ -34,13 +33,14 @@ class Fed(NamedTuple):
 class BadRows:
     """Rows that were left out on this rank, counted by reason; the column is part of it.
 
-    Args:
-        rows: of all ranks in an epoch; more than `max_fraction` of them is an error, at once where one rank alone meets
-            so many, else when all have read their rows (`check_everywhere`): so it does not depend on the number of ranks.
+    More than `max_fraction` of the rows that are read is an error: at once where this rank alone meets so many of all `rows`
+    (of all ranks in an epoch, before `where`), else when all have read theirs (`check`, of the sums). So it depends neither on
+    the number of ranks nor on what `where` drops. `kept`: rows that were not left out.
     """
 
     max_fraction: float
     rows: int
+    kept: int = 0
     skipped: Counter[str] = dataclasses.field(default_factory=Counter)
     _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, repr=False, compare=False)
 
@@ -48,21 +48,20 @@ class BadRows:
         """Counts the rows of an error. Raises ValueError where they become too many; `place` is where the newest one is."""
         with self._lock:  # of several reading threads
             self.skipped[error.reason] += len(error.rows)
-            total = self.skipped.total()
-        if total > self.max_fraction * self.rows:
-            raise ValueError(f"{self._exceeded(self.skipped)} The newest one: {place}: {error.what}") from error
+        self.check(self.skipped, self.rows, f"The newest one: {place}: {error.what}", error)
 
-    def check_everywhere(self, source: str) -> None:
-        """Raises ValueError on every rank where those of all ranks are too many; `source` is what they were read from."""
-        total = sum(parallel.gather_objects(self.skipped) or [], Counter[str]())
-        problem = self._exceeded(total) if total.total() > self.max_fraction * self.rows else None
-        problem = parallel.broadcast_object(problem)
-        if problem is not None:
-            raise ValueError(f"{problem} They are rows of `{source}`.")
+    def keep(self, rows: int) -> None:
+        """Counts rows that were not left out."""
+        with self._lock:
+            self.kept += rows
 
-    def _exceeded(self, skipped: Counter[str]) -> str:
-        listed = "; ".join(f"{reason}: {counted(count, 'row')}" for reason, count in skipped.most_common())
-        return f"`data.max_bad_fraction` ({self.max_fraction:g}) is exceeded: {skipped.total():,} bad rows ({listed})."
+    def check(self, skipped: Counter[str], rows: int, more: str, cause: Exception | None = None) -> None:
+        """Raises ValueError where so many of `rows` are too many; `more`: a sentence on them."""
+        if skipped.total() > self.max_fraction * rows:
+            listed = "; ".join(f"{reason}: {counted(count, 'row')}" for reason, count in skipped.most_common())
+            raise ValueError(
+                f"`data.max_bad_fraction` ({self.max_fraction:g}) is exceeded: {skipped.total():,} bad rows ({listed}). {more}"
+            ) from cause
 
 
 def bad_rows(data: Data, num_rows: int) -> BadRows | None:
@@ -84,6 +83,8 @@ def without_bad_rows(
                 assert bad is not None
                 bad.skip(error, "while vocabularies and statistics were fitted")
                 batch = batch.filter(pa.array(_kept(batch.num_rows, error)))
+        if bad is not None:
+            bad.keep(batch.num_rows)
         yield batch
 
 
@@ -109,9 +110,11 @@ def bad_row(data: Dataset, columns: Sequence[str], look: Callable[[pa.RecordBatc
     return None
 
 
-def refused_rows(data: Dataset, columns: Sequence[str], look: Callable[[pa.RecordBatch], object]) -> NDArray[np.int64]:
-    """The numbers of all rows that `look` refuses (BadRowsError), counted over the row groups before `where`; ascending."""
-    found, start = [np.zeros(0, np.int64)], 0
+def refused_rows(
+    data: Dataset, columns: Sequence[str], look: Callable[[pa.RecordBatch], object]
+) -> tuple[NDArray[np.int64], int]:
+    """(the numbers of all rows that `look` refuses (BadRowsError), counted before `where`, ascending; how many it does not)."""
+    found, start, good = [np.zeros(0, np.int64)], 0, 0
     for group in data.row_groups:
         for batch, mask in data.chunks(group, columns, LOOK_ROWS):
             places = start + (np.arange(batch.num_rows) if mask is None else np.flatnonzero(mask))
@@ -126,7 +129,8 @@ def refused_rows(data: Dataset, columns: Sequence[str], look: Callable[[pa.Recor
                     rows, places = rows.filter(pa.array(kept)), places[kept]
                 else:
                     break
-    return np.sort(np.concatenate(found))
+            good += rows.num_rows
+    return np.sort(np.concatenate(found)), good
 
 
 def check_encodes(encoder: Encoder, data: Dataset) -> None:
@@ -223,6 +227,8 @@ def feed(
             (nothing,) = make_examples(piece.record_batch, encoder, labels, sample_weight, [slice(0, 0)])
             examples = [(nothing, 0, 0)]
         batch = join_examples(examples, encoder, piece.stream_rows)
+        if bad is not None:
+            bad.keep(batch.num_rows)
         if not keep_rows:
             piece = dataclasses.replace(piece, cuts=None)
         return Fed(piece, batch.pin_memory() if pin else batch)

@@ -1,12 +1,14 @@
 """The ranking formula, such as `p_click * p_conversion**0.5 * log1p(dwell_seconds)`: parsed and checked, never run as code.
 
-    formula  = numbers, names of predictions, + - * / **, parentheses, and
+    formula  = numbers, names of predictions (in `backticks` where they hold other than letters, digits and _), + - * / **,
+               parentheses, and
                log, log1p, exp, expm1, sqrt, abs (of one), min, max (of two or more), clip(x, low, high)
 
 Computed in float64, a column at a time. Legend: B rows.
 """
 
 import ast
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -21,6 +23,7 @@ from mtrec.tasks import Objectives
 
 Floats = npt.NDArray[np.float64]
 
+SCORE = "score"  # the column that a formula makes
 MAX_LENGTH = 1_000  # characters: nothing that ranks is longer, and the parser's own limits are never met
 MAX_DEPTH = 50
 
@@ -71,10 +74,14 @@ def parse_formula(text: str, predictions: Sequence[str], place: str) -> Formula:
     ...
     ValueError: `--formula` should use the predictions p_click, p_buy. Found 'p_clik'. Did you mean 'p_click'?
     """
+    if text.strip() in predictions:
+        return _column(text.strip())
     if len(text) > MAX_LENGTH:
         raise ValueError(f"`{place}` should have at most {MAX_LENGTH:,} characters. Found {len(text):,}.")
+    quoted = list(dict.fromkeys(re.findall(r"`([^`]+)`", text)))
+    bare = re.sub(r"`([^`]+)`", lambda match: f" _{quoted.index(match[1])}_ ", text)
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
+        tree = _Named(quoted).visit(ast.parse(bare.strip(), mode="eval")).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         where = f" at position {error.offset}" if isinstance(error, SyntaxError) and error.offset else ""
         raise ValueError(
@@ -87,13 +94,33 @@ def parse_formula(text: str, predictions: Sequence[str], place: str) -> Formula:
     return Formula(text.strip(), tuple(names), tree)
 
 
+class _Named(ast.NodeTransformer):
+    """Puts the names that stood in backticks in the places of those that were parsed for them."""
+
+    def __init__(self, quoted: Sequence[str]) -> None:
+        self._names = {f"_{number}_": name for number, name in enumerate(quoted)}
+
+    def visit_Name(self, node: ast.Name) -> ast.Name:
+        """A name of a prediction, or of none."""
+        return ast.copy_location(ast.Name(self._names.get(node.id, node.id), node.ctx), node)
+
+
+def _column(name: str) -> Formula:
+    return Formula(name, (name,), ast.Name(name, ast.Load()))
+
+
 def prediction_columns(experiment: Experiment, objectives: Objectives) -> tuple[str, ...]:
-    """The columns that scoring writes, in order: those of every task that is not auxiliary."""
+    """The columns that scoring writes, in order: those of every task that is not auxiliary; the formula's comes after them.
+
+    Raises ValueError where a task's would have the formula's name.
+    """
     found: list[str] = []
     for name, spec in objectives.specs.items():
         if not experiment.tasks[name].auxiliary:
             found += spec.task.prediction_names()
             found += objectives.expected_names(name) if spec.given is not None else ()
+            if SCORE in found:
+                raise ValueError(f"`tasks.{name}` should have another name: '{SCORE}' is the column of the ranking formula.")
     return tuple(found)
 
 
@@ -113,7 +140,7 @@ def ranking_formula(experiment: Experiment, text: str | None = None) -> Formula:
     first = next(name for name in objectives.names if not experiment.tasks[name].auxiliary)
     spec = objectives.specs[first]
     names = objectives.expected_names(first) if spec.given is not None else spec.task.prediction_names()
-    return parse_formula(names[0], columns, "scoring.formula")
+    return _column(names[0])
 
 
 def _check(node: ast.expr, known: frozenset[str], ordered: Sequence[str], place: str, names: dict[str, None], depth: int) -> None:

@@ -17,13 +17,25 @@ from typing import Annotated, Any
 
 import pydantic
 from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import AllowInfNan, BeforeValidator
+from pydantic_core import PydanticCustomError
 
-PositiveInt = Annotated[int, Ge(1)]
-NonNegativeInt = Annotated[int, Ge(0)]
-PositiveFloat = Annotated[float, Gt(0.0)]
-NonNegativeFloat = Annotated[float, Ge(0.0)]
-Fraction = Annotated[float, Ge(0.0), Lt(1.0)]
-Probability = Annotated[float, Ge(0.0), Le(1.0)]
+
+def _no_bool(value: Any) -> Any:
+    """Python takes true for 1, and YAML takes `yes` for true."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("a_number", "Input should be a number")
+    return value
+
+
+_Whole = Annotated[int, BeforeValidator(_no_bool)]
+_Real = Annotated[float, BeforeValidator(_no_bool), AllowInfNan(False)]
+PositiveInt = Annotated[_Whole, Ge(1)]
+NonNegativeInt = Annotated[_Whole, Ge(0)]
+PositiveFloat = Annotated[_Real, Gt(0.0)]
+NonNegativeFloat = Annotated[_Real, Ge(0.0)]
+Fraction = Annotated[_Real, Ge(0.0), Lt(1.0)]
+Probability = Annotated[_Real, Ge(0.0), Le(1.0)]
 Widths = tuple[PositiveInt, ...]
 NonEmptyWidths = Annotated[tuple[PositiveInt, ...], MinLen(1)]
 
@@ -64,6 +76,8 @@ def resolve(kind: str, known: Mapping[str, type], place: str) -> type:
             f"`{place}` should be one of {', '.join(sorted(known))}, or an import path module:Class. "
             f"Found '{kind}'.{nearest(kind, known)}"
         )
+    if not _OWN_KIND.fullmatch(kind):
+        raise ValueError(f"`{place}` should name a class as module:Class, such as my_module:MyClass. Found '{kind}'.")
     module_name, _, class_name = kind.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -80,6 +94,30 @@ def resolve(kind: str, known: Mapping[str, type], place: str) -> type:
             f"`{place}` should name a class. Found '{kind}', but '{module_name}' has no class '{class_name}'."
         )
     return found
+
+
+_OWN_KIND = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*")
+
+
+def own_modules(tree: Any) -> set[str]:
+    """The top-level modules of all import paths that stand for a kind, or may (a search's choices), in a tree of plain values.
+
+    >>> sorted(own_modules({"kind": "towers.wide:Own", "loss": "losses:Mine", "space": {"x": {"choice": ["mmoe", "more:Own"]}}}))
+    ['losses', 'more', 'towers']
+    >>> own_modules({"kind": "mmoe", "path": "s3://bucket", "note": "see a:b"})
+    set()
+    """
+    if isinstance(tree, list | tuple):
+        return {name for below in tree for name in own_modules(below)}
+    if not isinstance(tree, Mapping):
+        return set()
+    found = {name for below in tree.values() for name in own_modules(below)}
+    named = [each for key in ("kind", "loss", "choice") if key in tree for each in _texts(tree[key])]
+    return found | {text.partition(":")[0].partition(".")[0] for text in named if _OWN_KIND.fullmatch(text)}
+
+
+def _texts(value: Any) -> list[str]:
+    return [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)]
 
 
 _ENTRY = re.compile(r"    (\w+(?:, \w+)*)(?: \([^)]*\))?: (.*)")

@@ -1,7 +1,6 @@
 """What the commands do: prepare a run and train it here or on Ray, evaluate one, look into one."""
 
 import json
-import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -59,19 +58,22 @@ def launch(
 
     Raises ValueError for a mistake in experiment, data or arguments, before any worker starts; Stopped after SIGTERM.
     """
+    from mtrec.jobs.connection import cluster_address
+
     count = _workers(workers, experiment, local)
-    if local or "RAY_ADDRESS" not in os.environ:  # a remote cluster may have what this machine lacks
+    here = local or cluster_address() is None
+    if here:  # a remote cluster may have what this machine lacks
         check_device(experiment, local_device().type)
     check_best_metric(experiment, Objectives(task_specs(experiment)))
     folder = (output or default_folder(experiment, resume)).absolute()
     display = TrainDisplay(folder)
-    with locked(folder / LOCK, f"The run {folder}"):
+    with locked(folder / LOCK, f"The run {folder}"), display:
         run = _open_or_prepare(experiment, folder, resume, warm_start, display)
         copy_to_mirror(run)
         found = checkpoint.to_resume(run.checkpoints)
         display.start(run, found)
         note = slow_precision(run.experiment, local_device().type)
-        if note is not None and (local or "RAY_ADDRESS" not in os.environ):
+        if note is not None and here:
             display.say(note)
         if local:
             _train_here(run, found, display)
@@ -79,9 +81,12 @@ def launch(
             from mtrec.jobs.train import cluster_gpus, train_on_ray
 
             gpus = cluster_gpus()
+            most = run.experiment.data.num_streams
+            if count is None and gpus > most:
+                display.say(f"{most} of {gpus} GPUs are used: no more workers than data.num_streams can share the data")
             train_on_ray(
                 run.folder,
-                count if count is not None else max(1, gpus),
+                count if count is not None else min(max(1, gpus), most),
                 use_gpu=gpus > 0,
                 max_failures=experiment.training.max_failures,
                 watch=display.poll,

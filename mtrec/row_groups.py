@@ -5,7 +5,7 @@ import datetime
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -105,16 +105,26 @@ def _chunk_bounds(metadata: pq.FileMetaData, row_group: int, leaf: int) -> Bound
     unsure = Bounds(None, None, nulls, group.num_rows)
     if not statistics.has_min_max or statistics.physical_type in ("FIXED_LEN_BYTE_ARRAY", "INT96"):
         return unsure
-    logical = json.loads(statistics.logical_type.to_json())
-    if logical.get("timeUnit") == "nanoseconds":  # Python's clock ends at microseconds: round outwards
-        if logical["Type"] != "Timestamp":
-            return unsure
-        low, high = _from_microseconds(statistics.min_raw // 1000), _from_microseconds(-(-statistics.max_raw // 1000))
-    else:
-        low, high = statistics.min, statistics.max
+    try:
+        low, high = _low_and_high(statistics)
+    except (OverflowError, ValueError):  # a date that Python's calendar does not have, text that is no UTF-8
+        return unsure
+    if low != low or high != high:  # NaN, which old writers left there: Parquet says to pass such bounds over
+        return unsure
     if isinstance(low, datetime.datetime) and low.tzinfo is not None:
         low, high = (moment.astimezone(datetime.UTC).replace(tzinfo=None) for moment in (low, high))
     return Bounds(low, high, nulls, group.num_rows) if isinstance(low, _COMPARABLE) else unsure
+
+
+def _low_and_high(statistics: pq.Statistics) -> tuple[Any, Any]:
+    """The bounds as Python holds them; (None, None) where it cannot compare them."""
+    logical = json.loads(statistics.logical_type.to_json())
+    if logical.get("timeUnit") != "nanoseconds":
+        return statistics.min, statistics.max
+    if logical["Type"] != "Timestamp":
+        return None, None
+    # Python's clock ends at microseconds: round outwards
+    return _from_microseconds(statistics.min_raw // 1000), _from_microseconds(-(-statistics.max_raw // 1000))
 
 
 def _from_microseconds(count: int) -> datetime.datetime:

@@ -14,7 +14,7 @@ import json
 import platform
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from mtrec.features.arrays import is_number
 from mtrec.feed import bad_row, bad_rows, check_encodes, usable_rows, without_bad_rows
 from mtrec.formula import ranking_formula
 from mtrec.gradients import check_place
-from mtrec.kinds import check_options, resolve
+from mtrec.kinds import check_options, own_modules, resolve
 from mtrec.labels import LabelFit, LabelStatistics, check_trained, labels_of
 from mtrec.metrics import group_keys
 from mtrec.mirror import Mirror
@@ -312,7 +312,8 @@ def _fitted(
     features, labels = feature_list(experiment), labels_of(experiment, objectives.specs)
     fit = LabelFit(labels, objectives)
     read = list(dict.fromkeys([*feature_columns(features)[0], *label_columns(experiment)]))
-    batches = without_bad_rows(train.batches(read, FIT_ROWS), labels, features, bad_rows(experiment.data, train.num_rows))
+    bad = bad_rows(experiment.data, train.num_rows)
+    batches = without_bad_rows(train.batches(read, FIT_ROWS), labels, features, bad)
     assert isinstance(experiment.model.embedding_dim, int)
     try:
         encoder = Encoder.fit(
@@ -324,6 +325,8 @@ def _fitted(
         )
     except BadRowsError as error:
         raise ValueError(_bad_row(train, read, labels, features) or str(error)) from error
+    if bad is not None:
+        bad.check(bad.skipped, bad.skipped.total() + bad.kept, "They are rows of `data.train`.")
     return encoder, fit.statistics()
 
 
@@ -340,26 +343,13 @@ def _bad_row(data: Dataset, columns: Sequence[str], labels: Mapping[str, Label],
 
 def module_folders(experiment: Experiment) -> list[str]:
     """The folders of the user's own modules that kinds name by import path; installed ones need none."""
-    names = {name.partition(".")[0] for name in _own_modules(experiment.model_dump(mode="json"))}
     found = set()
-    for name in names:
+    for name in own_modules(experiment.model_dump(mode="json")):
         spec = importlib.util.find_spec(name)
         places = [] if spec is None else [*(spec.submodule_search_locations or []), *([spec.origin] if spec.origin else [])]
         if places and "site-packages" not in places[0]:
             found.add(str(Path(places[0]).parent))
     return sorted(found)
-
-
-def _own_modules(value: Any) -> Iterator[str]:
-    """The modules of all `kind: module:Class` (and `loss: module:Class`) in a tree."""
-    if isinstance(value, dict):
-        for key, below in value.items():
-            if key in ("kind", "loss") and isinstance(below, str) and ":" in below:
-                yield below.partition(":")[0]
-            yield from _own_modules(below)
-    elif isinstance(value, list):
-        for below in value:
-            yield from _own_modules(below)
 
 
 def slow_precision(experiment: Experiment, device: str) -> str | None:

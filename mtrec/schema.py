@@ -154,6 +154,11 @@ def unify(
             notes.append(f"Column '{name}' is in no file of `{place}` and null everywhere.")
         common: pa.DataType = pa.null()
         for type_, file in first.items():
+            if pa.types.is_list_view(type_) or pa.types.is_large_list_view(type_):
+                raise ValueError(
+                    f"`{place}`: column '{name}' should hold lists. Found {type_} in '{file.path}', which pyarrow does not read "
+                    "right: write it as list."
+                )
             wider = common_type(common, plain(type_))
             if wider is None:
                 before = next(path for other, path in first.items() if common_type(plain(other), plain(type_)) is None)

@@ -24,7 +24,7 @@ from mtrec.batch import Batch, Label, label_values, make_batch
 from mtrec.checkpoint import Checkpoint, CheckpointError
 from mtrec.config import Experiment
 from mtrec.features import Encoder, FeatureCounts
-from mtrec.formula import Formula, prediction_columns
+from mtrec.formula import SCORE, Formula, prediction_columns
 from mtrec.labels import labels_of
 from mtrec.metrics import BinaryMetrics, DistributionSummary
 from mtrec.model import MultiTaskModel, task_specs
@@ -41,7 +41,6 @@ from mtrec.predictions import (
 from mtrec.run import Run
 from mtrec.tasks import Objectives
 
-SCORE = "score"
 TOLERANCE = 1e-5  # of a golden row
 BF16_TOLERANCE = 5e-2  # another machine multiplies bfloat16 (8 bits) in another order: a gross error is still seen
 MAX_NULL_JUMP = 0.1

@@ -11,8 +11,12 @@ UNCUT = 1000  # columns, wider than any table
 
 def console() -> Console:
     """Where commands print: text as it is; lines are cut by a terminal's width, or by COLUMNS, whole for a file or a program."""
+    columns = os.environ.get("COLUMNS", "")
+    given = columns.isascii() and columns.isdigit() and int(columns) > 0
+    if not given:
+        os.environ.pop("COLUMNS", None)  # rich would trip over it, or print nothing
     to = Console(highlight=False, markup=False, emoji=False)
-    if not sys.stdout.isatty() and not os.environ.get("COLUMNS", "").isdigit():
+    if not sys.stdout.isatty() and not given:
         to.width = UNCUT
     return to
 

@@ -22,7 +22,7 @@ from mtrec.batch import Batch
 from mtrec.checkpoint import Checkpoint, Saver
 from mtrec.config import EarlyStopping, Training
 from mtrec.dataset import Dataset
-from mtrec.evaluate import evaluate, score_metric
+from mtrec.evaluate import check_bad_rows, evaluate, score_metric
 from mtrec.events import Ended, Event, NotFiniteError, Saved, Validation, WarmStarted
 from mtrec.feed import Fed, bad_rows, feed
 from mtrec.labels import labels_of
@@ -211,7 +211,7 @@ def _loop(
                     raise _not_finite(state, run, [path for path, _ in reader.sources(bad_piece)])
                 progress.to_validate = to_validate
                 if bad is not None and (epoch_ended or ended):
-                    bad.check_everywhere("data.train")  # before the epoch counts as done
+                    check_bad_rows(bad, "data.train")  # before the epoch counts as done
                 # saved before it is validated: a validation that fails, or is killed, costs no training
                 if to_save or state.stop:
                     folder = saver.save(state.tensors(), _state(run, state, progress), sample.files(state.model, state.device))

@@ -162,3 +162,11 @@ def test_a_vector_of_another_width_is_left_out_of_the_fit_and_of_the_training(tm
     ended = list(train(run, device=torch.device("cpu")))[-1]
     assert isinstance(ended, Ended)
     assert ended.skipped_rows == {"vector should hold 2 numbers a row": 1}
+
+
+def test_rows_that_where_drops_are_no_part_of_the_share(tmp_path: Path) -> None:
+    tree = broken_tree(tmp_path)
+    tree["data"]["train"] = {"path": tree["data"]["train"], "where": "row_id >= 695 and row_id < 705"}  # two of ten are bad
+    with pytest.raises(ValueError, match=r"max_bad_fraction` \(0\.1\) is exceeded: 2 bad rows .* They are rows of `data\.train`"):
+        small_run(tmp_path, "data.on_bad_rows=skip", "data.max_bad_fraction=0.1", tree=tree)
+    small_run(tmp_path, "data.on_bad_rows=skip", "data.max_bad_fraction=0.3", tree=tree)

@@ -17,8 +17,12 @@ from logs import experiment_tree, write_log
 from typer.main import get_command
 from typer.testing import CliRunner
 
+import mtrec.cli
 from mtrec.cli import app, main
+from mtrec.config import parse_experiment
 from mtrec.display import show_run
+from mtrec.events import Failed
+from mtrec.launch import launch
 from mtrec.yaml_tree import read_yaml
 
 NAMES = {
@@ -98,6 +102,28 @@ def test_a_mistake_ends_with_one_line_and_exit_code_1(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert result.stderr.startswith("error: There is no experiment file")
     assert "Traceback" not in result.stderr
+
+
+def test_work_that_could_not_be_done_ends_with_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(**options: object) -> None:
+        raise Failed("4 processes died: take fewer --workers")
+
+    monkeypatch.setattr(mtrec.cli, "app", fail)
+    monkeypatch.setattr(sys, "argv", ["mtrec", "score"])
+    with pytest.raises(SystemExit) as ended:
+        mtrec.cli.main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "error: 4 processes died: take fewer --workers\n"
+
+
+def test_no_more_workers_than_streams_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("mtrec.jobs.train.cluster_gpus", lambda: 16)
+    monkeypatch.setattr("mtrec.jobs.train.train_on_ray", lambda folder, workers, **options: asked.append(workers))
+    launch(parse_experiment(experiment_tree(write_log(tmp_path / "log", rows=1_000))), output=tmp_path / "run")
+    assert asked == [8]
 
 
 def test_inspect_leaves_out_the_known_ids_of_a_table_that_counts_none(capsys: pytest.CaptureFixture[str]) -> None:

@@ -256,3 +256,30 @@ def test_a_template_that_was_not_rendered_is_named(tmp_path: Path) -> None:
     path.write_text("data:\n  train: {{ ds }}\n")
     with pytest.raises(ValueError, match=r"job\.yaml: Line 2: a key should be a word\. Found a mapping: a template such as"):
         load_experiment(path)
+
+
+def test_a_feature_in_its_short_form_can_be_added_to() -> None:
+    tree = {**BASE, "features": {**BASE["features"], "user_id": "categorical"}}
+    made = parse_experiment(apply_overrides(tree, ["features.user_id.max_length=8"]))
+    assert (made.features["user_id"].kind, made.features["user_id"].options) == ("categorical", {"max_length": 8})
+
+
+@pytest.mark.parametrize(
+    ("override", "found"),
+    [
+        ("training.epochs=yes", "True"),
+        ("optimizer.dense.learning_rate=true", "True"),
+        ("optimizer.dense.learning_rate=.inf", "inf"),
+        ("tasks.click.weight=.inf", "inf"),
+        ("training.max_steps=.nan", "nan"),
+    ],
+)
+def test_what_is_no_number_is_refused(override: str, found: str) -> None:
+    with pytest.raises(ValueError, match=rf"`{override.partition('=')[0]}` should be .*Found {found}\."):
+        parse_experiment(apply_overrides(BASE, [override]))
+
+
+@pytest.mark.parametrize("kind", [":Mine", "..mine:Mine", "mine:", "my module:Mine"])
+def test_an_import_path_that_is_none_is_refused(kind: str) -> None:
+    with pytest.raises(ValueError, match=r"architecture\.kind` should name a class as module:Class"):
+        parse_experiment(apply_overrides(BASE, [f"model.architecture.kind='{kind}'"]))

@@ -1,6 +1,7 @@
 """Files as one dataset: partitions and windows, one schema for all, errors that name the place, what it tells."""
 
 import datetime
+import math
 import pickle
 from pathlib import Path
 
@@ -194,3 +195,34 @@ def test_sample_is_spread_filtered_and_bounded(tmp_path: Path) -> None:
     assert all(x >= 5000 and x != 5100 for x in sample)
     assert sample == dataset.sample(320, ["x"])["x"].to_pylist()
     assert sorted(dataset.sample(100_000, ["x"])["x"].to_pylist()) == [x for x in range(5000, 10_000) if x != 5100]
+
+
+def test_a_window_on_numbers_is_read_from_an_experiment_s_text(tmp_path: Path) -> None:
+    for day in (20261101, 20261102, 20261103):
+        (tmp_path / f"dt={day}").mkdir()
+        pq.write_table(pa.table({"hour": [1.0, 9.0]}), tmp_path / f"dt={day}" / "a.parquet")
+    whole = Source(str(tmp_path), window=("20261101", "20261102"))
+    assert open_dataset(whole, ["hour"], place="data.train").num_rows == 4
+    hours = Source(str(tmp_path), window=("0.5", "2"), window_column="hour")
+    assert sum(batch.num_rows for batch in open_dataset(hours, ["hour"], place="data.train").batches(["hour"], 10)) == 3
+    with pytest.raises(ValueError, match=r"`data\.train\.window` should compare 'dt', which is int64, with an integer"):
+        open_dataset(Source(str(tmp_path), window=("yesterday", "today")), ["hour"], place="data.train")
+
+
+def test_statistics_that_python_cannot_hold_rule_nothing_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    latin = pa.array([b"f\xfcr", b"x"])
+    text = pa.Array.from_buffers(pa.string(), 2, pa.array(["abc", "x"]).buffers()[:1] + latin.buffers()[1:])
+    late = pa.array([2**62, 0]).cast(pa.timestamp("us"))
+    pq.write_table(pa.table({"late": late, "text": text, "x": [1.0, 2.0]}), tmp_path / "a.parquet")
+    for where in ("late is not null", "text is not null", "x >= 2"):
+        opened = open_dataset(Source(str(tmp_path / "a.parquet"), where=where), ["x"], place="data.train")
+        assert opened.num_rows == 2
+    monkeypatch.setattr("mtrec.row_groups._low_and_high", lambda statistics: (1.0, math.nan))  # as old writers left them
+    assert open_dataset(Source(str(tmp_path / "a.parquet"), where="x > 0"), ["x"], place="data.train").num_rows == 2
+
+
+def test_list_views_are_refused_by_name(tmp_path: Path) -> None:
+    views = pa.array([[1, 2], [3]], pa.list_view(pa.int64()))
+    pq.write_table(pa.table({"tags": views}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"`data\.train`: column 'tags' should hold lists\. Found list_view<.* write it as list"):
+        open_dataset(Source(str(tmp_path / "a.parquet")), ["tags"], place="data.train")

@@ -1,12 +1,15 @@
 """What commands print: whole lines for files and programs, one table a task."""
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from rich.table import Table
+from runs import small_run
 
-from mtrec.display import show_metrics
+from mtrec.display import TrainDisplay, show_metrics
 from mtrec.display_scoring import ScoreDisplay
 from mtrec.terminal import console, say
 
@@ -32,6 +35,32 @@ def test_tables_are_not_cut_where_no_terminal_reads_them(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5  # two edges, the names, a line, the row
     assert "column_29" in lines[1]
+
+
+def test_an_error_gives_the_terminal_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr("mtrec.display.console", lambda: Console(file=out, force_terminal=True, width=80))
+    run = small_run(tmp_path, rows=1_000)
+    hidden, shown = "\x1b[?25l", "\x1b[?25h"
+
+    def failing() -> None:
+        with TrainDisplay(run.folder) as display:
+            display.start(run, None)
+            assert hidden in out.getvalue()
+            raise ValueError("a mistake")
+
+    with pytest.raises(ValueError, match="a mistake"):
+        failing()
+    assert out.getvalue().rindex(shown) > out.getvalue().rindex(hidden)
+
+
+@pytest.mark.parametrize("columns", ["0", "²", "wide", ""])
+def test_columns_that_are_no_number_of_columns_cut_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    console().print("word " * 60)
+    assert capsys.readouterr().out == "word " * 60 + "\n"
 
 
 def test_columns_of_the_environment_are_kept_to(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from encoders import FAST, NUMBERS, fitted
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,3 +31,9 @@ def test_quantile_boundaries_fill_the_buckets_evenly() -> None:
     assert encoder.tables[0].num_embeddings == 12
     assert counts[:2].tolist() == [0, 0]
     assert np.abs(counts[2:] / len(values) - 0.1).max() < 0.008  # four standard errors of a sample of 65,536
+
+
+def test_numbers_beyond_a_double_s_squares_are_named() -> None:
+    batch = pa.record_batch({"x": [1.0, 2.0, 1.7e308]})
+    with pytest.raises(ValueError, match=r"`features\.x\.column` should hold numbers whose squares .* Found 1\.0 to 1\.7e\+308"):
+        Encoder.fit([Bucketized("x", num_buckets=2)], [batch], schema=batch.schema, embedding_dim=4)

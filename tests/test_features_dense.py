@@ -157,3 +157,12 @@ def test_numbers_without_nulls_are_scaled_as_those_with(values: list[float], sca
 def test_an_infinity_in_a_constant_column_is_missing_without_a_warning() -> None:
     encoder = fitted([Dense("x", scale="minmax")], {"x": pa.array([2.0, 2.0], pa.float32())})
     assert encoder.encode(pa.record_batch({"x": pa.array([2.0, math.inf], pa.float32())})).dense_BF[:, 0].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("type_", [pa.float64(), pa.float32(), pa.float16()])
+def test_numbers_that_stand_for_missing_are_found_in_narrow_floats(type_: pa.DataType) -> None:
+    values = pa.array(np.array([-0.1, 1.0, 2.0, -999.9], {"double": "f8", "float": "f4", "halffloat": "f2"}[str(type_)]))
+    batch = pa.record_batch({"x": values})
+    encoder = Encoder.fit([Dense("x", missing_values=(-0.1, -999.9))], [batch], schema=batch.schema, embedding_dim=4)
+    assert encoder.encode(batch).dense_BF[:, 1].tolist() == [1.0, 0.0, 0.0, 1.0]
+    assert encoder.statistics["x"]["mean"] == 1.5

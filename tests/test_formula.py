@@ -1,13 +1,17 @@
 """The ranking formula against Python's own arithmetic, and everything that must not get in."""
 
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from logs import experiment_tree
 
-from mtrec.formula import MAX_LENGTH, parse_formula
+from mtrec.config import parse_experiment
+from mtrec.formula import MAX_LENGTH, parse_formula, ranking_formula
 
 NAMES = ["p_click", "p_conversion", "dwell_seconds"]
 SAFE = {"log1p": math.log1p, "exp": math.exp, "sqrt": math.sqrt, "abs": abs, "min": min, "max": max}
@@ -111,3 +115,23 @@ def test_the_names_that_it_reads() -> None:
 def test_what_is_refused(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         parse_formula(text, NAMES, "--formula")
+
+
+def test_a_prediction_of_any_name_can_be_scored_by() -> None:
+    names = ["p_add-to-cart", "class", "p_a b"]
+    for name in names:
+        assert parse_formula(name, names, "--formula").names == (name,)
+    formula = parse_formula("`p_add-to-cart` * `class` + 2 * `class`", names, "--formula")
+    assert formula.names == ("p_add-to-cart", "class")
+    assert formula({"p_add-to-cart": [0.5, 1.0], "class": [4.0, 2.0]}).tolist() == [10.0, 6.0]
+    with pytest.raises(ValueError, match=r"`--formula` should use the predictions .* Found 'p_add-to-car'\. Did you mean"):
+        parse_formula("2 * `p_add-to-car`", names, "--formula")
+
+
+def test_the_first_task_may_have_any_name_but_that_of_the_formula(tmp_path: Path) -> None:
+    tree: dict[str, Any] = experiment_tree(tmp_path)
+    tree["tasks"] = {"add-to-cart": {"kind": "binary", "label": "click"}}
+    assert ranking_formula(parse_experiment(tree)).names == ("p_add-to-cart",)
+    tree["tasks"] = {"score": {"kind": "regression", "label": "price"}}
+    with pytest.raises(ValueError, match=r"`tasks\.score` should have another name: 'score' is the column of the"):
+        ranking_formula(parse_experiment(tree))

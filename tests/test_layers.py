@@ -67,7 +67,7 @@ LEAVES = {
     "events": set[str](),
     "terminal": {"rich"},
     "recorder": {"torch", "mtrec.atomic", "mtrec.events"},  # torch: TensorBoard
-    "kinds": {"pydantic", "annotated_types"},
+    "kinds": {"pydantic", "pydantic_core", "annotated_types"},
     "synthetic": {"numpy", "pyarrow"},
     "features": {"numpy", "pyarrow", "annotated_types", "mtrec.kinds"},
     "where": {"pyarrow", "mtrec.kinds"},

@@ -11,7 +11,18 @@ from oracles import TIGHT, binary_data, brute_gauc, brute_xauc, number_data
 from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.metrics import roc_auc_score
 
-from mtrec.metrics import NULL_GROUP, auc, calibration, calibration_error, gauc, log_loss, normalized_entropy, xauc
+from mtrec.metrics import (
+    NULL_GROUP,
+    DwellMetrics,
+    RegressionMetrics,
+    auc,
+    calibration,
+    calibration_error,
+    gauc,
+    log_loss,
+    normalized_entropy,
+    xauc,
+)
 from mtrec.metrics.ranking import ascending_pairs
 
 
@@ -127,3 +138,17 @@ def test_ece_if_calibrated_is_the_mean_over_calibrated_labels(rate, tolerance):
     errors = [calibration_error(prediction, rng.random(20_000) < prediction)[0] for _ in range(40)]
     expected = calibration_error(prediction, np.zeros(20_000))[1]
     assert np.mean(errors) == pytest.approx(expected, rel=tolerance + 3 * np.std(errors) / expected / math.sqrt(40))
+
+
+@pytest.mark.parametrize("label", [12.345, 30.0, 1e-9, 0.0, 1e9])
+@pytest.mark.parametrize("rows", [3, 1_000])
+def test_r2_of_equal_labels_is_undefined(label: float, rows: int) -> None:
+    metrics, dwell = RegressionMetrics(), DwellMetrics()
+    for part in range(2):
+        predictions = np.linspace(0.0, 1.0 + part, rows)
+        metrics.update(predictions, np.full(rows, label))
+        dwell.update(predictions, np.full(rows, label), log_prediction_N=predictions)
+    assert math.isnan(metrics.compute()["r2"])
+    assert math.isnan(dwell.compute()["r2_log1p"])
+    metrics.update(np.zeros(1), np.full(1, label + 1e-3 * max(1.0, label)))
+    assert math.isfinite(metrics.compute()["r2"])

@@ -197,3 +197,12 @@ def test_a_row_that_no_table_has_is_refused_by_the_look_up(ids: str, row: int, r
         getattr(batch, ids).values()[3] = row
         with pytest.raises(RuntimeError, match=f"out of bounds: {row}"):
             scorer.predict(batch)
+
+
+def test_columns_of_text_views_are_kept_and_chosen_by(run: Run, rows: pa.RecordBatch, tmp_path: Path) -> None:
+    views = pa.table(rows).append_column("note", rows["item_id"].cast(pa.string_view()))
+    pq.write_table(views, tmp_path / "a.parquet")
+    source = Source(str(tmp_path / "a.parquet"), where="row_id < 100")
+    score_files(Asked(str(run.folder), source, str(tmp_path / "out"), columns=("note",), top=1, by="note"), score_here)
+    found = pq.read_table(tmp_path / "out" / "a.parquet")["note"].to_pylist()
+    assert sorted(found) == sorted(set(rows["item_id"].to_pylist()[:100]))

@@ -1,6 +1,7 @@
 """What the training options do: epochs with new tables, early stopping, bf16, weights of rows, rates, clipping."""
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -367,3 +368,15 @@ def test_a_table_may_have_any_name(tmp_path: Path, sharding: str) -> None:
     for name in names:
         assert not torch.equal(first[f"tables.{name}"], whole[f"tables.{name}"]), name
         assert any(key.startswith(f"tables_state.{name}.") for key in whole), name
+
+
+def test_segments_keep_every_row_of_null_and_nan() -> None:
+    column = pa.array([None, "null", "DE", None])
+    found = {value: rows.tolist() for value, rows in mtrec.evaluate._split(column)}
+    assert found == {None: [0, 3], "null": [1], "DE": [2]}
+    names: dict[str, Any] = {}
+    for value in ("DE", "null", None):
+        names[mtrec.evaluate._segment_name(value, names)] = value
+    assert names == {"DE": "DE", "null": "null", "(null)": None}
+    floats = pa.array([math.nan, 1.0, None, math.nan])
+    assert {value: rows.tolist() for value, rows in mtrec.evaluate._split(floats)} == {None: [2], 1.0: [1], "nan": [0, 3]}

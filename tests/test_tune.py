@@ -19,6 +19,7 @@ from mtrec.checkpoint import CheckpointError
 from mtrec.compare.runs import prepared
 from mtrec.compare.space import Parameter, active
 from mtrec.config import Experiment, apply_overrides, load_experiment, parse_experiment, with_absolute_paths
+from mtrec.events import Failed
 from mtrec.locking import LockedError, locked
 from mtrec.recorder import Recorder
 from mtrec.run import Run, open_run
@@ -282,6 +283,13 @@ def test_a_trial_whose_workers_were_asked_to_stop_goes_on(experiment: Experiment
         train_trial(place, plan.objectives, torch.device("cpu"), report, asked_to_stop)
     train_trial(place, plan.objectives, torch.device("cpu"), report)
     assert write_result(plan, tmp_path, 1)["state"] == "finished"
+
+
+def test_a_search_that_was_cut_off_is_no_result(experiment: Experiment, tmp_path: Path) -> None:
+    plan = checked(experiment, {"parameters": RATE}, 1)
+    with pytest.raises(Failed, match=r"2 of 2 trials have no result \(first: 0\)\. --resume makes only these\."):
+        tune(plan, tmp_path / "out", resume=False, search=lambda plan, folder: None)
+    assert not (tmp_path / "out" / "best.yaml").exists()
 
 
 def test_one_process_at_a_time_makes_a_search(experiment: Experiment, tmp_path: Path) -> None:

@@ -78,6 +78,8 @@ def _normalized_entropy(total: Floats) -> Floats:
 
 def _r2_sums(rows: Rows) -> Floats:
     centred_N = rows.label - np.average(rows.label, weights=rows.weight)  # or the squares would cancel
+    if len(centred_N) and np.all(rows.label == rows.label[0]):
+        centred_N = np.zeros_like(centred_N)  # not what rounding leaves of them
     return _by_user(rows, [(rows.prediction - rows.label) ** 2, centred_N**2, centred_N, np.ones(len(rows.label))])
 
 

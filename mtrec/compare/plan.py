@@ -312,6 +312,8 @@ def _check_comparable(experiment: Experiment, base: Experiment, primary: Mapping
     if experiment.tasks.keys() != base.tasks.keys():
         raise ValueError(f"`tasks` should be those of the base ({', '.join(base.tasks)}).")
     objectives = Objectives(task_specs(experiment))
+    for column in {"user", "segment", "weight"}.intersection(objectives.prediction_names()):
+        raise ValueError(f"`tasks.{column}` should have another name: predictions are kept beside a column '{column}'.")
     for name, wanted in task_specs(base).items():
         found = objectives.specs[name]
         for key, theirs, ours in (

@@ -116,8 +116,8 @@ def check_test(run: Run, experiment: Experiment) -> NDArray[np.int64]:
         if problem is not None:
             raise ValueError(f"`data.test`: {problem}")
         return np.zeros(0, np.int64)
-    refused, limit = refused_rows(data, columns, look), experiment.data.max_bad_fraction
-    if len(refused) > limit * data.num_rows:
+    (refused, good), limit = refused_rows(data, columns, look), experiment.data.max_bad_fraction
+    if len(refused) > limit * (len(refused) + good):
         raise ValueError(f"`data.max_bad_fraction` ({limit:g}) is exceeded in `data.test`: {len(refused):,} bad rows.")
     return refused
 

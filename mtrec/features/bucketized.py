@@ -115,6 +115,11 @@ class BucketFit:
         """(state to encode with, statistics)."""
         known = self._sample.values()
         known = known[np.isfinite(known)]
+        if len(known) and not np.isfinite(np.square(known[[known.argmin(), known.argmax()]])).all():
+            raise ValueError(
+                f"`features.{self._feature.name}.column` should hold numbers whose squares a double holds (up to some 1e150). "
+                f"Found {float(known.min())!r} to {float(known.max())!r} in column '{self._feature.column}'."
+            )
         boundaries: Any = self._feature.boundaries
         if boundaries is None:
             ranks = np.arange(1, self._feature.num_buckets) / self._feature.num_buckets

@@ -3,6 +3,7 @@
 Shapes: B rows, F columns of all dense features, W columns of this one.
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -335,9 +336,17 @@ def _values(array: Any, feature: Dense, width: int | None) -> tuple[npt.NDArray[
     else:
         raw_BW = vectors(array, width, f"`features.{feature.name}.column`", feature.column)
     known_BW = np.isfinite(raw_BW)
-    for sentinel in feature.missing_values:
+    for sentinel in _as_stored(feature.missing_values, array.type):
         known_BW &= raw_BW != sentinel
     return (raw_BW, None) if known_BW.all() else (np.where(known_BW, raw_BW, 0.0), ~known_BW)
+
+
+def _as_stored(sentinels: Sequence[float], type_: pa.DataType) -> list[float]:
+    """The numbers as they are given, and as a column of such floats holds them: a float32 has no -0.1."""
+    value = type_.value_type if is_list(type_) else type_
+    narrow = {pa.float16(): "f2", pa.float32(): "f4"}.get(value)
+    with np.errstate(over="ignore"):
+        return [*sentinels, *(np.array(sentinels).astype(narrow).tolist() if narrow else ())]
 
 
 def _transformed(raw_BW: npt.NDArray[np.float64], feature: Dense) -> npt.NDArray[np.float64]:

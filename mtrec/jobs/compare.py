@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mtrec.compare.runs import conduct, folder_of, is_done
+from mtrec.events import Failed
 from mtrec.jobs.train import train_on_ray
 from mtrec.jobs.trials import enter, remaining, root_cause, run_trials, slot_on_ray
 from mtrec.run import Run
@@ -30,7 +31,7 @@ def conduct_on_ray(
         parallel: runs at a time; None: as many as the cluster's CPUs (or GPUs) allow.
         say: gets a line whenever a run is done.
 
-    Raises RuntimeError (ValueError for a user's mistake) with the first cause, after all other runs have ended.
+    Raises Failed (ValueError for a user's mistake) with the first cause, after all other runs have ended.
     """
     slot = slot_on_ray(workers, parallel)
     from ray import tune
@@ -65,11 +66,11 @@ def _cause(missing: Sequence[str], errors: Sequence[BaseException]) -> Exception
     """The first error of a trial as a sentence; a user's mistake stays a ValueError."""
     many = f"{len(missing)} runs are missing (first: {missing[0]}). `--resume` makes only these."
     if not errors:
-        return RuntimeError(f"{many} No trial reported an error.")
+        return Failed(f"{many} No trial reported an error.")
     cause = root_cause(errors[0])
     lines = [line for line in str(cause).strip().splitlines() if line.strip()]
     text = f"{many} {type(cause).__name__}: {lines[-1] if lines else ''}"
-    return ValueError(text) if isinstance(cause, ValueError) else RuntimeError(text)
+    return ValueError(text) if isinstance(cause, ValueError) else Failed(text)
 
 
 def _trial(config: dict[str, Any]) -> None:

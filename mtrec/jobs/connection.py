@@ -1,4 +1,5 @@
-"""The connection to Ray: to the cluster of RAY_ADDRESS, or to one that is embedded in this process.
+"""The connection to Ray: to the cluster of RAY_ADDRESS (`auto`: the one that runs on this machine), or to one that is embedded in
+this process.
 
 An embedded Ray takes some seconds to start, in processes of its own. `connect_beside` lets it start while the command imports
 torchrec and prepares the run; `connect` then waits for what is left.
@@ -7,6 +8,7 @@ torchrec and prepares the run; `connect` then waits for what is left.
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import warnings
@@ -15,7 +17,30 @@ from typing import NoReturn
 
 from mtrec.allocator import KEPT
 
+ANSWER_SECONDS = 5.0
+
 _beside: "Future[None] | None" = None
+
+
+def cluster_address() -> str | None:
+    """RAY_ADDRESS, None where Ray is to be embedded."""
+    address = os.environ.get("RAY_ADDRESS")
+    return None if address in (None, "", "local") else address
+
+
+def check_cluster() -> None:
+    """Raises ValueError where nobody answers at a RAY_ADDRESS of the form host:port: Ray would try for a quarter of an hour."""
+    address = cluster_address()
+    host, colon, port = (address or "").rpartition(":")
+    if address is None or not colon or not port.isdecimal() or "/" in host:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
+    except OSError as error:
+        raise ValueError(
+            f"RAY_ADDRESS is {address}, where nobody answers ({error}). Start the cluster, or unset RAY_ADDRESS to work on this "
+            "machine alone."
+        ) from None
 
 
 def connect() -> None:
@@ -78,4 +103,8 @@ def _connect() -> None:
     import ray
 
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False, configure_logging=True)
+        check_cluster()
+        # without an address Ray would take any cluster that was once started on this machine, also one that is dead
+        address = None if cluster_address() else "local"
+        quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+        ray.init(address=address, include_dashboard=False, **quiet)

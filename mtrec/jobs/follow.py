@@ -4,6 +4,7 @@ import asyncio
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from mtrec.jobs.cluster import choose_address, connect_client
@@ -100,19 +101,32 @@ def _has_ended(client: Any, job: str) -> bool:
         return False
 
 
+def _details(client: Any, job: str) -> Any:
+    """What the cluster knows of a job, asked again for a while where it does not answer."""
+    for _ in range(RECONNECTS):
+        with suppress(OSError, RuntimeError):
+            return client.get_job_info(job)
+        time.sleep(RECONNECT_SECONDS)
+    try:
+        return client.get_job_info(job)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"The connection to the cluster was lost: {error}. See mtrec jobs status {job}.") from error
+
+
 def _ended(client: Any, job: str, address: str, log: str, say: Callable[[str], None]) -> int:
     """The exit code of an ended job; says why it failed."""
     deadline = time.monotonic() + SETTLE_SECONDS
-    details = client.get_job_info(job)
+    details = _details(client, job)
     while details.status in ACTIVE and time.monotonic() < deadline:
         time.sleep(0.5)
-        details = client.get_job_info(job)
+        details = _details(client, job)
     if details.status == "SUCCEEDED":
         return 0
     if details.status == "STOPPED":
         say(f"job {job} was stopped; the same submit continues its run from the newest checkpoint")
         return STOPPED_CODE
     code = int(details.driver_exit_code or 1)
+    code = code if code > 0 else 128 - code  # by a signal, as a shell gives it
     say(f"job {job} failed (exit code {code}): {first_cause(details, log)}")
     say(f"whole log: mtrec jobs logs {job} --address {address}")
     return code

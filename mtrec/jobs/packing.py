@@ -3,13 +3,14 @@
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
+import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mtrec.config import Experiment, Source
 from mtrec.files import find_files
-from mtrec.kinds import counted
+from mtrec.kinds import counted, own_modules
 
 SOURCES = ("train", "validation", "test")
 MAX_CODE_BYTES = 20_000_000  # Ray sends packages through its control store
@@ -87,16 +88,14 @@ def digest(tree: Mapping[str, Any]) -> str:
 def user_modules(tree: Mapping[str, Any], folders: list[Path]) -> dict[str, bytes]:
     """{path in the package: content} of the Python files beside the modules that kinds such as `my_module:MyClass` name.
 
-    A module found in one of `folders` brings that folder's Python files and packages; an installed one must be installed on
-    the cluster too. Raises ValueError where that is more than a package should hold.
+    A module found in one of `folders`, or elsewhere on Python's path, brings that folder's Python files and packages; an
+    installed one must be installed on the cluster too. Raises ValueError where that is more than a package should hold.
     """
-    names = {kind.split(":")[0].split(".")[0] for kind in _own_kinds(tree)}
     found: dict[str, bytes] = {}
-    for name in sorted(names):
+    for name in sorted(own_modules(tree) - {"mtrec"}):
         home = next((folder for folder in folders if (folder / name).is_dir() or (folder / f"{name}.py").is_file()), None)
-        if home is None:
-            if importlib.util.find_spec(name) is None:
-                raise ValueError(f"The module '{name}' of a kind is neither beside the experiment nor installed.")
+        home = home or _home(name)
+        if home is None:  # it is installed
             continue
         files = [*home.glob("*.py"), *(home / name).rglob("*.py")]
         files += [
@@ -111,6 +110,18 @@ def user_modules(tree: Mapping[str, Any], folders: list[Path]) -> dict[str, byte
     return found
 
 
+def _home(name: str) -> Path | None:
+    """The folder of a module that is not installed (beside another experiment, say), None of one that is; ValueError of none."""
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        raise ValueError(f"The module '{name}' of a kind is neither beside the experiment nor installed.")
+    places = [*(spec.submodule_search_locations or []), *([spec.origin] if spec.has_location and spec.origin else [])]
+    installed = [sysconfig.get_path(each) for each in ("stdlib", "purelib", "platlib")]
+    if not places or any(Path(places[0]).is_relative_to(folder) for folder in installed):
+        return None
+    return Path(places[0]).parent
+
+
 def _is_code(file: Path) -> bool:
     return file.is_file() and file.suffix != ".pyc"
 
@@ -122,18 +133,6 @@ def _check_size(files: Mapping[str, bytes], what: str) -> None:
             f"{what} hold {size / 1e6:.0f} MB of Python; at most {MAX_CODE_BYTES / 1e6:.0f} MB are sent with a job. Put the "
             "experiment and its modules into a folder of their own, or install the modules on the cluster."
         )
-
-
-def _own_kinds(value: Any) -> Iterator[str]:
-    if isinstance(value, Mapping):
-        kind = value.get("kind")
-        if isinstance(kind, str) and ":" in kind:
-            yield kind
-        for below in value.values():
-            yield from _own_kinds(below)
-    elif isinstance(value, list):
-        for below in value:
-            yield from _own_kinds(below)
 
 
 def own_code() -> dict[str, bytes]:

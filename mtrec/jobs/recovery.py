@@ -83,8 +83,13 @@ def hangs_named(timeout_seconds: int) -> Iterator[None]:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether an error only says that another worker is gone."""
-    return any(words in str(error) for words in LOST_PEER)
+    """Whether an error only says that another worker is gone; not a storage that was cut off, which has the same words.
+
+    >>> is_lost_peer(RuntimeError("Connection closed by peer")), is_lost_peer(OSError("curlCode: 56, Connection reset by peer"))
+    (True, False)
+    """
+    of_storage = isinstance(error, OSError) and not isinstance(error, ConnectionError)
+    return not of_storage and any(words in str(error) for words in LOST_PEER)
 
 
 def culprit(failures: Mapping[int, BaseException]) -> tuple[int, BaseException] | None:

@@ -3,12 +3,13 @@
 import contextlib
 import logging
 import socket
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
+from mtrec.events import Failed
 from mtrec.formula import ranking_formula
 from mtrec.jobs.connection import connect
 from mtrec.run import open_run
@@ -16,7 +17,7 @@ from mtrec.score import Scorer, check_golden, check_memory, free_memory, open_sc
 from mtrec.scored_files.inputs import Piece
 from mtrec.scored_files.job import Done, Event, Progress, Spread, Work, scored
 
-MAX_DEATHS = 3  # of actors in a job: what kills a process (memory, as a rule) kills the next one too
+MAX_DEATHS = 3  # of actors at one piece, or as they load the model: what kills a process (memory, as a rule) kills the next, too
 
 
 def scoring_workers(asked: int | None) -> int:
@@ -82,7 +83,7 @@ class _Crew:
         self._left = deque(range(len(pieces)))
         self._opening: dict[Any, Any] = {}  # reference of open() -> actor
         self._busy: dict[Any, tuple[Any, int]] = {}  # generator of events -> (actor, number of its piece)
-        self._deaths = 0
+        self._deaths: Counter[int | None] = Counter()  # by piece; None: while the model was loaded
 
     def events(self) -> Iterator[Event]:
         """Until every piece is done. Raises what an actor raised (a golden row that differs), or RuntimeError for many deaths."""
@@ -108,13 +109,14 @@ class _Crew:
         actor = self._opening[reference]
         try:
             yield ray.get(reference)
-        except ray.exceptions.RayActorError as error:
+        except _deaths() as error:
             del self._opening[reference]
-            self._replace(error)
+            self._replace(actor, None, error)
             return
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None  # the error itself, not Ray's text around it
         del self._opening[reference]
+        self._deaths[None] = 0
         self._give_work(actor)
 
     def _give_work(self, actor: Any) -> None:
@@ -133,21 +135,33 @@ class _Crew:
             del self._busy[generator]
             self._give_work(actor)
             return
-        except ray.exceptions.RayActorError as error:
+        except _deaths() as error:
             del self._busy[generator]
             self._left.appendleft(index)
-            self._replace(error)
+            self._replace(actor, index, error)
             return
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
         if isinstance(event, Done) or event.rows:
             yield event
 
-    def _replace(self, error: Exception) -> None:
-        self._deaths += 1
-        if self._deaths > MAX_DEATHS:
-            raise RuntimeError(
-                f"{self._deaths} scoring processes died, most likely for want of memory: take fewer --workers. What is finished "
-                f"stays; the same command goes on there. The last one: {str(error).strip().splitlines()[0]}"
+    def _replace(self, actor: Any, index: int | None, error: Exception) -> None:
+        import ray
+
+        ray.kill(actor)  # one that is only out of reach must not write the piece beside the next one
+        if not getattr(error, "preempted", False):  # a node that is taken away says nothing of the piece
+            self._deaths[index] += 1
+        if self._deaths[index] > MAX_DEATHS:
+            what = "loading the model" if index is None else f"'{self._pieces[index].file.shown}'"
+            raise Failed(
+                f"{self._deaths[index]} scoring processes died at {what}, most likely for want of memory: take fewer --workers. "
+                f"What is finished stays; the same command goes on there. The last one: {str(error).strip().splitlines()[0]}"
             ) from None
         self._hire()
+
+
+def _deaths() -> tuple[type[Exception], ...]:
+    """What Ray raises for an actor that is gone, or was killed by its memory monitor."""
+    from ray import exceptions
+
+    return exceptions.RayActorError, exceptions.OutOfMemoryError, exceptions.NodeDiedError, exceptions.ObjectLostError

@@ -155,7 +155,9 @@ def compare_job(values: Mapping[str, Any], write: Callable[[Mapping[str, Any]], 
     }
     inside = {**_absolute(values), "comparison": output / COMPARISON_YAML, "output": output, "resume": True}
     variants = [packing.tree_of(experiment) for experiment in plan.experiments.values()]
-    modules = packing.user_modules({"kinds": variants}, [Path.cwd(), given.resolve().parent])
+    kinds = {"kinds": variants, "search": comparison.get("search")}
+    folders = [Path.cwd(), given.resolve().parent, (given.parent / plan.comparison.base).resolve().parent]
+    modules = packing.user_modules(kinds, folders)
     core = {"base": sources, "comparison": comparison}
     return _job("compare", write(inside), str(output), values["workers"], core, core, job, modules, facts, with_code)
 

@@ -43,6 +43,7 @@ def slot_on_ray(workers: int, parallel: int | None) -> Slot:
     Raises ValueError where the cluster has too few for one trial.
     """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Tune's takes Ctrl-C for the end of what was asked
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other one prints a banner whatever its verbosity
     connect()
     import ray

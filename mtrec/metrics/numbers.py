@@ -15,6 +15,7 @@ from mtrec.metrics.distribution import Moments
 from mtrec.metrics.ranking import BY_PREDICTION_AND_LABEL, NUMBER_COLUMNS, concordance
 from mtrec.metrics.rows import MEMORY_LIMIT_BYTES, PIECE_ROWS, Array, Floats, SortedRows, observed_rows, require
 
+ROUNDING = 1e-13  # of a mean, in its own size
 SUMS = 4  # of w |error|, w error^2, w prediction, w label
 
 
@@ -68,8 +69,9 @@ class _NumberRows:
 
 def _r2(square_error: float, labels: Moments) -> float:
     """1 - sum of squared errors / that of predicting the mean; NaN where all labels are equal."""
-    deviation = float(labels.values[2])
-    return 1 - square_error / deviation if deviation > 0 else math.nan
+    weight, mean, deviation = labels.values.tolist()
+    rounding = weight * (ROUNDING * mean) ** 2  # what is left of equal labels' deviation
+    return 1 - square_error / deviation if deviation > rounding else math.nan
 
 
 class RegressionMetrics:

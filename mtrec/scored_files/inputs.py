@@ -173,7 +173,7 @@ def _input_file(
         if name in data.condition_schema.names:  # must suit the condition
             fields.append(data.condition_schema.field(name))
         elif name in file.schema.names and name not in keys:  # the file's own type: what is kept stays as it is
-            fields.append(file.schema.field(name))
+            fields.append(without_view(file.schema.field(name)))
         else:
             fields.append(data.schema.field(name))
     data = dataclasses.replace(data, schema=pa.schema(fields))
@@ -188,6 +188,18 @@ def _input_file(
     identity = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
     relative = location.path.removeprefix(root).lstrip("/")
     return InputFile(data, relative, kept, known, label_columns, identity)
+
+
+def without_view(field: pa.Field) -> pa.Field:
+    """A field whose views of text or bytes, which Arrow cannot take rows of, are plain.
+
+    >>> without_view(pa.field("a", pa.string_view())).type, without_view(pa.field("b", pa.list_(pa.binary_view()))).type
+    (DataType(large_string), ListType(list<element: large_binary>))
+    """
+    plain = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+    if pa.types.is_list(field.type) and field.type.value_type in plain:
+        return field.with_type(pa.list_(pa.field("element", plain[field.type.value_type])))
+    return field.with_type(plain.get(field.type, field.type))
 
 
 def common_root(files: Sequence[Location]) -> str:

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from mtrec.batch import Batch
 from mtrec.features import BadRowsError
 from mtrec.files import open_file
+from mtrec.formula import SCORE
 from mtrec.metrics import group_keys
-from mtrec.score import SCORE, NonFiniteError, Scorer, Tally
-from mtrec.scored_files.inputs import InputFile, Piece, Request, batches, named
+from mtrec.score import NonFiniteError, Scorer, Tally
+from mtrec.scored_files.inputs import InputFile, Piece, Request, batches, named, without_view
 from mtrec.scored_files.output import RECORDS, HashedSink, Output, ParquetSink
 
 T = TypeVar("T")
@@ -145,7 +146,8 @@ def output_schema(file: InputFile, request: Request, made: pa.Schema) -> pa.Sche
     keys = dict(file.data.files[0].location.keys)
     stored = file.data.files[0].schema
     kept = [
-        stored.field(name) if name in stored.names and name not in keys else file.data.schema.field(name) for name in file.kept
+        without_view(stored.field(name)) if name in stored.names and name not in keys else file.data.schema.field(name)
+        for name in file.kept
     ]
     return pa.schema([*kept, *made], {METADATA_KEY: json.dumps(request.provenance, sort_keys=True)})
 

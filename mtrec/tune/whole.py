@@ -9,6 +9,7 @@ from typing import Any
 from mtrec.atomic import write_atomically
 from mtrec.compare.runs import prepared
 from mtrec.config import parse_experiment, to_yaml
+from mtrec.events import Failed
 from mtrec.locking import locked
 from mtrec.run import versions
 from mtrec.tune import results
@@ -76,6 +77,10 @@ def _tune(
     drawn_trials = len([number for number in done if number != AS_WRITTEN])
     say(f"{plan.trials} trials and the experiment as written; {drawn_trials} trials are done already")
     search(plan, folder)
+    missing = [number for number in range(plan.trials + 1) if read_result(folder, number) is None]
+    if missing:
+        count = f"{len(missing)} of {plan.trials + 1} trials have no result (first: {missing[0]})"
+        raise Failed(f"{count}. --resume makes only these.")
     found = write_all(plan, folder, facts)
     drop_checkpoints(folder, {found["best"], *found["front"]})
     return found

@@ -1,5 +1,6 @@
 """Ray starts beside the command: whoever needs it waits for it, and it ends with the command, however that ends."""
 
+import socket
 import subprocess
 import sys
 import time
@@ -35,6 +36,23 @@ def test_ray_that_started_beside_is_there_when_it_is_needed_and_ends_with_the_pr
     assert found == 42
     assert len(processes) >= 2
     assert not any(alive(pid) for pid in processes)
+
+
+def test_only_a_cluster_that_is_named_is_taken() -> None:
+    told = "import os, ray\nray.init = lambda **options: print(options['address'])\nray.is_initialized = lambda: False\n"
+    for address, taken in ((None, "local"), ("", "local"), ("local", "local"), ("auto", "None")):
+        setting = "os.environ.pop('RAY_ADDRESS', None)" if address is None else f"os.environ['RAY_ADDRESS'] = {address!r}"
+        said = run(f"{told}{setting}\nconnect()")
+        assert (said.returncode, said.stdout) == (0, f"{taken}\n"), said.stderr
+
+
+def test_a_cluster_that_does_not_answer_is_told_at_once() -> None:
+    with socket.socket() as closed:  # bound, and nobody listens
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        setting = f"import os\nos.environ['RAY_ADDRESS'] = '{address}'\n"
+        said = run(f"{setting}try: connect()\nexcept ValueError as error: print(error)")
+    assert said.stdout.startswith(f"RAY_ADDRESS is {address}, where nobody answers ("), said.stderr
 
 
 def test_what_went_wrong_is_told_to_whoever_needs_it() -> None:

@@ -56,6 +56,23 @@ def test_a_job_that_runs_for_days_may_lose_the_connection_often(waits: list[floa
     assert set(waits) == {module.RECONNECT_SECONDS}
 
 
+def test_a_job_that_a_signal_ended_has_a_shell_s_exit_code(waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Client(iter(["step 0\n"]), breaks=0)
+    answers = iter([OSError("503"), types.SimpleNamespace(status="FAILED", driver_exit_code=-9, message=None)])
+
+    def get_job_info(job: str) -> Any:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(client, "get_job_info", get_job_info)
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    said: list[str] = []
+    assert module._ended(client, JOB, ADDRESS, "", said.append) == 137
+    assert "failed (exit code 137)" in said[0]
+
+
 @pytest.mark.parametrize("again", [None, "step 0\n"], ids=["nothing comes", "the same comes"])
 def test_a_cluster_that_does_not_come_back_is_given_up(again: str | None, waits: list[float]) -> None:
     said: list[str] = []

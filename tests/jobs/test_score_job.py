@@ -15,6 +15,7 @@ from runs import small_run, train_on
 import mtrec.jobs.score
 from mtrec.checkpoint import CheckpointError
 from mtrec.dataset import Source
+from mtrec.events import Failed
 from mtrec.jobs.score import score_on_ray, scoring_workers
 from mtrec.launch import score_run
 from mtrec.run import Run, open_run
@@ -80,8 +81,29 @@ def test_actors_that_always_die_end_the_job(run: Run, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(mtrec.jobs.score, "_Actor", Dying)
     monkeypatch.setattr(mtrec.jobs.score, "MAX_DEATHS", 1)
-    with pytest.raises(RuntimeError, match=r"2 scoring processes died, .* take fewer --workers"):
+    with pytest.raises(Failed, match=r"2 scoring processes died at loading the model, .* take fewer --workers"):
         score_files(asked(run, tmp_path / "out"), score_on_ray(2), workers=2)
+
+
+def test_deaths_are_counted_for_each_piece(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dying(mtrec.jobs.score._Actor):
+        def score(self, index: int, piece: Any) -> Iterator[Any]:
+            marker = tmp_path / f"died-{index}"
+            if index < 3 and not marker.exists():
+                marker.touch()
+                os._exit(1)
+            if index == 5 and (tmp_path / "at-5").exists():
+                os._exit(1)
+            yield from super().score(index, piece)
+
+    monkeypatch.setattr(mtrec.jobs.score, "_Actor", Dying)
+    monkeypatch.setattr(mtrec.jobs.score, "MAX_DEATHS", 1)
+    # three deaths, each at another piece
+    assert score_files(asked(run, tmp_path / "out"), score_on_ray(2), workers=2)["complete"]
+    (tmp_path / "at-5").touch()
+    with pytest.raises(Failed, match=r"2 scoring processes died at '.*\.parquet', most likely for want of memory"):
+        score_files(asked(run, tmp_path / "again"), score_on_ray(2), workers=2)
+    assert ray.exceptions.OutOfMemoryError in mtrec.jobs.score._deaths()  # what Ray's memory monitor kills
 
 
 def test_what_an_actor_refuses_is_the_error_itself(run: Run, tmp_path: Path) -> None:

@@ -325,6 +325,22 @@ def test_with_code_sends_this_mtrec() -> None:
     assert not [name for name in code if name.endswith(".pyc")]
 
 
+def test_own_modules_are_packed_from_wherever_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("own_loss_here", "own_choice_there"):
+        folder = tmp_path / name.rpartition("_")[2]
+        folder.mkdir()
+        (folder / f"{name}.py").write_text("class Mine: ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "there"))  # as loading an experiment in another folder leaves it
+    tree = {
+        "tasks": {"dwell": {"kind": "dwell", "loss": "own_loss_here:Mine"}},
+        "search": {"space": {"model.architecture.kind": {"choice": ["mmoe", "own_choice_there:Mine"]}}},
+        "features": {"user": {"kind": "mtrec.features:Categorical"}, "item": {"kind": "json:JSONDecoder"}},
+    }
+    assert packing.user_modules(tree, [tmp_path / "here"]).keys() == {"own_loss_here.py", "own_choice_there.py"}
+    with pytest.raises(ValueError, match="The module 'own_nowhere' of a kind is neither beside the experiment nor installed"):
+        packing.user_modules({"kind": "own_nowhere:Mine"}, [tmp_path])
+
+
 def test_a_comparison_travels_with_its_base(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     monkeypatch.syspath_prepend(str(place))
