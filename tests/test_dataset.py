@@ -206,7 +206,7 @@ def test_a_window_on_numbers_is_read_from_an_experiment_s_text(tmp_path: Path) -
     hours = Source(str(tmp_path), window=("0.5", "2"), window_column="hour")
     assert sum(batch.num_rows for batch in open_dataset(hours, ["hour"], place="data.train").batches(["hour"], 10)) == 3
     with pytest.raises(ValueError, match=r"`data\.train\.window` should compare 'dt', which is int64, with an integer"):
-        open_dataset(Source(str(tmp_path), window=("yesterday", "today")), ["hour"], place="data.train")
+        open_dataset(Source(str(tmp_path), window=("first", "last")), ["hour"], place="data.train")
 
 
 def test_statistics_that_python_cannot_hold_rule_nothing_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
