@@ -111,6 +111,7 @@ def test_work_that_could_not_be_done_ends_with_one_line_too(
         raise Failed("4 processes died: take fewer --workers")
 
     monkeypatch.setattr(mtrec.cli, "app", fail)
+    monkeypatch.setattr(mtrec.cli, "_warn_in_plain_words", lambda: None)  # its handler would outlive the test
     monkeypatch.setattr(sys, "argv", ["mtrec", "score"])
     with pytest.raises(SystemExit) as ended:
         mtrec.cli.main()

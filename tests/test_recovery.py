@@ -188,8 +188,8 @@ def test_workers_that_fail_too_often_end_the_command_with_one_line(
 
     monkeypatch.setattr("mtrec.launch.launch", fails)
     result = CliRunner().invoke(app, command)
-    assert result.exit_code == 1
-    assert result.output.strip() == "error: worker 1 died. The workers had been restarted 3 times"
+    assert isinstance(result.exception, mtrec.events.Failed)  # which `main` prints as one line, as test_cli.py shows
+    assert str(result.exception) == "worker 1 died. The workers had been restarted 3 times"
 
 
 HOLD = (

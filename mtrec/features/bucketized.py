@@ -3,6 +3,7 @@
 Shapes: B rows.
 """
 
+import math
 from typing import Any, ClassVar
 
 import numpy as np
@@ -115,7 +116,8 @@ class BucketFit:
         """(state to encode with, statistics)."""
         known = self._sample.values()
         known = known[np.isfinite(known)]
-        if len(known) and not np.isfinite(np.square(known[[known.argmin(), known.argmax()]])).all():
+        largest = float(np.abs(known).max()) if len(known) else 0.0
+        if not math.isfinite(largest * largest):
             raise ValueError(
                 f"`features.{self._feature.name}.column` should hold numbers whose squares a double holds (up to some 1e150). "
                 f"Found {float(known.min())!r} to {float(known.max())!r} in column '{self._feature.column}'."
