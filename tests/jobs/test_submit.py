@@ -82,7 +82,7 @@ class Cluster:
         """Until so many nodes live; the head's address."""
         request = urllib.request.Request(f"{self.address}/api/v0/nodes?detail=1", headers={"Authorization": f"Bearer {TOKEN}"})
         deadline, problem = time.monotonic() + 90, OSError("not asked yet")
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and all(node.poll() is None for node in self._nodes):
             try:
                 with urllib.request.urlopen(request, timeout=5) as answer:
                     found = json.load(answer)["data"]["result"]["result"]
@@ -122,10 +122,20 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    folder = Path(tempfile.mkdtemp(prefix="mtrec-"))  # short: Ray puts sockets below it
-    started = Cluster(folder)
+    tries = 2  # `ray start` gives up by itself after half a minute, which a busy machine may need
+    while True:
+        folder, tries = Path(tempfile.mkdtemp(prefix="mtrec-")), tries - 1  # short: Ray puts sockets below it
+        started = Cluster(folder)
+        try:
+            started.start()
+        except AssertionError:
+            started.stop()
+            shutil.rmtree(folder)
+            if not tries:
+                raise
+        else:
+            break
     try:
-        started.start()
         yield started
     finally:
         started.stop()
