@@ -48,7 +48,7 @@ class BadRows:
         """Counts the rows of an error. Raises ValueError where they become too many; `place` is where the newest one is."""
         with self._lock:  # of several reading threads
             self.skipped[error.reason] += len(error.rows)
-        self.check(self.skipped, self.rows, f"The newest one: {place}: {error.what}", error)
+            self.check(self.skipped, self.rows, f"The newest one: {place}: {error.what}", error)
 
     def keep(self, rows: int) -> None:
         """Counts rows that were not left out."""

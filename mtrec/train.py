@@ -210,7 +210,7 @@ def _loop(
                     bad_piece = pieces[state.known_step - state.step - 1]
                     raise _not_finite(state, run, [path for path, _ in reader.sources(bad_piece)])
                 progress.to_validate = to_validate
-                if bad is not None and (epoch_ended or ended):
+                if bad is not None and epoch_ended and reader.start_batch == 0:  # of a part of an epoch the share says little
                     check_bad_rows(bad, "data.train")  # before the epoch counts as done
                 # saved before it is validated: a validation that fails, or is killed, costs no training
                 if to_save or state.stop:

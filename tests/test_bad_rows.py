@@ -164,6 +164,14 @@ def test_a_vector_of_another_width_is_left_out_of_the_fit_and_of_the_training(tm
     assert ended.skipped_rows == {"vector should hold 2 numbers a row": 1}
 
 
+def test_the_share_is_judged_on_whole_epochs(tmp_path: Path) -> None:
+    options = ("data.on_bad_rows=skip", "data.max_bad_fraction=0.004", "data.shuffle=false", "data.num_streams=1")
+    run = small_run(tmp_path, *options, "data.prefetch=1", "training.max_steps=1", tree=broken_tree(tmp_path))
+    ended = list(train(run, device=torch.device("cpu")))[-1]
+    assert isinstance(ended, Ended)
+    assert sum(ended.skipped_rows.values()) >= 2
+
+
 def test_rows_that_where_drops_are_no_part_of_the_share(tmp_path: Path) -> None:
     tree = broken_tree(tmp_path)
     tree["data"]["train"] = {"path": tree["data"]["train"], "where": "row_id >= 695 and row_id < 705"}  # two of ten are bad

@@ -37,7 +37,7 @@ from mtrec.compare.plan import Budget, Plan, dense_size, matched, search_draws, 
 from mtrec.compare.space import active
 from mtrec.config import Experiment, Source, parse_experiment, to_yaml
 from mtrec.embeddings import Embeddings
-from mtrec.evaluate import whole_reader
+from mtrec.evaluate import check_bad_rows, whole_reader
 from mtrec.events import Event, Step
 from mtrec.feed import bad_row, bad_rows, check_encodes, feed, refused_rows
 from mtrec.labels import labels_of
@@ -105,7 +105,6 @@ def check_test(run: Run, experiment: Experiment) -> NDArray[np.int64]:
     data = open_source(experiment, experiment.data.test, "data.test")  # type: ignore[arg-type]  # a plan has one
     check_encodes(run.encoder, data)
     columns = list(dict.fromkeys([*run.encoder.columns, *label_columns(experiment)]))
-    columns = [name for name in columns if name in data.schema.names]
     labels = labels_of(experiment, task_specs(experiment))
 
     def look(batch: pa.RecordBatch) -> None:
@@ -450,6 +449,8 @@ def predict_test(
             made |= {name: each.numpy() for name, each in model.objectives.predictions(logits).items()}
             made |= {LOG + name: each.numpy() for name, each in model.objectives.log_predictions(logits).items()}
             tables.append(pa.table(made))
+        if bad is not None:
+            check_bad_rows(bad, data.place)
     if not tables:
         raise ValueError("`data.test` should hold rows. Found none.")
     whole = pa.concat_tables(tables)
