@@ -171,16 +171,13 @@ def fetch(checkpoints: Path, mirror: Mirror) -> list[str]:
     return fetched
 
 
-def copy_missing(checkpoints: Path, mirror: Mirror) -> list[str]:
-    """Copies the valid checkpoints whose copy was cut short, or never begun, to a mirror; their names."""
-    copied = []
+def copy_missing(checkpoints: Path, mirror: Mirror) -> None:
+    """Copies the valid checkpoints whose copy was cut short, or never begun, to a mirror."""
     for folder in sorted(checkpoints.glob("step-*")):
         manifest, inside = folder / "manifest.json", f"{checkpoints.name}/{folder.name}"
         if manifest.is_file() and mirror.read(f"{inside}/manifest.json") != manifest.read_bytes() and check(folder) is None:
             names = json.loads(manifest.read_text())["files"]
             mirror.put(*(f"{inside}/{name}" for name in [*names, "manifest.json"]))
-            copied.append(folder.name)
-    return copied
 
 
 def best(found: list[Checkpoint]) -> Checkpoint | None:

@@ -204,11 +204,10 @@ def evaluate(
     total.merge_ranks()
     metrics: dict[str, Any] = total.compute()
     if by:
-        values = parallel.broadcast_object(
-            sorted({v for part in parallel.gather_objects(list(segments)) or [] for v in part}, key=str)
-        )
+        every = {value for part in parallel.gather_objects(list(segments)) or [] for value in part}
         found: dict[str, Any] = {}
-        for value in sorted(values, key=lambda value: value is None):  # null last, under a name that no value has
+        # null last, under a name that no value has
+        for value in parallel.broadcast_object(sorted(every, key=lambda value: (value is None, str(value)))):
             measures = segments.get(value) or Measures(experiment, model.objectives, spill_folder)
             measures.merge_ranks()
             found[_segment_name(value, found)] = measures.compute()

@@ -22,9 +22,7 @@ from mtrec import parallel
 from mtrec.architectures.products import backward_to
 from mtrec.balancing import make_balancer
 from mtrec.config import Experiment
-from mtrec.model import DensePart, task_specs
-
-_ANY_WIDTH = 64  # of x_BD, for a look at the structure of the dense part
+from mtrec.model import ANY_WIDTH, DensePart, task_specs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +150,7 @@ def check_place(experiment: Experiment) -> None:
     if not (balancer.needs_gramian or config.log_gradients):
         return
     with torch.device("meta"):
-        dense = DensePart(_ANY_WIDTH, experiment, task_specs(experiment))
+        dense = DensePart(ANY_WIDTH, experiment, task_specs(experiment))
     if config.at == "parameters" and len(tasks) > 1 and not dense.shared_parameters():
         raise ValueError(
             "`balancing.at` should be batch_sum or representation, or `balancing.kind` one that needs no gradients (static, "

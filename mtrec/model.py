@@ -19,7 +19,7 @@ from mtrec.kinds import check_options, resolve
 from mtrec.labels import LabelStatistics
 from mtrec.tasks import TASKS, Objectives, TaskSpec, automatic_weight
 
-_ANY_WIDTH = 64  # of x_BD, for a look at the structure of the dense part
+ANY_WIDTH = 64  # of x_BD, for a look at the structure of the dense part
 
 
 def task_specs(experiment: Experiment) -> dict[str, TaskSpec]:
@@ -38,7 +38,7 @@ def check_buffers(experiment: Experiment) -> None:
     Each rank would have others, and checkpoints hold parameters alone. Builds the dense part on `meta`: milliseconds, no data.
     """
     with torch.device("meta"):
-        dense = DensePart(_ANY_WIDTH, experiment, task_specs(experiment))
+        dense = DensePart(ANY_WIDTH, experiment, task_specs(experiment))
     parameters = {name for name, _ in dense.named_parameters(remove_duplicate=False)}
     for name in dense.state_dict():
         if name not in parameters:

@@ -157,16 +157,17 @@ def wait_for_rank_zero(done: Callable[[float], bool], timeout_seconds: float) ->
 
 def by_rank_zero(work: Callable[[], T], timeout_seconds: float) -> T:
     """What `work()` returned on rank 0, or its error, on all ranks, however long it takes."""
-    outcome: tuple[Any, Exception | None] = None, None
+
+    def outcome() -> tuple[T | None, Exception | None]:
+        try:
+            return work(), None
+        except Exception as error:
+            return None, error  # raised below, on all ranks
+
     with ThreadPoolExecutor(1) as pool:
-        futures = [pool.submit(work)] if rank() == 0 else []
+        futures = [pool.submit(outcome)] if rank() == 0 else []
         wait_for_rank_zero(lambda seconds: not wait(futures, seconds).not_done, timeout_seconds)
-        for future in futures:
-            error = future.exception()
-            if error is not None and not isinstance(error, Exception):
-                raise error
-            outcome = (None, error) if error is not None else (future.result(), None)
-    value, problem = broadcast_object(outcome)
+    value, problem = broadcast_object(futures[0].result() if futures else None)
     if problem is not None:
         raise problem
     return value  # type: ignore[no-any-return]  # of rank 0

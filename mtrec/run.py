@@ -248,7 +248,7 @@ def versions() -> dict[str, str]:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            continue
+            continue  # the run is made without it
     return found
 
 

@@ -224,6 +224,7 @@ class SharedMemoryGroup(dist.ProcessGroup):
         operation = self._post(number, {peer.rank: (places[0], tensor.nbytes) for peer in self._peers})
 
         def end() -> None:
+            """Adds up what all ranks wrote, in their order, so that the sum is the same on each."""
             parts = {self.rank(): self._buffers[number].view(0, tensor)}
             parts |= {peer.rank: self._as(part, tensor, peer.rank, operation) for peer, part in self._arrived(operation)}
             total = tensor.detach()

@@ -151,9 +151,8 @@ def finished_runs(plan: Plan, folder: Path) -> dict[str, dict[int, str]]:
 
 def can_compute(plan: Plan, folder: Path) -> bool:
     """Whether the baseline and a variant (the A/A row, at least) have the two finished runs that a comparison needs."""
-    runs = finished_runs(plan, folder)
-    short = _short(runs)
-    return plan.baseline not in short and len(short) < len(runs) - 1
+    short = _short(finished_runs(plan, folder))
+    return plan.baseline not in short and len(short) < len(plan.experiments)
 
 
 def _short(runs: Mapping[str, Mapping[int, str]]) -> list[str]:
@@ -178,7 +177,7 @@ def compute(plan: Plan, folder: Path, facts: Mapping[str, Any]) -> dict[str, Any
         for name, by_seed in runs.items()
         if name not in short and len(by_seed) < len(plan.seeds)
     ]
-    notes_of_missing = list(notes)
+    complete = not notes
     runs = {name: by_seed for name, by_seed in runs.items() if name not in short}
     fewest = min(len(by_seed) for by_seed in runs.values())
     if fewest < FEW_SEEDS:
@@ -204,7 +203,7 @@ def compute(plan: Plan, folder: Path, facts: Mapping[str, Any]) -> dict[str, Any
         "test_users": None if measured.user is None else len(np.unique(measured.user)),
         "user_column": measured.experiment.evaluation.group_by,
         "segment_column": plan.comparison.segment,
-        "complete": not notes_of_missing,
+        "complete": complete,
         "notes": notes,
         "variants": variants,
         "differences": rows,

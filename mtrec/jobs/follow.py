@@ -4,7 +4,6 @@ import asyncio
 import re
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 from mtrec.jobs.cluster import choose_address, connect_client
@@ -103,14 +102,15 @@ def _has_ended(client: Any, job: str) -> bool:
 
 def _details(client: Any, job: str) -> Any:
     """What the cluster knows of a job, asked again for a while where it does not answer."""
-    for _ in range(RECONNECTS):
-        with suppress(OSError, RuntimeError):
+    tries = 0
+    while True:
+        try:
             return client.get_job_info(job)
+        except (OSError, RuntimeError) as error:
+            tries += 1
+            if tries > RECONNECTS:
+                raise ValueError(f"The connection to the cluster was lost: {error}. See mtrec jobs status {job}.") from error
         time.sleep(RECONNECT_SECONDS)
-    try:
-        return client.get_job_info(job)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"The connection to the cluster was lost: {error}. See mtrec jobs status {job}.") from error
 
 
 def _ended(client: Any, job: str, address: str, log: str, say: Callable[[str], None]) -> int:

@@ -86,7 +86,7 @@ class _Crew:
         self._deaths: Counter[int | None] = Counter()  # by piece; None: while the model was loaded
 
     def events(self) -> Iterator[Event]:
-        """Until every piece is done. Raises what an actor raised (a golden row that differs), or RuntimeError for many deaths."""
+        """Until every piece is done. Raises what an actor raised (a golden row that differs), or Failed for many deaths."""
         import ray
 
         try:
@@ -109,7 +109,7 @@ class _Crew:
         actor = self._opening[reference]
         try:
             yield ray.get(reference)
-        except _deaths() as error:
+        except _gone() as error:
             del self._opening[reference]
             self._replace(actor, None, error)
             return
@@ -135,7 +135,7 @@ class _Crew:
             del self._busy[generator]
             self._give_work(actor)
             return
-        except _deaths() as error:
+        except _gone() as error:
             del self._busy[generator]
             self._left.appendleft(index)
             self._replace(actor, index, error)
@@ -160,7 +160,7 @@ class _Crew:
         self._hire()
 
 
-def _deaths() -> tuple[type[Exception], ...]:
+def _gone() -> tuple[type[Exception], ...]:
     """What Ray raises for an actor that is gone, or was killed by its memory monitor."""
     from ray import exceptions
 

@@ -133,6 +133,7 @@ def train_trial(
     told = 0
 
     def tell() -> None:
+        """Reports the best validation so far, where there is a new one."""
         nonlocal told
         validations = [event for event in events_of(run) if event["event"] == "validation"]
         best = best_validation(run, objectives)

@@ -103,7 +103,7 @@ def test_deaths_are_counted_for_each_piece(run: Run, tmp_path: Path, monkeypatch
     (tmp_path / "at-5").touch()
     with pytest.raises(Failed, match=r"2 scoring processes died at '.*\.parquet', most likely for want of memory"):
         score_files(asked(run, tmp_path / "again"), score_on_ray(2), workers=2)
-    assert ray.exceptions.OutOfMemoryError in mtrec.jobs.score._deaths()  # what Ray's memory monitor kills
+    assert ray.exceptions.OutOfMemoryError in mtrec.jobs.score._gone()  # what Ray's memory monitor kills
 
 
 def test_what_an_actor_refuses_is_the_error_itself(run: Run, tmp_path: Path) -> None:
