@@ -203,7 +203,7 @@ def make_examples(
     Raises ValueError and BadRowsError as `Encoder.encode` and `label_values` do, for any row of the batch.
     """
     parts = encoder.encode_rows(record_batch, orders, counts)
-    weight_B = None if sample_weight is None else _sample_weight(record_batch, sample_weight)
+    weight_B = None if sample_weight is None else sample_weights(record_batch, sample_weight)
     labels_TB = [np.empty((len(labels), rows.num_rows), np.float32) for rows in parts]
     for task, label in enumerate(labels.values()):
         put((label_TB[task] for label_TB in labels_TB), label_values(record_batch, label), orders)
@@ -269,7 +269,10 @@ def make_batch(
     return join_examples([(examples, 0, examples.num_rows)], encoder, stream_rows)
 
 
-def _sample_weight(batch: pa.RecordBatch, column: str) -> npt.NDArray[np.float32]:
+def sample_weights(batch: pa.RecordBatch, column: str) -> npt.NDArray[np.float32]:
+    """(B,) weights; null counts as 1. Raises ValueError for a column that is missing or holds no numbers, BadRowsError for a
+    weight that is negative or not finite.
+    """
     array = _column(batch, column, "`data.sample_weight`")
     values_B = floats(array)
     null_B = nulls(array)

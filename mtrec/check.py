@@ -4,9 +4,8 @@ Everything that `prepare` would refuse is refused here, from footers and a sampl
 sizes, rates, drift from training to validation, and features that give a label away.
 """
 
-import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,13 +19,13 @@ from mtrec.config import Experiment, Source
 from mtrec.dataset import Dataset
 from mtrec.evaluate import check_best_metric
 from mtrec.features import BadRowsError, Encoder, Feature, psi
-from mtrec.feed import bad_row, bad_rows, check_encodes, usable_rows, without_bad_rows
+from mtrec.feed import bad_row, bad_rows, check_encodes, label_looks, usable_rows, without_bad_rows
 from mtrec.formula import ranking_formula
 from mtrec.gradients import check_place
 from mtrec.kinds import counted
 from mtrec.labels import LabelFit, LabelStatistics, check_trained, labels_of
 from mtrec.metrics import auc
-from mtrec.model import MultiTaskModel, loss_weights, task_specs
+from mtrec.model import MultiTaskModel, check_buffers, loss_weights, task_specs
 from mtrec.run import (
     check_device,
     check_footers,
@@ -57,6 +56,7 @@ def check_experiment(experiment: Experiment, sample_rows: int = 100_000, device:
     objectives = Objectives(specs)
     ranking_formula(experiment)
     check_place(experiment)
+    check_buffers(experiment)
     check_best_metric(experiment, objectives)
     check_device(experiment, device)
     train = open_source(experiment, experiment.data.train, "data.train")
@@ -69,8 +69,9 @@ def check_experiment(experiment: Experiment, sample_rows: int = 100_000, device:
         check_footers(source, specs, experiment)
     features, labels = feature_list(experiment), labels_of(experiment, specs)
     sample = _training_sample(experiment, train, features, labels, sample_rows)
-    _check_labels(sample, labels, train)
-    fit = LabelFit(labels, objectives)
+    looks = label_looks(labels, experiment.data.sample_weight)
+    _check_labels(sample, looks, train)
+    fit = LabelFit(labels, objectives, experiment.data.sample_weight)
     dim = experiment.model.embedding_dim
     assert isinstance(dim, int)
     encoder = Encoder.fit(features, fit.watch(_batches(sample)), schema=train.schema, embedding_dim=dim)
@@ -79,7 +80,7 @@ def check_experiment(experiment: Experiment, sample_rows: int = 100_000, device:
     if skip:
         sample = usable_rows(sample, encoder)
     elif validation is not None:
-        _check_labels(validation.sample(sample_rows, label_columns(experiment)), labels, validation)
+        _check_labels(validation.sample(sample_rows, label_columns(experiment)), looks, validation)
     statistics = fit.statistics()
     model = MultiTaskModel(experiment, encoder, statistics, torch.device("meta"))
     weights = loss_weights(experiment, objectives, statistics)
@@ -118,18 +119,19 @@ def _training_sample(
     bad = bad_rows(experiment.data, sample.num_rows)
     if bad is None:
         return sample
-    return pa.Table.from_batches(without_bad_rows(_batches(sample), labels, features, bad), sample.schema)
+    usable = without_bad_rows(_batches(sample), labels, experiment.data.sample_weight, features, bad)
+    return pa.Table.from_batches(usable, sample.schema)
 
 
-def _check_labels(sample: pa.Table, labels: Mapping[str, Label], dataset: Dataset) -> None:
-    """Every label should be within its range. Raises ValueError naming the first row of the dataset in which one is not."""
+def _check_labels(sample: pa.Table, looks: Mapping[str, Callable[[pa.RecordBatch], object]], dataset: Dataset) -> None:
+    """Labels and weights should be within their ranges. Raises ValueError naming the first row in which one is not."""
     for batch in _batches(sample):
-        for name, label in labels.items():
+        for key, look in looks.items():
             try:
-                label_values(batch, label)
+                look(batch)
             except BadRowsError as error:
-                found = bad_row(dataset, [label.column], functools.partial(label_values, label=label)) or error
-                raise ValueError(f"`tasks.{name}.label`, `{dataset.place}`: {found}") from error
+                found = bad_row(dataset, [error.column], look) or error
+                raise ValueError(f"`{key}`, `{dataset.place}`: {found}") from error
 
 
 def _facts(experiment: Experiment, train: Dataset, validation: Dataset | None, sampled: int, model: MultiTaskModel) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from mtrec.batch import Batch, Examples, Label, join_examples, label_values, make_examples
+from mtrec.batch import Batch, Examples, Label, join_examples, label_values, make_examples, sample_weights
 from mtrec.config import Data
 from mtrec.dataset import Dataset
 from mtrec.features import BadRowsError, Encoder, Feature
@@ -69,11 +69,25 @@ def bad_rows(data: Data, num_rows: int) -> BadRows | None:
     return BadRows(data.max_bad_fraction, num_rows) if data.on_bad_rows == "skip" else None
 
 
+def label_looks(labels: Mapping[str, Label], sample_weight: str | None) -> dict[str, Callable[[pa.RecordBatch], object]]:
+    """{key of the experiment: what raises BadRowsError where a label, or weight, of a batch cannot be used}."""
+    looks: dict[str, Callable[[pa.RecordBatch], object]] = {
+        f"tasks.{name}.label": functools.partial(label_values, label=label) for name, label in labels.items()
+    }
+    if sample_weight is not None:
+        looks["data.sample_weight"] = functools.partial(sample_weights, column=sample_weight)
+    return looks
+
+
 def without_bad_rows(
-    batches: Iterable[pa.RecordBatch], labels: Mapping[str, Label], features: Sequence[Feature], bad: BadRows | None
+    batches: Iterable[pa.RecordBatch],
+    labels: Mapping[str, Label],
+    sample_weight: str | None,
+    features: Sequence[Feature],
+    bad: BadRows | None,
 ) -> Iterator[pa.RecordBatch]:
-    """The batches, for the fit: where `bad` is given, without rows that have a label or vector which cannot be used."""
-    looks: list[Callable[[pa.RecordBatch], object]] = [functools.partial(label_values, label=label) for label in labels.values()]
+    """The batches, for the fit: where `bad` is given, without rows that have a label, weight or vector which cannot be used."""
+    looks = list(label_looks(labels, sample_weight).values())
     looks += [functools.partial(_fit_alone, feature=each) for each in features if getattr(each, "width", None) is not None]
     for batch in batches:
         for look in looks if bad is not None else ():

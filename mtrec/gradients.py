@@ -151,7 +151,7 @@ def check_place(experiment: Experiment) -> None:
         return
     with torch.device("meta"):
         dense = DensePart(ANY_WIDTH, experiment, task_specs(experiment))
-    if config.at == "parameters" and len(tasks) > 1 and not dense.shared_parameters():
+    if config.at == "parameters" and not dense.shared_parameters():
         raise ValueError(
             "`balancing.at` should be batch_sum or representation, or `balancing.kind` one that needs no gradients (static, "
             f"uncertainty, ...): with `model.architecture.kind: {experiment.model.architecture.kind}` and "

@@ -87,7 +87,9 @@ class DensePart(nn.Module):
         return self.dropout.p == 0.0 and next(self.interaction.parameters(), None) is None
 
     def shared_parameters(self) -> list[nn.Parameter]:
-        """The parameters that more than one task's loss reaches."""
+        """The parameters that more than one task's loss reaches; of one task all, so that its gradient has a norm."""
+        if len(self.heads) == 1:
+            return [*self.parameters()]
         return [*self.interaction.parameters(), *self.architecture.shared_parameters()]
 
     def flops_per_row(self) -> int:

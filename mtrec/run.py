@@ -14,7 +14,7 @@ import json
 import platform
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,12 @@ from mtrec import checkpoint, dataset
 from mtrec import labels as label_fit
 from mtrec.architectures.products import emulates_bf16
 from mtrec.atomic import write_atomically
-from mtrec.batch import Label, label_values
 from mtrec.checkpoint import Checkpoint
 from mtrec.config import Experiment, Source, Task, parse_experiment, to_yaml
 from mtrec.dataset import Dataset
 from mtrec.features import FEATURES, BadRowsError, Encoder, Feature, check_schema
 from mtrec.features.arrays import is_number
-from mtrec.feed import bad_row, bad_rows, check_encodes, usable_rows, without_bad_rows
+from mtrec.feed import bad_row, bad_rows, check_encodes, label_looks, usable_rows, without_bad_rows
 from mtrec.formula import ranking_formula
 from mtrec.gradients import check_place
 from mtrec.kinds import check_options, own_modules, resolve
@@ -310,10 +309,11 @@ def _fitted(
 ) -> tuple[Encoder, dict[str, LabelStatistics]]:
     """The encoder and the statistics of the labels, from one pass over the training rows."""
     features, labels = feature_list(experiment), labels_of(experiment, objectives.specs)
-    fit = LabelFit(labels, objectives)
+    weight = experiment.data.sample_weight
+    fit = LabelFit(labels, objectives, weight)
     read = list(dict.fromkeys([*feature_columns(features)[0], *label_columns(experiment)]))
     bad = bad_rows(experiment.data, train.num_rows)
-    batches = without_bad_rows(train.batches(read, FIT_ROWS), labels, features, bad)
+    batches = without_bad_rows(train.batches(read, FIT_ROWS), labels, weight, features, bad)
     assert isinstance(experiment.model.embedding_dim, int)
     try:
         encoder = Encoder.fit(
@@ -324,18 +324,20 @@ def _fitted(
             previous=previous.encoder if previous else None,
         )
     except BadRowsError as error:
-        raise ValueError(_bad_row(train, read, labels, features) or str(error)) from error
+        raise ValueError(_bad_row(train, read, list(label_looks(labels, weight).values()), features) or str(error)) from error
     if bad is not None:
         bad.check(bad.skipped, bad.skipped.total() + bad.kept, "They are rows of `data.train`.")
     return encoder, fit.statistics()
 
 
-def _bad_row(data: Dataset, columns: Sequence[str], labels: Mapping[str, Label], features: Sequence[Feature]) -> str | None:
+def _bad_row(
+    data: Dataset, columns: Sequence[str], looks: Sequence[Callable[[pa.RecordBatch], object]], features: Sequence[Feature]
+) -> str | None:
     """The place of the first row that cannot be fitted, looked for only once one was met."""
 
     def look(batch: pa.RecordBatch) -> None:
-        for label in labels.values():
-            label_values(batch, label)
+        for each in looks:
+            each(batch)
         Encoder.fit(features, [batch], schema=data.schema, embedding_dim=1)
 
     return bad_row(data, columns, look)

@@ -186,7 +186,7 @@ def build_state(
         task_weights_K=_per_task(loss_weights(experiment, model.objectives, labels), names, device),
         expected_rates_K=_per_task(
             {
-                name: labels[name].trained / max(1, labels[name].rows)
+                name: labels[name].density
                 if task.denominator == "expected"
                 else float("nan")
                 for name, task in experiment.tasks.items()

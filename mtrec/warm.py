@@ -25,7 +25,7 @@ from mtrec.features import FIRST_ROW, Encoder, Table
 from mtrec.model import DensePart, task_specs
 from mtrec.run import Run
 from mtrec.step import TrainState
-from mtrec.tasks import TaskSpec
+from mtrec.tasks import Task, TaskSpec
 
 SAME_STATE = {"momentum1": "sum", "sum": "momentum1"}  # Adagrad's sum of squares: the fused kernel's name, and torch's
 ADAGRAD = ("rowwise_adagrad", "adagrad")  # torchrec calls Adam's means momentum1, too, and Adam's count of steps begins anew
@@ -255,7 +255,9 @@ class _Axes:
         self._other_heads = {
             f"heads.head_{name}."
             for name, task in experiment.tasks.items()
-            if name in previous.experiment.tasks and previous.experiment.tasks[name].kind != task.kind
+            if name in old_specs and (
+                previous.experiment.tasks[name].kind != task.kind or not _same_logits(specs[name].task, old_specs[name].task)
+            )
         }
 
     def pairs(self, name: str, stored: tuple[int, ...] | None) -> list[Pairs] | None:
@@ -280,6 +282,14 @@ class _Axes:
             if size != stored[axis] and by_column == 0 and by_task == 0:
                 return None
         return found
+
+
+def _same_logits(task: Task, old: Task) -> bool:
+    """Whether a logit means the same to both: they make the same predictions of it, and read labels in the same unit."""
+    if (task.num_logits, task.label_scale) != (old.num_logits, old.label_scale):
+        return False
+    logits_BC = torch.linspace(-3.0, 3.0, 7 * task.num_logits).reshape(7, task.num_logits)
+    return torch.equal(task.predict(logits_BC), old.predict(logits_BC))
 
 
 def _shapes(experiment: Experiment, num_columns: int, specs: Mapping[str, TaskSpec]) -> dict[str, torch.Size]:

@@ -11,7 +11,7 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with two repairs: a key that stands twice is an error, and 1e-3 is a number."""
+    """YAML 1.1 with repairs: keys are text (`on` is no truth value), none stands twice, and 1e-3 is a number."""
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -29,7 +29,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dic
             )
         seen[key] = key_node.start_mark.line + 1
     loader.flatten_mapping(node)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+    return {key_node.value: loader.construct_object(value_node, deep=True) for key_node, value_node in node.value}
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)

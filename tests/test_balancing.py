@@ -156,6 +156,18 @@ def test_huge_and_tiny_gramians_give_the_weights_of_ordinary_ones(kind: str) -> 
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", sorted(NEEDS - {"gradnorm", "db_mtl", "metabalance", "gradvac"}))  # these remember more
+@pytest.mark.parametrize("factor", [1e4, 1e9, 1e30])
+def test_one_enormous_gramian_leaves_nothing_in_the_next_step(kind: str, factor: float) -> None:
+    losses_K, gramian_KK, _ = batch(1)
+    outlier_KK = gramian_KK.double() * torch.outer(torch.tensor([1.0, 1.0, factor]), torch.tensor([1.0, 1.0, factor]))
+    balancer = make(kind, every=1)
+    balancer(losses_K, outlier_KK, 0, ALL)
+    other = make(kind, every=1)
+    other(losses_K, gramian_KK, 0, ALL)
+    torch.testing.assert_close(balancer(losses_K, gramian_KK, 1, ALL), other(losses_K, gramian_KK, 1, ALL))
+
+
 @pytest.mark.parametrize("kind", BALANCERS)
 @pytest.mark.parametrize("size", [1, 10])
 def test_one_task_and_ten_tasks(kind: str, size: int) -> None:

@@ -125,6 +125,17 @@ def test_cagrad_without_radius_is_the_mean_and_follows_a_preference() -> None:
     assert solve("cagrad", rows, c=0.0, preference={"task1": 2.0}).tolist() == pytest.approx([0.25, 0.5, 0.25])
 
 
+@pytest.mark.parametrize("cosine", [-0.9, 0.0, 0.9])
+@pytest.mark.parametrize("norm", [1e-2, 1e-4, 1e-6])
+def test_cagrad_raises_the_least_improvement_however_small_a_gradient_is(cosine: float, norm: float) -> None:
+    rows = torch.tensor([[1.0, 0.0], [norm * cosine, norm * (1.0 - cosine**2) ** 0.5]], dtype=torch.float64)
+    mean = rows.mean(dim=0)
+    angles = torch.linspace(0.0, 2.0 * torch.pi, 200_001, dtype=torch.float64)
+    around = mean + 0.4 * mean.norm() * torch.stack([angles.cos(), angles.sin()], dim=1)
+    best = float((around @ rows.T).min(dim=1).values.max())
+    assert float((rows @ (solve("cagrad", rows, c=0.4) @ rows)).min()) == pytest.approx(best, rel=1e-6)
+
+
 def test_cagrad_where_no_direction_improves_all_stays_with_the_free_task() -> None:
     rows = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     direction = solve("cagrad", rows) @ rows

@@ -113,6 +113,15 @@ def test_mistakes_name_the_file_and_what_changed_it(tmp_path: Path) -> None:
         load_experiment(path, ["data.train=x", "seed=a"])
 
 
+def test_keys_are_text_whatever_yaml_takes_them_for(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    tasks = "tasks: {on: {kind: binary}, 1: {kind: dwell, loss: {kind: huber, on: seconds}}}"
+    path.write_text(f"data: {{train: x}}\nfeatures: {{no: {{kind: dense}}}}\n{tasks}\n")
+    experiment = load_experiment(path, ["tasks.1.loss={kind: huber, on: seconds}"])
+    assert (list(experiment.features), list(experiment.tasks)) == (["no"], ["on", "1"])
+    assert experiment.tasks["1"].options["loss"] == {"kind": "huber", "on": "seconds"}
+
+
 def test_a_feature_named_twice_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "twice.yaml"
     path.write_text("data: {train: x}\nfeatures:\n  user: {kind: categorical}\n  user: {kind: dense}\ntasks: {}\n")

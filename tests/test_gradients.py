@@ -226,6 +226,25 @@ def test_a_place_without_gradients_is_refused_before_the_data_are_read(run: Run,
         small_run(tmp_path, *SINGLE, "balancing.kind=mgda", tree=tree)
 
 
+@pytest.mark.parametrize("architecture", ["single_task", "mmoe"])
+@pytest.mark.parametrize("rows", [1.0, 0.5])
+def test_one_task_alone_trains_with_any_method(run: Run, architecture: str, rows: float) -> None:
+    alone = (f"model.architecture={architecture}", "model.interaction=none", f"balancing.rows={rows}", "balancing.every=1")
+    tree = experiment_tree(Path(str(run.experiment.data.train.path)))
+    tree["tasks"] = {"click": {"kind": "binary"}}
+    single = small_run(run.folder.parent, tree=tree)
+    with parallel.process_group(CPU):
+        for method in ("balancing.kind=upgrad", "balancing.log_gradients=true"):
+            check_place(changed(single, *alone, method))
+            state, batch = state_and_batch(single, *alone, method)
+            before = [parameter.clone() for parameter in state.model.dense.parameters()]
+            train_step(state, batch)
+            found = state.balancer.describe()
+            assert found["weight/click"] == pytest.approx(1.0)
+            assert found["gradient_norm/click"] > 0.0
+            assert not all(torch.equal(p, q) for p, q in zip(state.model.dense.parameters(), before, strict=True))
+
+
 def test_what_keeps_statistics_of_its_own_is_refused(run: Run) -> None:
     own = f"model.architecture.kind={__name__}:NormedBottom"
     with pytest.raises(ValueError, match=r"`model`: BatchNorm1d keeps the buffer `architecture\.norm\.running_mean`"):

@@ -266,9 +266,10 @@ class Balancer(nn.Module):
             )
         self.has_gramian_K.copy_(has_K)
         self.gramian_KK.copy_((finite_KK + finite_KK.T) / 2.0)
-        moved_KK = both_KK.double() * (1.0 - self.ema)
-        self.mean_KK += moved_KK * (self.gramian_KK - self.mean_KK)
-        self.mass_KK += moved_KK * (1.0 - self.mass_KK)
+        # not mean += share * (new - mean): after a far larger Gramian that would leave nothing of this one
+        moved_KK = self.ema * self.mean_KK + (1.0 - self.ema) * self.gramian_KK
+        self.mean_KK.copy_(torch.where(both_KK, moved_KK, self.mean_KK))
+        self.mass_KK += both_KK.double() * (1.0 - self.ema) * (1.0 - self.mass_KK)
 
     def _weigh(self, losses_K: Tensor, gramian_KK: Tensor | None, step: int, weighed_K: Tensor) -> None:
         self.weighed_K.copy_(weighed_K)

@@ -148,9 +148,10 @@ class MetaBalance(nn.Module):
 
         r_k is at most 1 for "reduce", at least 1 for "enlarge"; active tasks get 1 until the target has had a gradient.
         """
-        moved = active_K.double() * (1.0 - self.decay)
-        self.norm_K += moved * (torch.where(active_K, gramian_KK.double().diagonal(), 0.0).sqrt() - self.norm_K)
-        self.mass_K += moved * (1.0 - self.mass_K)
+        new_K = torch.where(active_K, gramian_KK.double().diagonal(), 0.0).sqrt()
+        # not norm += share * (new - norm): after a far larger norm that would leave nothing of this one
+        self.norm_K.copy_(torch.where(active_K, self.decay * self.norm_K + (1.0 - self.decay) * new_K, self.norm_K))
+        self.mass_K += active_K.double() * (1.0 - self.decay) * (1.0 - self.mass_K)
         if self.mass_K[self.target] == 0.0:  # no gradient of the target so far: nothing to compare with
             return active_K.double()
         mean_K = torch.where(self.mass_K > 0.0, self.norm_K / self.mass_K, 1.0)
@@ -208,6 +209,6 @@ class DBMTL(nn.Module):
         new_K = torch.where(active_K, gramian_KK.double().diagonal() / loss_K.square(), 1.0)
         self.count_K += active_K
         past_K = torch.where(self.count_K > 1, self.beta / self.count_K.clamp(min=1.0) ** self.sigma, 0.0)
-        self.square_K.copy_(torch.where(active_K, new_K + past_K * (self.square_K - new_K), self.square_K))
+        self.square_K.copy_(torch.where(active_K, (1.0 - past_K) * new_K + past_K * self.square_K, self.square_K))
         norm_K = torch.where(active_K, self.square_K, 1.0).sqrt()
         return torch.where(active_K, norm_K[active_K].max() / norm_K / loss_K, 0.0)

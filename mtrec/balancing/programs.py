@@ -24,7 +24,7 @@ from torch import Tensor
 Array = NDArray[np.float64]
 MOST_ENUMERATED = 6
 RIDGE = 1e-9
-STATIONARY = 1e-8  # squared length of the min-norm point, relative to the largest squared gradient norm
+STATIONARY = 1e-8  # squared length of the min-norm point of the gradients, each of length 1
 
 
 def on_active(solve: Callable[[Array], Array], gramian_KK: Tensor, active_K: Tensor) -> Tensor:
@@ -132,8 +132,8 @@ def conflict_averse(gramian: Array, share_K: Array, c: float) -> Array:
     radius2 = c * c * float(start_K @ pull_K)
     if radius2 <= RIDGE**2 or len(share_K) == 1:
         return share_K
-    a_K = min_norm(gramian)
-    if float(a_K @ gramian @ a_K) <= STATIONARY * float(gramian.diagonal().max()):
+    a_K = min_norm(cosine_KK)
+    if float(a_K @ cosine_KK @ a_K) <= STATIONARY:
         lift_K = nonnegative_quadratic(cosine_KK, pull_K)
         if float(lift_K @ cosine_KK @ lift_K) <= radius2:
             return np.asarray(share_K + lift_K / norm_K)

@@ -164,6 +164,30 @@ def test_features_and_tasks_come_and_go_by_name(yesterday: tuple[Path, Run], tmp
     assert torch.equal(state["tables_state.tags.sum"], old["tables_state.tags.sum"].expand(-1, 8))
 
 
+@pytest.mark.parametrize(
+    ("override", "anew"),
+    [
+        ("tasks.dwell.loss=poisson", True),  # another function of the logit
+        ("tasks.dwell.loss={kind: huber, on: seconds}", True),
+        ("tasks.dwell.unit=milliseconds", True),  # labels a thousand times smaller
+        ("tasks.dwell.cap_seconds=60", False),
+        ("tasks.dwell.weight=2", False),
+    ],
+)
+def test_a_head_whose_logits_meant_something_else_begins_anew(
+    yesterday: tuple[Path, Run], override: str, anew: bool
+) -> None:
+    folder, before = yesterday
+    after, device = small_run(folder, override, previous=before), torch.device("cpu")
+    with parallel.process_group(device):
+        model = MultiTaskModel(after.experiment, after.encoder, after.labels, device)
+        built = build_state(after.experiment, model, after.labels, batch_size=128, total_steps=10, device=device)
+        notes = warm_start(built, after, before).notes
+    assert [note for note in notes if "heads." in note] == (
+        ["heads.head_dwell.weight: begins anew", "heads.head_dwell.bias: begins anew"] if anew else []
+    )
+
+
 def test_another_sharding_keeps_rows_and_state(yesterday: tuple[Path, Run], tmp_path: Path) -> None:
     folder, before = yesterday
     log = folder / "log-4000" / "train"
