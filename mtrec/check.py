@@ -6,6 +6,7 @@ sizes, rates, drift from training to validation, and features that give a label 
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from mtrec.gradients import check_place
 from mtrec.kinds import counted
 from mtrec.labels import LabelFit, LabelStatistics, check_trained, labels_of
 from mtrec.metrics import auc
+from mtrec.mirror import Mirror
 from mtrec.model import MultiTaskModel, check_buffers, loss_weights, task_specs
 from mtrec.run import (
     check_device,
@@ -34,6 +36,7 @@ from mtrec.run import (
     label_columns,
     open_source,
     resolve_auto,
+    row_not_fitted,
     slow_precision,
 )
 from mtrec.tasks import Objectives, TaskSpec
@@ -59,6 +62,8 @@ def check_experiment(experiment: Experiment, sample_rows: int = 100_000, device:
     check_buffers(experiment)
     check_best_metric(experiment, objectives)
     check_device(experiment, device)
+    if experiment.training.checkpoint_storage is not None:
+        Mirror(experiment.training.checkpoint_storage, Path())  # raises where the URI is none
     train = open_source(experiment, experiment.data.train, "data.train")
     experiment = resolve_auto(experiment, train.num_rows)
     validation = _held_out(experiment, experiment.data.validation, "data.validation")
@@ -74,7 +79,10 @@ def check_experiment(experiment: Experiment, sample_rows: int = 100_000, device:
     fit = LabelFit(labels, objectives, experiment.data.sample_weight)
     dim = experiment.model.embedding_dim
     assert isinstance(dim, int)
-    encoder = Encoder.fit(features, fit.watch(_batches(sample)), schema=train.schema, embedding_dim=dim)
+    try:
+        encoder = Encoder.fit(features, fit.watch(_batches(sample)), schema=train.schema, embedding_dim=dim)
+    except BadRowsError as error:
+        raise ValueError(row_not_fitted(experiment, train, features, labels) or str(error)) from error
     for source in held_out:
         check_encodes(encoder, source)
     if skip:
@@ -102,6 +110,7 @@ def check_experiment(experiment: Experiment, sample_rows: int = 100_000, device:
             *_leak_warnings(leaks),
             *_infinite_warnings(sample, features),
             *_given_warnings(experiment, statistics),
+            *_unlearned_warnings(encoder, statistics),
         ],
     }
 
@@ -299,6 +308,15 @@ def _given_warnings(experiment: Experiment, statistics: Mapping[str, LabelStatis
                 f"'{experiment.label_column(name)}' although {experiment.tasks[name].given} is 0. With `given`, these labels "
                 "are left out."
             )
+
+
+def _unlearned_warnings(encoder: Encoder, statistics: Mapping[str, LabelStatistics]) -> Iterator[str]:
+    for table in encoder.tables:
+        if table.encoding == "vocabulary" and not table.vocabulary_size:
+            yield f"table {table.name} ({', '.join(table.features)}): no id came `min_count` times in the sample: all are unseen."
+    for name, each in statistics.items():
+        if each.trained and not each.density:
+            yield f"`data.sample_weight`: all sampled rows that `tasks.{name}` learns from have the weight 0."
 
 
 def _codes(batches: Sequence[pa.RecordBatch], encoder: Encoder) -> dict[str, NDArray[np.int64]]:

@@ -393,6 +393,8 @@ def _wrong_names(experiment: Experiment) -> list[str]:
                 f"`tasks.{name}.also_on` should name a task ({', '.join(tasks)}). "
                 f"Found '{task.also_on}'.{nearest(task.also_on, tasks)}"
             )
+        elif task.also_on == name:
+            findings.append(f"`tasks.{name}.also_on` should name another task. Found '{name}'.")
         elif task.also_on is not None and getattr(TASKS.get(tasks[task.also_on].kind), "family", "binary") != "binary":
             findings.append(f"`tasks.{name}.also_on` should name a binary task. Found '{task.also_on}'.")
         elif task.also_on is not None and task.given is not None:
@@ -406,7 +408,7 @@ def _wrong_names(experiment: Experiment) -> list[str]:
             if getattr(experiment.training, key) is not None
         ]
     for path in [wish] if isinstance(wish, str) else list(wish or ()):
-        task_name, slash, metric = path.partition("/")
+        task_name, slash, metric = path.rpartition("/")  # a task may have one in its name, a metric has none
         if task_name not in tasks or not slash or not metric:
             findings.append(
                 f"`training.best_metric` should be a task and one of its metrics, such as {next(iter(tasks))}/auc. "

@@ -265,7 +265,7 @@ def check_best_metric(experiment: Experiment, objectives: Objectives) -> None:
     wish = experiment.training.best_metric
     known = Measures(experiment, objectives).compute()["tasks"]
     for path in [wish] if isinstance(wish, str) else list(wish or ()):
-        name, _, metric = path.partition("/")
+        name, _, metric = path.rpartition("/")
         good = [each for each in known[name] if each.removesuffix("_given") in (*LARGER_IS_BETTER, *SMALLER_IS_BETTER)]
         if metric in known[name] and metric not in good:
             raise ValueError(
@@ -296,7 +296,7 @@ def score_metric(experiment: Experiment, objectives: Objectives, metrics: Mappin
         weights = {wish: 1.0} if isinstance(wish, str) else wish
     total = 0.0
     for path, weight in weights.items():
-        name, _, metric = path.partition("/")
+        name, _, metric = path.rpartition("/")
         value = metrics["tasks"].get(name, {}).get(metric)
         if value is None:
             return None

@@ -14,7 +14,7 @@ import json
 import platform
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from mtrec import checkpoint, dataset
 from mtrec import labels as label_fit
 from mtrec.architectures.products import emulates_bf16
 from mtrec.atomic import write_atomically
+from mtrec.batch import Label
 from mtrec.checkpoint import Checkpoint
 from mtrec.config import Experiment, Source, Task, parse_experiment, to_yaml
 from mtrec.dataset import Dataset
@@ -324,16 +325,19 @@ def _fitted(
             previous=previous.encoder if previous else None,
         )
     except BadRowsError as error:
-        raise ValueError(_bad_row(train, read, list(label_looks(labels, weight).values()), features) or str(error)) from error
+        raise ValueError(row_not_fitted(experiment, train, features, labels) or str(error)) from error
     if bad is not None:
         bad.check(bad.skipped, bad.skipped.total() + bad.kept, "They are rows of `data.train`.")
     return encoder, fit.statistics()
 
 
-def _bad_row(
-    data: Dataset, columns: Sequence[str], looks: Sequence[Callable[[pa.RecordBatch], object]], features: Sequence[Feature]
+def row_not_fitted(
+    experiment: Experiment, data: Dataset, features: Sequence[Feature], labels: Mapping[str, Label]
 ) -> str | None:
     """The place of the first row that cannot be fitted, looked for only once one was met."""
+    looks = label_looks(labels, experiment.data.sample_weight).values()
+    needed = [*feature_columns(features)[0], *label_columns(experiment)]
+    columns = [column for column in dict.fromkeys(needed) if column in data.schema.names]
 
     def look(batch: pa.RecordBatch) -> None:
         for each in looks:

@@ -55,6 +55,20 @@ def _negative_dwell(table: pa.Table) -> pa.Table:
     return set_column(table, "dwell_seconds", pa.array([-3.5] * len(table), pa.float32()))
 
 
+def _weighted(log: Path, out: Path) -> str:
+    """The training files with a weight `w` and a vector `v`, of which those of the second file's fourth row cannot be used."""
+
+    def added(table: pa.Table, bad: bool) -> pa.Table:
+        rest = len(table) - 4
+        table = table.append_column("w", pa.array([1.0, 0.0, None, -2.0 if bad else 2.0] + [2.5] * rest))
+        return table.append_column("v", pa.array([[1.0, 2.0]] * 3 + [[1.0] if bad else [0.0, 0.0]] + [[1.0, 2.0]] * rest))
+
+    out.mkdir()
+    for index, path in enumerate(sorted((log / "train").iterdir())):
+        pq.write_table(added(pq.read_table(path), index == 1), out / path.name)
+    return str(out)
+
+
 def _half_click(table: pa.Table) -> pa.Table:
     return set_column(table, "click", pc.cast(table["click"], pa.float32()).combine_chunks().fill_null(0.5)).slice(0)
 
@@ -124,6 +138,25 @@ CASES: dict[str, tuple[Callable[[Tree, Path, Path], None], list[str]]] = {
         lambda t, log, out: (t["data"].pop("validation"), put(t, "training.early_stopping", {"patience": 2})),
         ["`training.early_stopping` needs `data.validation`"],
     ),
+    "also_on names the task itself": (
+        lambda t, log, out: put(t, "tasks.click.also_on", "click"),
+        ["`tasks.click.also_on` should name another task"],
+    ),
+    "negative weight": (
+        lambda t, log, out: (put(t, "data", {"train": _weighted(log, out / "w")}), put(t, "data.sample_weight", "w")),
+        ["part-1.parquet', row group 0, row 3: `data.sample_weight`: column 'w' should hold finite weights", "Found -2.0"],
+    ),
+    "vector of another width": (
+        lambda t, log, out: (
+            put(t, "data", {"train": _weighted(log, out / "v")}),
+            put(t, "features.v", {"kind": "dense", "width": 2}),
+        ),
+        ["part-1.parquet', row group 0, row 3: `features.v.column`: column 'v' should hold 2 numbers a row. Found 1 numbers"],
+    ),
+    "storage that is no URI": (
+        lambda t, log, out: put(t, "training.checkpoint_storage", "runs/x"),
+        ["`training.checkpoint_storage` should be a URI", "'runs/x'"],
+    ),
     "group column missing": (lambda t, log, out: put(t, "evaluation", {"group_by": "usr"}), ["usr"]),
 }
 
@@ -182,6 +215,7 @@ def test_check_shows_sizes_rates_drift_leaks_and_broken_funnels(log: Path, tmp_p
 
     def numbers(table: pa.Table) -> pa.Table:
         table = table.append_column("cost", pa.array([math.inf, -math.inf, None, *[1.5] * (len(table) - 3)]))
+        table = table.append_column("nothing", pa.array([0.0] * len(table)))
         return table.append_column("vector", pa.array([[0.5, math.inf]] * len(table), pa.list_(pa.float32(), 2)))
 
     leaking = tmp_path / "leak"
@@ -193,6 +227,8 @@ def test_check_shows_sizes_rates_drift_leaks_and_broken_funnels(log: Path, tmp_p
     tree["features"]["leak"] = {"kind": "categorical", "column": "clicked_before"}
     tree["features"]["row"] = {"kind": "dense", "column": "row_id"}
     tree["features"] |= {"cost": {"kind": "dense"}, "vector": {"kind": "dense"}}
+    tree["features"]["once"] = {"kind": "categorical", "column": "row_id"}
+    tree["data"]["sample_weight"] = "nothing"
     tree["data"]["validation"] = {"path": str(leaking), "where": "row_id >= 900"}
     path = tmp_path / "experiment.yaml"
     path.write_text(yaml.safe_dump(tree))
@@ -205,5 +241,7 @@ def test_check_shows_sizes_rates_drift_leaks_and_broken_funnels(log: Path, tmp_p
     assert "`features.vector`: 1,000 of 2,000 sampled values" in text
     assert text.count("are infinite") == 2
     assert "have a label above 0 in column 'conversion' although click is 0" in text
+    assert "table once (once): no id came `min_count` times in the sample: all are unseen." in text
+    assert "`data.sample_weight`: all sampled rows that `tasks.dwell` learns from have the weight 0." in text
     assert "dense part:" in text
     assert "MFLOP a row" in text

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from logs import experiment_tree, write_log
 from runs import small_run, train_on, trained
 from sklearn.metrics import roc_auc_score
 from torch.testing import assert_close
@@ -124,6 +125,16 @@ def test_early_stopping_and_the_best_checkpoint(tmp_path: Path) -> None:
     assert run.best().step == ended.best_step
     assert len(list(metrics)) == len([e for e in seen if isinstance(e, Saved)])
     assert {found.step for found in find(run.checkpoints)} == {ended.best_step, ended.step}  # keep_best 1 and keep_last 1
+
+
+@pytest.mark.parametrize("metric", ["null", "like/share/auc"])
+def test_a_task_may_have_a_slash_in_its_name(tmp_path: Path, metric: str) -> None:
+    tree: dict[str, Any] = experiment_tree(write_log(tmp_path / "t", rows=600), write_log(tmp_path / "v", rows=300, seed=1))
+    tree["tasks"] = {"like/share": {"kind": "binary", "label": "click"}, "click": {"kind": "binary"}}
+    seen = events(small_run(tmp_path, "training.epochs=2", f"training.best_metric={metric}", tree=tree))
+    found = [event.metrics["tasks"]["like/share"]["auc"] for event in seen if isinstance(event, Validation)]
+    assert all(value is not None for value in found)
+    assert seen[-1].best_step is not None
 
 
 def test_the_best_step_is_kept_wherever_checkpoints_fall(tmp_path: Path) -> None:
