@@ -278,11 +278,13 @@ def sample_weights(batch: pa.RecordBatch, column: str) -> npt.NDArray[np.float32
     null_B = nulls(array)
     if null_B is not None:
         values_B = np.where(null_B, 1.0, values_B)
-    bad = np.flatnonzero(~((values_B >= 0) & np.isfinite(values_B.astype(np.float32))))
+    with np.errstate(over="ignore"):
+        weight_B = values_B.astype(np.float32)
+    bad = np.flatnonzero(~((values_B >= 0) & np.isfinite(weight_B)))
     if len(bad):
         found = array[int(bad[0])].as_py()
         raise BadRowsError("`data.sample_weight`", column, bad, "hold finite weights, not negative", found)
-    return values_B.astype(np.float32)
+    return weight_B
 
 
 def _column(batch: pa.RecordBatch, name: str, place: str) -> Any:

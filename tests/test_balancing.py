@@ -295,6 +295,14 @@ def test_the_primary_task_is_guarded() -> None:
     assert unharmed.tolist() == [1.0, 1.0, 1.0]
 
 
+def test_a_task_without_a_gradient_stays_as_the_guard_left_it() -> None:
+    rows = torch.tensor([[1.0, 0.0], [-3.0, 1.0], [0.2, 0.5]])
+    balancer = make("static", primary="click", guard=0.4, every=1)
+    shrunk = balancer(torch.ones(3), rows @ rows.T, 0, ALL)
+    assert shrunk[1] < 0.3
+    assert torch.equal(balancer(torch.ones(3), rows @ rows.T, 1, torch.tensor([True, False, True])), shrunk)
+
+
 def test_guard_and_gate_survive_a_restart_between_two_gramians() -> None:
     gramian = torch.tensor([[1.0, -3.0, -0.2], [-3.0, 10.0, 0.0], [-0.2, 0.0, 1.0]])
     options = {"primary": "click", "auxiliary_gate": "sign", "every": 5}
@@ -316,6 +324,23 @@ def test_the_auxiliary_gate_closes_on_conflict(gate: str, expected: float) -> No
     assert opened == pytest.approx({"none": 1.0, "sign": 1.0, "cosine": 0.3}[gate])
     # Between Gramians, and in a step without clicks, the gate stays as it was.
     assert balancer(torch.ones(3), gramian, 2, torch.tensor([False, True, True]))[2].item() == pytest.approx(opened)
+
+
+def test_the_gate_goes_by_the_first_task_that_is_not_auxiliary() -> None:
+    balancer = make_balancer("static", {"auxiliary_gate": "sign", "every": 1}, TASKS, ["click"])
+    gramian = torch.tensor([[1.0, -0.5, 0.5], [-0.5, 1.0, 0.0], [0.5, 0.0, 1.0]])
+    assert balancer(torch.ones(3), gramian, 0, ALL).tolist() == [0.0, 1.0, 1.0]
+
+
+def test_the_gate_follows_the_moving_average() -> None:
+    def gramian(cosine: float) -> torch.Tensor:
+        return torch.tensor([[1.0, 0.0, cosine], [0.0, 1.0, 0.0], [cosine, 0.0, 1.0]])
+
+    balancer = make_balancer("static", {"auxiliary_gate": "sign", "every": 1, "ema": 0.5}, TASKS, ["dwell"])
+    assert balancer(torch.ones(3), gramian(-0.8), 0, ALL)[2] == 0.0
+    assert balancer(torch.ones(3), gramian(0.0), 1, torch.tensor([True, True, False]))[2] == 0.0
+    assert balancer(torch.ones(3), gramian(0.2), 2, ALL)[2] == 0.0
+    assert balancer(torch.ones(3), gramian(0.9), 3, ALL)[2] == 1.0
 
 
 def test_describe_names_norms_and_cosines_of_the_last_gramian() -> None:

@@ -185,7 +185,7 @@ def test_labels_of_any_type_of_number(values: Any) -> None:
     assert np.isnan(label_values(pa.record_batch({"y": pa.nulls(3)}), Label("y", low=0))).all()
 
 
-@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, 1e39])
 def test_sample_weights_are_finite_and_not_negative(encoder: Encoder, weight: float) -> None:
     bad = DATA.set_column(7, "weight", pa.array([1.0, weight, None, 1.0, weight]))
     with pytest.raises(

@@ -10,13 +10,14 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from ranks import run_ranks
 
 from mtrec import parallel
-from mtrec.checkpoint import CheckpointError, Saver, best, check, find, folder_of, load, newest, read, to_resume
+from mtrec.checkpoint import CheckpointError, Saver, best, check, copy_missing, find, folder_of, load, newest, read, to_resume
 
 CPU = torch.device("cpu")
 
@@ -134,6 +135,64 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     folder_of(tmp_path, 4).mkdir()  # what a run that died was writing goes with the next commit
     save(tmp_path, 7, keep_last=4)
     assert [path.name for path in sorted(tmp_path.iterdir())] == [f"step-0000000{step}" for step in (3, 5, 6, 7)]
+
+
+def test_a_save_leaves_newer_checkpoints_alone_and_keeps_its_own(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2, 5, 6)
+    folder_of(tmp_path, 9).mkdir()  # under way
+    save(tmp_path, 3, keep_last=2)  # of a run that went on from an earlier one
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [f"step-0000000{step}" for step in (2, 3, 5, 6, 9)]
+
+
+def test_a_checkpoint_of_another_format_is_not_trusted(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    manifest = folder_of(tmp_path, 1) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+    assert check(folder_of(tmp_path, 1)) == "it has the format 2, of another mtrec; this one reads 1."
+    assert find(tmp_path) == []
+
+
+def test_a_save_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slowly(saver: Saver, *arguments: Any) -> None:
+        time.sleep(0.5)
+        commit(saver, *arguments)
+
+    commit = Saver._commit
+    monkeypatch.setattr(Saver, "_commit", slowly)
+    with parallel.process_group(CPU):
+        saver = Saver(tmp_path, 2, 0, in_background=True)
+        saver.save(tensors(1), {"step": 1, "metric": None})
+        saver.save(tensors(2), {"step": 2, "metric": None})
+        assert (folder_of(tmp_path, 1) / "manifest.json").is_file()
+        saver.finish()
+    assert [each.step for each in find(tmp_path)] == [2, 1]
+
+
+class Noted:
+    """Stands for a mirror: what it was given, in order."""
+
+    def __init__(self) -> None:
+        self.given: list[str] = []
+
+    def put(self, *paths: str) -> None:
+        self.given += paths
+
+    def names(self, inside: str) -> list[str]:
+        return []
+
+    def read(self, path: str) -> bytes | None:
+        return None
+
+
+def test_a_copy_ends_with_the_manifest(tmp_path: Path) -> None:
+    checkpoints, saved, later = tmp_path / "checkpoints", Noted(), Noted()
+    with parallel.process_group(CPU):
+        Saver(checkpoints, 1, 0, False, mirror=saved).save(tensors(1), {"step": 1, "metric": None})  # type: ignore[arg-type]
+    copy_missing(checkpoints, later)  # type: ignore[arg-type]
+    names = {path.name for path in folder_of(checkpoints, 1).iterdir()}
+    for mirror in (saved, later):
+        assert {path.rpartition("/")[2] for path in mirror.given} == names
+        assert mirror.given[-1] == "checkpoints/step-00000001/manifest.json"
 
 
 def test_in_the_background_a_checkpoint_counts_before_the_next_one_is_asked_for(tmp_path: Path) -> None:

@@ -170,6 +170,7 @@ def test_the_same_predictions_do_not_differ() -> None:
         (lambda b, v: ("aucc", b, v), r"`metric` should be one of accuracy, auc.* Found 'aucc'"),
         (lambda b, v: ("auc", b, replace(v, label=1 - v.label)), "`label` should be the same"),
         (lambda b, v: ("auc", b, replace(v, user=None)), "`user` should be the same"),
+        (lambda b, v: ("auc", b, replace(v, weight=np.full(len(v.label), 2.0))), "`weight` should be the same"),
         (lambda b, v: ("gauc", replace(b, user=None), replace(v, user=None)), "`user` should be given for 'gauc'"),
         (lambda b, v: ("auc", b, replace(v, prediction={0: v.prediction[0]})), "at least 2 seeds"),
         (

@@ -252,3 +252,58 @@ def test_rows_are_int64_only_where_a_table_has_so_many(rows: int, expected: type
     encoded = encoder.encode(pa.record_batch({"x": pa.array([rows - 3, 0])}))
     assert encoded.values.dtype == expected
     assert encoded.values.tolist() == [rows - 1, 2]
+
+
+def test_statistics_of_lists_count_a_null_list_as_one_null() -> None:
+    lists = [[1, 1, None, None], None, [], [2, 7]] * 3  # of 21 values 9 are nulls, 6 a known id, and 2 and 7 come too seldom
+    encoder = fitted([Categorical("x", min_count=4)], {"x": pa.array(lists, pa.list_(pa.int64()))})
+    statistics = encoder.statistics["x"]
+    assert (statistics["rows"], statistics["distinct"], statistics["mean_length"]) == (12, 3, 1.75)
+    assert statistics["null_share"] == 3 / 12  # of rows, as `FeatureCounts` has it
+    assert statistics["unseen_share"] == encoder.profiles["x"].unseen_share == 6 / 21
+    assert encoder.profiles["x"].null_share == 9 / 21
+
+
+def test_a_null_inside_of_a_dictionary_is_counted() -> None:
+    encoder = fitted([Categorical("x", min_count=1)], {"x": pa.array(["a", "b"])})
+    column = pa.DictionaryArray.from_arrays(pa.array([0, 1, 1]), pa.array(["a", None]))
+    counts = encoder.counts()
+    assert encoder.encode(pa.record_batch({"x": column}), counts).values.tolist() == [2, 0, 0]
+    assert counts.counts_F4[0, 1] == 2
+
+
+def test_a_signed_number_is_not_the_unsigned_one_of_the_same_bits() -> None:
+    encoder = fitted([Categorical("x", min_count=1)], {"x": pa.array([2**64 - 1, 5], pa.uint64())})
+    assert encoder.encode(pa.record_batch({"x": pa.array([-1, 5, 6])})).values.tolist() == [1, 3, 1]
+
+
+def test_weights_are_counted_before_a_list_is_cut() -> None:
+    lists = {"x": pa.array([[1, 2, 3]]), "w": pa.array([[1.0, 1.0, 1.0]])}
+    encoder = fitted([Categorical("x", weights="w", max_length=2, min_count=1)], lists)
+    with pytest.raises(BadRowsError, match="2 weights for 3 values"):
+        encoder.encode(pa.record_batch({**lists, "w": pa.array([[1.0, 1.0]])}))
+
+
+def test_a_null_list_of_weights_is_one_for_each_value_and_a_row_with_two_bad_ones_is_one_row() -> None:
+    lists = {"x": pa.array([[1, 2], [2]]), "w": pa.array([None, [0.5]], pa.list_(pa.float64()))}
+    encoder = fitted([Categorical("x", weights="w", pooling="sum", min_count=1)], lists)
+    assert encoder.encode(pa.record_batch(lists)).weights.tolist() == [1.0, 1.0, 0.5]
+    with pytest.raises(BadRowsError) as caught:
+        encoder.encode(pa.record_batch({**lists, "w": pa.array([[-1.0, -2.0], [0.5]])}))
+    assert caught.value.rows.tolist() == [0]
+
+
+def test_the_mean_of_one_value_a_row_is_the_value_whatever_its_weight() -> None:
+    plain = {"x": pa.array([1, 2, 1]), "w": pa.array([3.0, 0.0, None])}
+    encoder = fitted([Categorical("x", weights="w", min_count=1)], plain)
+    assert encoder.encode(pa.record_batch(plain)).weights.tolist() == [1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("weights", [pa.array([1e39, 1.0]), pa.array([[1e39], [1.0]]), pa.array([[1e308], [1.0]])])
+def test_a_weight_that_no_float32_holds_is_a_bad_row(weights: pa.Array) -> None:
+    ids = pa.array([1, 2]) if pa.types.is_floating(weights.type) else pa.array([[1], [2]])
+    ones = pa.array([1.0, 1.0]) if pa.types.is_floating(weights.type) else pa.array([[1.0], [1.0]])
+    encoder = fitted([Categorical("x", weights="w", min_count=1)], {"x": ids, "w": ones})
+    with pytest.raises(BadRowsError, match="column 'w' should hold finite weights") as caught:
+        encoder.encode(pa.record_batch({"x": ids, "w": weights}))
+    assert caught.value.rows.tolist() == [0]

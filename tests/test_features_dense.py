@@ -53,6 +53,49 @@ def test_dense_scaling_agrees_with_plain_python(
     assert counts.counts_F4[0].tolist() == [len(values), sum(missing), len(values), 0]
 
 
+def test_minmax_holds_numbers_beyond_the_training_data_within_0_and_1() -> None:
+    encoder = fitted([Dense("x", scale="minmax", missing_indicator=False)], {"x": pa.array([2.0, 4.0, 6.0])})
+    for later in ([-5.0, 3.0, 60.0], [-5.0, 3.0, 60.0, None]):
+        encoded = encoder.encode(pa.record_batch({"x": pa.array(later)}))
+        assert encoded.dense_BF[:, 0].tolist() == [0.0, 0.25, 1.0, 0.5][: len(later)]
+
+
+def test_the_rounding_of_a_constants_mean_is_not_blown_up() -> None:
+    encoder = fitted([Dense("x")], {"x": pa.array([0.1] * 1_000)})  # whose mean is not 0.1, by 1e-17
+    encoded = encoder.encode(pa.record_batch({"x": pa.array([0.1, 0.2])}))
+    np.testing.assert_allclose(encoded.dense_BF[:, 0], [0.0, 0.1], atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [None, 2])
+def test_a_fit_does_not_depend_on_how_the_rows_come(width: int | None) -> None:
+    numbers = np.sort(np.random.default_rng(0).lognormal(size=(150_000, width or 1)), axis=0)
+    found = []
+    for rows in (150_000, 10_000):
+        fit = Dense("x", scale="quantile", width=width).start(pa.float64())
+        for start in range(0, len(numbers), rows):
+            part = pa.array(numbers[start : start + rows].ravel())
+            fit.update(part if width is None else pa.FixedSizeListArray.from_arrays(part, width))
+        state, _ = fit.finish()
+        profile = fit.profile(Dense("x", scale="quantile").restore(state))
+        found.append((state["points"], state["deciles"], profile.counts_P.tolist()))
+    assert found[0] == found[1]
+    assert sum(found[0][2]) == pytest.approx(numbers.size, abs=10)
+
+
+def test_a_profiles_bins_begin_at_their_edges() -> None:
+    encoding = Dense("x").restore({"width": None, "indicator": False, "fill": [0.0], "deciles": [2.0, 3.0]})
+    assert encoding.bins == ("null", "<2.0", "<3.0", ">=3.0")
+    assert encoding.count(pa.array([1.0, 2.0, 2.5, 3.0, 9.0, 9.0, None])).counts_P.tolist() == [1, 1, 2, 3]
+
+
+def test_a_vector_that_lacks_several_numbers_is_one_missing_row() -> None:
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array([1.0, None, 3.0, None, None, None]), 3)
+    encoder = fitted([Dense("x")], {"x": vectors})
+    counts = encoder.counts()
+    encoder.encode(pa.record_batch({"x": vectors}), counts)
+    assert counts.counts_F4[0, :2].tolist() == [2, 2]
+
+
 TYPED = {pa.float16(): 16, pa.float32(): 32, pa.float64(): 64}
 
 

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtrec.batch import Batch, Label, make_batch
+from mtrec.batch import Batch, Label, label_values, make_batch
 from mtrec.dataset import Source, open_dataset
 from mtrec.features import Bucketized, Categorical, Dense, Encoder, join
-from mtrec.feed import BadRows, feed
+from mtrec.feed import BadRows, bad_row, feed, refused_rows
 from mtrec.reader import Reader
 
 LABELS = {"click": Label("click", low=0, high=1, integer=True), "dwell": Label("dwell", scale=0.001, low=0.0)}
@@ -150,6 +150,39 @@ def test_a_window_with_bad_rows_gives_its_other_rows_and_names_the_bad_ones(tmp_
     assert bad.skipped == {"click should be 0, 1 or null": 3}
     with pytest.raises(ValueError, match=r"0.parquet', row group 0, row 3: .*'click' should be 0, 1 or null. Found 7"):
         list(feed(Reader(data, columns, batch_size=8, num_streams=1, shuffle=False), encoder, LABELS, "weight"))
+
+
+def write_broken(folder: Path, **values: dict[int, float]) -> tuple[Encoder, list[str]]:
+    """40 rows in two row groups, of which some are given other values; an encoder and the columns to read."""
+    encoder = files(folder, [40], 20)
+    rows = table(40).to_pylist()
+    for column, of_rows in values.items():
+        for row, value in of_rows.items():
+            rows[row][column] = value
+    pq.write_table(pa.Table.from_pylist(rows, table(1).schema), folder / "0.parquet", row_group_size=20)
+    return encoder, [*encoder.columns, "weight", "click", "dwell"]
+
+
+def test_a_bad_row_of_a_later_stream_is_named_by_its_place(tmp_path: Path) -> None:
+    encoder, columns = write_broken(tmp_path, click={25: 7})
+    data = open_dataset(Source(str(tmp_path)), columns, place="data.train")
+    reader = Reader(data, columns, batch_size=8, num_streams=4, shuffle=False)
+    with pytest.raises(ValueError, match=r"0.parquet', row group 1, row 5: .*'click' should be 0, 1 or null. Found 7"):
+        list(feed(reader, encoder, LABELS, "weight"))
+
+
+def test_refused_rows_are_numbered_as_they_lie_in_the_files(tmp_path: Path) -> None:
+    def look(rows: pa.RecordBatch) -> None:
+        for label in LABELS.values():
+            label_values(rows, label)
+
+    _, columns = write_broken(tmp_path, click={3: 7, 12: 7, 31: 7}, dwell={11: -1.0, 35: -1.0})
+    data = open_dataset(Source(str(tmp_path), where="bought >= 10"), columns, place="data.test")
+    rows, good = refused_rows(data, columns, look)
+    assert (rows.tolist(), good) == ([11, 12, 31, 35], 26)
+    first = bad_row(data, columns, look)
+    assert first is not None
+    assert "0.parquet', row group 0, row 12: " in first
 
 
 def test_parts_whose_keys_hold_one_value_in_one_and_lists_in_another_are_joined() -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from runs import small_run
@@ -115,6 +116,25 @@ def test_logits_and_gradients_equal_plain_torch(tmp_path: Path) -> None:
             assert table.grad is not None
             assert table.grad.abs().sum() > 0
             assert_close(before[name] - after[name], table.grad, rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("clip_norm", [1e-3, 1e3])
+def test_the_dense_part_moves_by_its_clipped_gradient_times_the_rate_of_the_step(tmp_path: Path, clip_norm: float) -> None:
+    plain = ("kind=sgd", "learning_rate=1.0", "weight_decay=0", "schedule=linear", "warmup_steps=0", f"clip_norm={clip_norm}")
+    run = small_run(tmp_path, *OPTIONS, *(f"optimizer.dense.{option}" for option in plain))
+    with parallel.process_group(CPU):
+        state, batch = state_and_batch(run)
+        state.schedules.total_steps = 4
+        for rate in (1.0, 0.75):
+            before = torch.cat([parameter.detach().flatten() for parameter in state.dense_gradients.parameters])
+            train_step(state, batch)
+            after = torch.cat([parameter.detach().flatten() for parameter in state.dense_gradients.parameters])
+            gradient = state.dense_gradients.buffer
+            assert_close(before - after, rate * gradient, rtol=1e-3, atol=1e-6)
+            if clip_norm < 1:
+                assert_close(gradient.norm(), torch.tensor(clip_norm), rtol=1e-2, atol=0.0)
+            else:
+                assert 0.01 < gradient.norm() < 100
 
 
 def test_a_rank_without_rows_can_step(tmp_path: Path) -> None:

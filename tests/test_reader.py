@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mtrec.dataset import Dataset, Source, open_dataset
 from mtrec.files import ChangedFile
 from mtrec.reader import Piece, Reader, Row, rows_in
-from mtrec.row_order import permutation, plan_streams, plan_windows
+from mtrec.row_order import BY_ROW, BY_ROW_GROUP, Span, permutation, plan_streams, plan_windows
 
 COLUMNS = ["row", "text", "tags", "number"]
 
@@ -182,6 +182,23 @@ def test_epochs_and_seeds_differ_and_repeat(tmp_path: Path) -> None:
     assert len({tuple(sorted(found)) for found in orders}) == 1
 
 
+def test_rows_are_permuted_by_seed_epoch_stream_and_window(tmp_path: Path) -> None:
+    dataset = write_files(tmp_path, [[80]])  # two streams of 40 rows, each two windows of 20
+    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
+        batches = global_batches(dataset, 1, batch_size=40, num_streams=2, shuffle_window=20, seed=seed, epoch=epoch)
+        for window, batch in enumerate(batches):
+            for stream, found in enumerate(batch):
+                order = permutation(20, BY_ROW, seed, epoch, stream, window)
+                assert found == [40 * stream + 20 * window + row for row in order]
+
+
+def test_rows_that_where_drops_leave_their_places_empty(tmp_path: Path) -> None:
+    options = {"batch_size": 64, "num_streams": 8, "shuffle_window": 40, "seed": 3}
+    whole = global_batches(write_files(tmp_path, SIZES), 1, **options)
+    dataset = open_dataset(Source(str(tmp_path), where="number is not null"), COLUMNS, place="data.train")
+    assert global_batches(dataset, 1, **options) == [[[row for row in stream if row % 3] for stream in batch] for batch in whole]
+
+
 def test_without_shuffle_files_keep_their_order_in_each_stream(tmp_path: Path) -> None:
     dataset = write_files(tmp_path, SIZES)
     alone = global_batches(dataset, 1, batch_size=50, num_streams=1, shuffle=False)
@@ -237,6 +254,22 @@ def test_plan_covers_every_row_once_in_equal_streams(
         assert all(0 < sum(span.stop - span.start for span in one) <= window for one in windows)
         unwound = [(span.row_group, row) for one in windows for span in one for row in range(span.start, span.stop)]
         assert unwound == [(span.row_group, row) for span in spans for row in range(span.start, span.stop)]
+
+
+def test_row_groups_are_dealt_in_the_order_drawn_by_seed_and_epoch() -> None:
+    sizes = [5, 7, 5, 5, 6, 7, 8]
+    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
+        order = permutation(len(sizes), BY_ROW_GROUP, seed, epoch).tolist()
+        ordered = plan_streams([sizes[group] for group in order], 2, seed=0, epoch=0, shuffle=False)
+        expected = [[span._replace(row_group=order[span.row_group]) for span in spans] for spans in ordered]
+        assert plan_streams(sizes, 2, seed=seed, epoch=epoch, shuffle=True) == expected
+
+
+def test_row_groups_of_a_size_are_dealt_in_turn_and_the_rest_is_cut_as_it_lies() -> None:
+    dealt = plan_streams([5, 5, 5, 5], 2, seed=0, epoch=0, shuffle=False)
+    assert dealt == [[Span(0, 0, 5), Span(2, 0, 5)], [Span(1, 0, 5), Span(3, 0, 5)]]
+    cut = plan_streams([5, 4, 5], 4, seed=0, epoch=0, shuffle=False)
+    assert cut == [[Span(0, 0, 3)], [Span(0, 3, 5), Span(1, 0, 2)], [Span(1, 2, 4), Span(2, 0, 1)], [Span(2, 1, 5)]]
 
 
 def test_equal_row_groups_are_not_cut() -> None:

@@ -21,10 +21,10 @@ from torch.testing import assert_close
 import mtrec.evaluate
 import mtrec.train
 from mtrec.checkpoint import Checkpoint, Saver, find, read
-from mtrec.config import Training
+from mtrec.config import DenseOptimizer, TableOptimizer, Training, apply_overrides, parse_experiment
 from mtrec.events import Ended, Saved, Step, Validation
 from mtrec.launch import evaluate_run
-from mtrec.optim import schedule
+from mtrec.optim import Schedules, dense_optimizer, schedule, table_optimizer
 from mtrec.run import Run
 from mtrec.step import StepResult, TrainState, build_state, train_step
 from mtrec.train import reading_threads, train
@@ -277,6 +277,39 @@ def test_schedules() -> None:
     assert [schedule("linear", step, 10, 0) for step in (0, 5, 10)] == [1.0, 0.5, 0.0]
     assert schedule("constant", 999, 10, 4) == 1.0
     assert schedule("cosine", 0, 100, 10) == pytest.approx(0.1)
+
+
+def test_the_dense_part_and_the_tables_have_learning_rates_of_their_own() -> None:
+    def rates(total_steps: int, *options: str) -> Schedules:
+        return Schedules(parse_experiment(apply_overrides(experiment_tree(Path("log")), options)), 2_048, total_steps)
+
+    dense = ("optimizer.dense.schedule=linear", "optimizer.dense.warmup_steps=4", "optimizer.dense.learning_rate=auto")
+    tables = ("optimizer.tables.schedule=cosine", "optimizer.tables.warmup_steps=2", "optimizer.tables.learning_rate=0.2")
+    own = rates(100, *dense, *tables)
+    for step in (0, 1, 3, 50, 99):
+        assert own.dense_learning_rate(step) == pytest.approx(0.002 * schedule("linear", step, 100, 4))  # four times the batch
+        assert own.table_learning_rate(step) == pytest.approx(0.2 * schedule("cosine", step, 100, 2))
+    for total_steps, warmup_steps in ((400, 20), (1_000_000, 500)):
+        auto = rates(total_steps, "optimizer.dense.learning_rate=0.5", "optimizer.dense.warmup_steps=auto")
+        assert auto.dense_learning_rate(0) == pytest.approx(0.5 / warmup_steps)
+
+
+@pytest.mark.parametrize(("kind", "plain"), [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)])
+def test_the_dense_optimizer_is_torchs_with_all_options(kind: str, plain: type[torch.optim.Optimizer]) -> None:
+    options: dict[str, Any] = {"weight_decay": 0.3, "betas": (0.5, 0.7), "eps": 0.1}
+    ours, theirs = (torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2))
+    made = dense_optimizer(DenseOptimizer(kind=kind, **options), [ours], 0.1)  # type: ignore[arg-type]
+    known = {"weight_decay": 0.3} if kind == "sgd" else options
+    for optimizer, parameter in ((made, ours), (plain([theirs], lr=0.1, **known), theirs)):
+        for gradient in ([1.0, 0.5], [-3.0, 0.25]):
+            parameter.grad = torch.tensor(gradient)
+            optimizer.step()
+    assert_close(ours, theirs)
+
+
+def test_the_tables_optimizer_has_its_options() -> None:
+    for kind, made in (("rowwise_adagrad", {"lr": 0.2, "eps": 0.5}), ("adagrad", {"lr": 0.2, "eps": 0.5}), ("sgd", {"lr": 0.2})):
+        assert table_optimizer(TableOptimizer(kind=kind, learning_rate=0.2, eps=0.5))[1] == made  # type: ignore[arg-type]
 
 
 def test_log_and_gates(tmp_path: Path) -> None:

@@ -227,3 +227,26 @@ def test_outcomes_are_exact_for_known_bounds(op: str) -> None:
             high,
             value,
         )
+
+
+def test_outcomes_leave_room_for_what_no_footer_tells() -> None:
+    def found(condition: where.Condition, low: float, high: float, nulls: int | None) -> int:
+        return where.outcomes(condition, {"x": Bounds(low, high, nulls, 9)}.get)
+
+    for condition in (Compare("x", "<", 5.0), Compare("x", "==", 2.0), In("x", (2.0,))):
+        assert found(condition, 2.0, 2.0, 0) == where.TRUE | where.FALSE  # there may be a NaN
+    assert found(Compare("x", "!=", 2.0), 2.0, 2.0, 0) == where.TRUE | where.FALSE
+    assert found(Compare("x", "<", 5), 1, 3, 0) == where.TRUE
+    assert found(Compare("x", "<", 5), 1, 3, None) == where.TRUE | where.NULL
+    assert found(In("x", (1, 2, 3)), 1, 3, 0) == where.TRUE | where.FALSE
+    for nulls, outcome in ((None, where.TRUE | where.FALSE), (0, where.FALSE), (4, where.TRUE | where.FALSE), (9, where.TRUE)):
+        assert found(IsNull("x"), 1, 3, nulls) == outcome
+
+
+def test_a_window_ends_with_its_last_day() -> None:
+    first, last, next_day = (datetime.date(2026, 1, day) for day in (14, 15, 16))
+    from_first, to_last = Compare("t", ">=", first), Compare("t", "<=", last)
+    assert where.window("t", first, last, pa.date32()) == Both(from_first, to_last)
+    assert where.window("t", first, last, pa.timestamp("us")) == Both(from_first, Compare("t", "<", next_day))
+    noon = datetime.datetime(2026, 1, 15, 12)
+    assert where.window("t", first, noon, pa.timestamp("us")) == Both(from_first, Compare("t", "<=", noon))

@@ -310,7 +310,8 @@ class CategoricalEncoding:
             )
             weights_n, lengths_B = with_nulls(weights_n, parts, 1.0)
             row_n = np.repeat(np.arange(num_rows), lengths_B)
-        wrong = np.flatnonzero(~((weights_n >= 0) & np.isfinite(weights_n)))
+        with np.errstate(over="ignore"):  # they become float32
+            wrong = np.flatnonzero(~((weights_n >= 0) & np.isfinite(weights_n.astype(np.float32))))
         if len(wrong):
             raise BadRowsError(
                 name, column, np.unique(row_n[wrong]), "hold finite weights, not negative", weights_n[wrong[0]]
