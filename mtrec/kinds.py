@@ -41,7 +41,7 @@ NonEmptyWidths = Annotated[tuple[PositiveInt, ...], MinLen(1)]
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """A hint `Did you mean 'x'?` (with a leading blank), or nothing where no word is close.
+    """A hint `Did you mean 'x'?` (with a leading blank), or nothing where no word is close, or where it is one of the words.
 
     >>> nearest("num_expert", ["num_experts", "expert_layers"])
     " Did you mean 'num_experts'?"
@@ -49,7 +49,7 @@ def nearest(word: str, words: Iterable[str]) -> str:
     ''
     """
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
-    return f" Did you mean '{close[0]}'?" if close else ""
+    return f" Did you mean '{close[0]}'?" if close and close[0] != word else ""
 
 
 def counted(count: int, noun: str) -> str:

@@ -170,6 +170,12 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert "There is no comparison file" in str(found.exception)
 
 
+def test_a_file_that_is_a_list_is_told_the_keys_of_a_comparison(tmp_path: Path) -> None:
+    (tmp_path / "list.yaml").write_text("[base, variants]")
+    with pytest.raises(ValueError, match=r"list\.yaml: should be a YAML mapping with keys such as base, .*Found list\.$"):
+        load_plan(tmp_path / "list.yaml")
+
+
 def test_every_run_is_there_and_widths_are_matched(whole: tuple[Plan, Path, dict[str, Any]]) -> None:
     plan, folder, results = whole
     assert plan.primary == {"click": "auc", "conversion": "auc", "dwell": "xauc"}
