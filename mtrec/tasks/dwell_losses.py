@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from annotated_types import Gt, Lt
 from torch import Tensor
 
-from mtrec.kinds import Kinds, PositiveFloat
+from mtrec.kinds import PositiveFloat
 from mtrec.tasks.finite import (
     LOG_SECONDS_HIGH,
     LOG_SECONDS_LOW,
@@ -378,15 +378,12 @@ class Poisson:
         return torch.tensor([log_mean(mean)])
 
 
-DWELL_LOSSES = Kinds(
-    {
-        "logsun": LogSUN,
-        "log_mse": LogMSE,
-        "huber": Huber,
-        "weighted_logistic": WeightedLogistic,
-        "ziln": ZILN,
-        "tweedie": Tweedie,
-        "poisson": Poisson,
-    },
-    ("loss", "seconds", "log1p_seconds", "initial_bias"),
-)
+DWELL_LOSSES: dict[str, type] = {
+    "logsun": LogSUN,
+    "log_mse": LogMSE,
+    "huber": Huber,
+    "weighted_logistic": WeightedLogistic,
+    "ziln": ZILN,
+    "tweedie": Tweedie,
+    "poisson": Poisson,
+}
