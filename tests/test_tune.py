@@ -24,6 +24,7 @@ from mtrec.locking import LockedError, locked
 from mtrec.recorder import Recorder
 from mtrec.run import Run, open_run, prepare
 from mtrec.train import train
+from mtrec.tune import figures
 from mtrec.tune.plan import Plan, checked, load_plan
 from mtrec.tune.results import place_of
 from mtrec.tune.trials import (
@@ -296,6 +297,26 @@ def test_the_page_is_whole_and_made_again_from_the_files(
     assert (tmp_path / "page.html").read_text() == page
     assert open_run(folder_of(folder, results["best"])).best()
     assert read_plan(json.loads((folder / "tune.json").read_text())) == plan
+
+
+def test_long_choices_are_all_on_their_axis_in_short() -> None:
+    choices = [f"my_own_module_of_towers:ArchitectureNumber{index}" for index in range(8)]
+    trial = {"state": "finished", "objectives": {"click/auc": 0.7}}
+    results = {
+        "space": {"model.architecture.kind": {"choice": choices}},
+        "as_written": {"model.architecture.kind": "mmoe"},
+        "trials": [{**trial, "number": 1 + i, "values": {"model.architecture.kind": each}} for i, each in enumerate(choices)],
+        "objectives": [{"name": "click/auc", "larger": True}],
+        "best": 1,
+    }
+    drawn = figures.against_parameter(results, "model.architecture.kind", results["objectives"][0])
+    axis = drawn["layout"]["xaxis"]
+    assert axis["tickvals"] == [each["x"][0] for each in drawn["data"]] == choices
+    assert len(set(axis["ticktext"])) == 8
+    assert max(map(len, axis["ticktext"])) == 24
+    assert (axis["tickangle"], drawn["layout"]["height"]) == (90, 290 + 180)
+    drawn = figures.parallel_coordinates(results, results["objectives"][0])
+    assert drawn["data"][0]["dimensions"][0]["ticktext"] == axis["ticktext"]
 
 
 def test_a_search_is_taken_up_and_not_mixed_up(searched: tuple[Path, dict[str, Any], Plan], experiment: Experiment) -> None:
