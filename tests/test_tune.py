@@ -256,18 +256,20 @@ def test_results_hold_every_trial_and_the_best_is_a_whole_experiment(searched: t
     assert rows[2]["model.architecture.num_experts"] == ""
 
 
-@pytest.mark.parametrize("budget", [None, {"steps": 11}])
+@pytest.mark.parametrize("budget", [None, {"steps": 26}])
 def test_training_the_best_experiment_gives_the_figure_in_its_head(
     experiment: Experiment, tmp_path: Path, budget: dict[str, int] | None
 ) -> None:
-    space = {"parameters": RATE, "objectives": ["click/auc"], "curve_points": 3, "budget": budget}
-    plan = checked(experiment, space, 1)
-    shares = [{"optimizer.dense.learning_rate": 0.9}]
+    rate = {"optimizer.dense.learning_rate": {"log_uniform": [0.02, 0.1]}}  # so high that the best step is not the last
+    space = {"parameters": rate, "objectives": ["click/auc"], "curve_points": 8, "budget": budget}
+    training = experiment.training.model_copy(update={"epochs": 4})
+    plan = checked(experiment.model_copy(update={"training": training}), space, 1)
+    shares = [{"optimizer.dense.learning_rate": 0.2}]
     results = tune(plan, tmp_path / "out", resume=False, search=_search(shares))
     best = next(each for each in results["trials"] if each["number"] == results["best"])
     text = (tmp_path / "out" / "best.yaml").read_text()
     assert f"# click/auc {best['objectives']['click/auc']:.5f} on the validation rows" in text
-    assert ("max_steps: 11" in text.split("\n")[2]) == (budget is not None)
+    assert ("max_steps: 26" in text.split("\n")[2]) == (budget is not None)
     run = prepare(load_experiment(tmp_path / "out" / "best.yaml"), tmp_path / "again")
     train_here(run, torch.device("cpu"))
     found = best_validation(run, plan.objectives)
