@@ -254,8 +254,8 @@ def synth(
     seed: Annotated[int, typer.Option()] = 7,
     files: Annotated[int, typer.Option(help="training files")] = 8,
     conflict: Annotated[
-        float, typer.Option(help="0 to 1: how much click and conversion pull the shared factors apart")
-    ] = 0.0,
+        float | None, typer.Option(help="0 to 1: how much click and conversion pull the shared factors apart; default 0")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the log that is there")] = False,
     preset: Annotated[str, typer.Option(help="log, or reference: the workload of the benchmark")] = "log",
     days: Annotated[int | None, typer.Option(help="write a partition dt=... for each of so many days")] = None,
@@ -264,16 +264,22 @@ def synth(
     """Write a synthetic log of impressions, with its true probabilities in columns of their own."""
     from mtrec.synthetic import write_log, write_reference
 
+    of_log = {"--conflict": conflict, "--days": days, "--drift": drift}
+    unused = [name for name, value in of_log.items() if value is not None]
+    if preset == "reference" and unused:
+        raise ValueError(f"--preset reference has no {', '.join(unused)}. Leave that out, or write a log of --preset log.")
     if preset == "reference":
         log = write_reference(out, rows=2_000_000 if rows is None else rows, seed=seed, files=files, overwrite=overwrite)
     elif preset == "log":
+        if drift is not None and days is None:
+            raise ValueError(f"--drift should stand beside --days. Found {drift:g} and no --days.")
         share = (0.05 if days else 0.0) if drift is None else drift
         log = write_log(
             out,
             rows=500_000 if rows is None else rows,
             seed=seed,
             files=files,
-            conflict=conflict,
+            conflict=conflict or 0.0,
             days=days,
             drift=share,
             overwrite=overwrite,

@@ -21,11 +21,13 @@ from mtrec.balancing import BALANCERS, Balancer, make_balancer
 from mtrec.features import FEATURES
 from mtrec.interactions import INTERACTIONS
 from mtrec.kinds import (
+    Fraction,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Probability,
+    TwoOrMore,
     Widths,
     check_options,
     explain,
@@ -106,7 +108,7 @@ class Data(Section):
     shuffle: bool = True
     shuffle_window: PositiveInt = Field(16_384, description="rows of a stream that are permuted together")
     prefetch: PositiveInt = Field(4, description="batches that the reading thread keeps ready")
-    sample_weight: str | None = Field(None, description="column with a non-negative weight a row")
+    sample_weight: str | None = Field(None, description="column with a non-negative weight a row; null counts as 1")
     on_bad_rows: Literal["error", "skip"] = Field(
         "error", description="labels out of range and the like: error names the row, skip leaves it out and counts it"
     )
@@ -163,7 +165,7 @@ class Model(Section):
     interaction: InteractionKind = Kind(kind="dcn_v2")
     architecture: ArchitectureKind = Kind(kind="mmoe")
     tower_layers: Widths = (32,)
-    dropout: Probability = Field(0.0, description="dropout on the shared representation, before the experts")
+    dropout: Fraction = Field(0.0, description="dropout on the shared representation, before the experts")
 
 
 class TableOptimizer(Section):
@@ -252,7 +254,7 @@ class Evaluation(Section):
     group_by: str | None = Field(None, description="column of GAUC's groups, usually the user's id")
     batch_size: PositiveInt = 8_192
     memory_limit_mb: PositiveInt = Field(1_024, description="metrics spill sorted runs to disk beyond this")
-    bins: PositiveInt | None = Field(None, description="binned metrics in so many bins instead of exact ones")
+    bins: TwoOrMore | None = Field(None, description="binned metrics in so many bins instead of exact ones")
 
 
 class Scoring(Section):
@@ -367,7 +369,9 @@ def parse_experiment(tree: Mapping[str, Any], default_name: str = "experiment") 
         try:
             if isinstance(kind, Balancing):
                 auxiliary = [name for name, task in experiment.tasks.items() if task.auxiliary]
-                make_balancer(kind.kind, kind.options, list(experiment.tasks), auxiliary, experiment.seed)
+                make_balancer(
+                    kind.kind, kind.options, list(experiment.tasks), auxiliary, experiment.seed, also_known=Balancing.model_fields
+                )
             else:
                 others = Task.model_fields if isinstance(kind, Task) else ()
                 check_options(resolve(kind.kind, known, f"{place}.kind"), kind.options, place, also_known=others)
@@ -451,9 +455,11 @@ def _with(tree: Mapping[str, Any], keys: list[str], value: Any, override: str, a
             changed = _fitting(changed, tree.get("kind", DEFAULT_KINDS.get(above)), above)
         return changed
     below = changed.get(keys[0], {})
-    if isinstance(below, str | list):  # `architecture: mmoe` and `train: path` are short for a mapping
-        main = "kind" if isinstance(below, str) and (keys[0] in KNOWN or above == "features") else "path"
-        below = {main: below}
+    kind = keys[0] in KNOWN or above == "features" or (above, keys[0]) == ("tasks", "loss")
+    if isinstance(below, str) and kind:  # `architecture: mmoe` and `train: path` are short for a mapping
+        below = {"kind": below}
+    elif isinstance(below, str | list) and above == "data":
+        below = {"path": below}
     elif below is None:
         below = {}
     if not isinstance(below, dict):
@@ -464,10 +470,15 @@ def _with(tree: Mapping[str, Any], keys: list[str], value: Any, override: str, a
 
 def _fitting(node: dict[str, Any], old: Any, place: str) -> dict[str, Any]:
     """The node, its kind just changed, without those options of the old kind that the new one does not have."""
-    known, new = KNOWN.get(place, {}), node["kind"]
+    known: Mapping[str, type] = KNOWN.get(place, {})
+    new = node["kind"]
     if old == new or old not in known or not isinstance(new, str) or (new not in known and ":" not in new):
-        return node  # what is wrong is told when the whole is checked
-    dropped = option_types(known[old]).keys() - option_types(resolve(new, known, f"{place}.kind")).keys()
+        return node  # what is wrong is told, with its whole path, when the whole is checked
+    try:
+        kept = option_types(resolve(new, known, f"{place}.kind")).keys()
+    except ValueError:
+        return node
+    dropped = option_types(known[old]).keys() - kept
     return {key: value for key, value in node.items() if key not in dropped}
 
 

@@ -9,7 +9,7 @@ Letters in shapes: B rows on this rank, D shared width, R rank.
 import torch
 from torch import Tensor, nn
 
-from mtrec.kinds import PositiveInt
+from mtrec.kinds import Kinds, PositiveInt
 
 
 class NoInteraction(nn.Module):
@@ -42,7 +42,7 @@ class DCNV2(nn.Module):
     Args:
         input_dim: D.
         layers: number of cross layers.
-        rank: R, the width of the low-rank space, or None for full D x D matrices. The low-rank form costs less while
+        rank: R, the width of the low-rank space; null: full D x D matrices. The low-rank form costs less while
             R < D / 2.
 
     >>> block = DCNV2(8, layers=2, rank=4)
@@ -71,4 +71,4 @@ class DCNV2(nn.Module):
         return self._flops
 
 
-INTERACTIONS: dict[str, type] = {"dcn_v2": DCNV2, "none": NoInteraction}
+INTERACTIONS = Kinds({"dcn_v2": DCNV2, "none": NoInteraction}, ("forward", "flops_per_row"))

@@ -28,20 +28,21 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
-_Whole = Annotated[int, BeforeValidator(_no_bool)]
-_Real = Annotated[float, BeforeValidator(_no_bool), AllowInfNan(False)]
-PositiveInt = Annotated[_Whole, Ge(1)]
-NonNegativeInt = Annotated[_Whole, Ge(0)]
-PositiveFloat = Annotated[_Real, Gt(0.0)]
-NonNegativeFloat = Annotated[_Real, Ge(0.0)]
-Fraction = Annotated[_Real, Ge(0.0), Lt(1.0)]
-Probability = Annotated[_Real, Ge(0.0), Le(1.0)]
+_A_NUMBER = BeforeValidator(_no_bool)  # after the bounds, which a JSON Schema would lack otherwise
+_FINITE = AllowInfNan(False)
+PositiveInt = Annotated[int, Ge(1), _A_NUMBER]
+TwoOrMore = Annotated[int, Ge(2), _A_NUMBER]
+NonNegativeInt = Annotated[int, Ge(0), _A_NUMBER]
+PositiveFloat = Annotated[float, Gt(0.0), _FINITE, _A_NUMBER]
+NonNegativeFloat = Annotated[float, Ge(0.0), _FINITE, _A_NUMBER]
+Fraction = Annotated[float, Ge(0.0), Lt(1.0), _FINITE, _A_NUMBER]
+Probability = Annotated[float, Ge(0.0), Le(1.0), _FINITE, _A_NUMBER]
 Widths = tuple[PositiveInt, ...]
 NonEmptyWidths = Annotated[tuple[PositiveInt, ...], MinLen(1)]
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """A hint `Did you mean 'x'?` (with a leading blank), or nothing where no word is close.
+    """A hint `Did you mean 'x'?` (with a leading blank), or nothing where no word is close, or where it is one of the words.
 
     >>> nearest("num_expert", ["num_experts", "expert_layers"])
     " Did you mean 'num_experts'?"
@@ -49,7 +50,7 @@ def nearest(word: str, words: Iterable[str]) -> str:
     ''
     """
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
-    return f" Did you mean '{close[0]}'?" if close else ""
+    return f" Did you mean '{close[0]}'?" if close and close[0] != word else ""
 
 
 def counted(count: int, noun: str) -> str:
@@ -61,10 +62,34 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+class Kinds(dict[str, type]):
+    """{kind: class}; `members`: what a class named by an import path must have, too, to stand among them."""
+
+    def __init__(self, known: Mapping[str, type], members: tuple[str, ...]) -> None:
+        super().__init__(known)
+        self.members = members
+
+
+def check_members(found: Any, members: Iterable[str], place: str) -> None:
+    """Raises ValueError naming `place` where a class, or an object of it, lacks some of the members that are needed.
+
+    >>> check_members(int, ["to_bytes", "forward"], "model.architecture.kind")
+    Traceback (most recent call last):
+    ValueError: `model.architecture.kind` should name a class with to_bytes, forward. Found 'builtins:int' without forward.
+    """
+    missing = [name for name in members if not hasattr(found, name)]
+    if missing:
+        cls = found if isinstance(found, type) else type(found)
+        raise ValueError(
+            f"`{place}` should name a class with {', '.join(members)}. "
+            f"Found '{cls.__module__}:{cls.__qualname__}' without {', '.join(missing)}."
+        )
+
+
 def resolve(kind: str, known: Mapping[str, type], place: str) -> type:
     """The class that `kind` names: a key of `known`, or an import path `module:Class`.
 
-    Raises ValueError naming `place` (a YAML path) where there is no such kind.
+    Raises ValueError naming `place` (a YAML path) where there is no such kind, or its class lacks what all `Kinds` have.
 
     >>> resolve("int", {"int": int}, "features.age.kind")
     <class 'int'>
@@ -93,6 +118,7 @@ def resolve(kind: str, known: Mapping[str, type], place: str) -> type:
         raise ValueError(
             f"`{place}` should name a class. Found '{kind}', but '{module_name}' has no class '{class_name}'."
         )
+    check_members(found, known.members if isinstance(known, Kinds) else (), place)
     return found
 
 
@@ -263,6 +289,8 @@ def _wish(finding: Any) -> str:
     if finding["type"] == "too_short":
         least = finding["ctx"]["min_length"]
         return f"hold at least {'one entry' if least == 1 else f'{least} entries'}"
+    if finding["type"] == "string_too_short":
+        return f"hold at least {counted(finding['ctx']['min_length'], 'character')}"
     if finding["type"] in ("dict_type", "model_type", "model_attributes_type"):
         return "be a mapping"
     return f"be {finding['msg'].removeprefix('Input should be ').removeprefix('Value should have ')}"

@@ -15,10 +15,11 @@ from mtrec.dropout import Dropout
 from mtrec.embeddings import Embeddings
 from mtrec.features import Encoder
 from mtrec.interactions import INTERACTIONS
-from mtrec.kinds import check_options, resolve
+from mtrec.kinds import check_members, check_options, resolve
 from mtrec.labels import LabelStatistics
 from mtrec.tasks import TASKS, Objectives, TaskSpec, automatic_weight
 
+TASK_ATTRIBUTES = ("family", "num_logits", "label_range", "label_scale")
 ANY_WIDTH = 64  # of x_BD, for a look at the structure of the dense part
 
 
@@ -28,7 +29,9 @@ def task_specs(experiment: Experiment) -> dict[str, TaskSpec]:
     for name, task in experiment.tasks.items():
         task_class = resolve(task.kind, TASKS, f"tasks.{name}.kind")
         options = check_options(task_class, task.options, f"tasks.{name}")
-        specs[name] = TaskSpec(task_class(name, **options), given=task.given, space=task.space)
+        made = task_class(name, **options)
+        check_members(made, TASK_ATTRIBUTES, f"tasks.{name}.kind")
+        specs[name] = TaskSpec(made, given=task.given, space=task.space)
     return specs
 
 
@@ -59,9 +62,11 @@ class DensePart(nn.Module):
         options = check_options(interaction, config.interaction.options, "model.interaction")
         self.dropout = Dropout(config.dropout)
         self.interaction = interaction(input_dim, **options)
+        check_members(self.interaction, ["output_dim"], "model.interaction.kind")
         architecture = resolve(config.architecture.kind, ARCHITECTURES, "model.architecture.kind")
         options = check_options(architecture, config.architecture.options, "model.architecture")
         self.architecture = architecture(self.interaction.output_dim, names, **options)
+        check_members(self.architecture, ["output_dim"], "model.architecture.kind")
         self.towers = Towers(names, self.architecture.output_dim, config.tower_layers)
         self.heads = nn.ModuleDict(
             {

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,8 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-def read_yaml(text: str, place: str) -> dict[str, Any]:
-    """A YAML mapping as plain values. Raises ValueError naming the file and the line.
+def read_yaml(text: str, place: str, keys: Iterable[str] = ("data", "features", "tasks")) -> dict[str, Any]:
+    """A YAML mapping as plain values; `keys`: the file's own, for the message. Raises ValueError naming the file and the line.
 
     >>> read_yaml("a: 1e-3", "x.yaml")
     {'a': 0.001}
@@ -64,7 +64,7 @@ def read_yaml(text: str, place: str) -> dict[str, Any]:
         raise ValueError(f"{place}: the YAML is nested too deeply.") from None
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise ValueError(
-            f"{place}: should be a YAML mapping with the keys data, features, tasks, ... Found {type(tree).__name__}."
+            f"{place}: should be a YAML mapping with keys such as {', '.join(keys)}. Found {type(tree).__name__}."
         )
     return tree
 

@@ -9,6 +9,7 @@ from logs import experiment_tree, write_log
 from runs import trained
 
 from mtrec.config import parse_experiment
+from mtrec.model import check_buffers, task_specs
 from mtrec.run import prepare
 
 MODULE = '''
@@ -69,6 +70,20 @@ class AtLeast:
         return (f"p_{self.name}",)
 
 
+class Widthless(OneLayer):
+    """Does not say how wide its output is."""
+
+    def __init__(self, input_dim, tasks):
+        super().__init__(input_dim, tasks)
+        del self.output_dim
+
+
+class Unranged(AtLeast):
+    """Does not say which labels it takes."""
+
+    label_range = property()
+
+
 class LargestFirst(nn.Module):
     """All weight on the task with the largest loss."""
 
@@ -102,4 +117,10 @@ def test_kinds_from_outside_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     tree["model"]["architecture"] = {"kind": "newcomer_kinds:OneLayer", "widht": 5}
     with pytest.raises(ValueError, match=r"`model.architecture.widht` is not a known key. Did you mean 'width'?"):
         parse_experiment(tree)
+    tree["model"]["architecture"] = "newcomer_kinds:Widthless"
+    with pytest.raises(ValueError, match=r"`model\.architecture\.kind` should name .* with output_dim\. .*Widthless' without"):
+        check_buffers(parse_experiment(tree))
+    tree["tasks"]["click"] = {"kind": "newcomer_kinds:Unranged"}
+    with pytest.raises(ValueError, match=r"`tasks\.click\.kind` should name a class with family, .* without label_range\."):
+        task_specs(parse_experiment(tree))
     sys.modules.pop("newcomer_kinds")

@@ -406,7 +406,7 @@ CONFIGURATIONS: dict[str, tuple[Change, list[str]]] = {
     "also on a number": (put(tasks__click__also_on="dwell"), ["`tasks.click.also_on` should name a binary task", "'dwell'"]),
     "unknown unit": (put(tasks__dwell__unit="hours"), ["`tasks.dwell.unit` should be", "'hours'"]),
     "unknown loss": (put(tasks__dwell__loss="l3"), ["`tasks.dwell.loss` should be one of", "'l3'"]),
-    "one class": (put(tasks__m={"kind": "multiclass", "num_classes": 1}), ["`tasks.m.num_classes`", "at least 2"]),
+    "one class": (put(tasks__m={"kind": "multiclass", "num_classes": 1}), ["`tasks.m.num_classes`", "equal to 2"]),
     "bounds turned round": (put(tasks__m={"kind": "regression", "low": 3, "high": 1}), ["`tasks.m.low`", "`tasks.m.high`"]),
     "weight of nothing": (put(tasks__click__weight=0), ["`tasks.click.weight` should be greater than 0 or be 'auto'. Found 0"]),
     "two tasks of one column": (

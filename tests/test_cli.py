@@ -56,6 +56,21 @@ def test_help_and_version_answer_without_torch(option: str, answer: str) -> None
     assert time.monotonic() - started < 5.0  # a hang, not a benchmark: 0.2 s on an idle machine
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--preset", "reference", "--conflict", "0.5"], r"^--preset reference has no --conflict\. Leave that out"),
+        (["--preset", "reference", "--days", "2", "--drift", "0"], r"has no --days, --drift\."),
+        (["--drift", "0.1"], r"^--drift should stand beside --days\."),
+    ],
+)
+def test_options_of_synth_that_would_do_nothing_are_refused(tmp_path: Path, options: list[str], message: str) -> None:
+    found = CliRunner().invoke(app, ["synth", str(tmp_path / "log"), "--rows", "2000", *options])
+    assert isinstance(found.exception, ValueError)
+    assert re.search(message, str(found.exception))
+    assert not (tmp_path / "log").exists()
+
+
 def test_from_log_to_evaluation(tmp_path: Path) -> None:
     write_log(tmp_path / "train", rows=2_000)
     write_log(tmp_path / "validation", rows=800, seed=1)

@@ -11,7 +11,7 @@ import yaml
 from logs import experiment_tree, write_log
 
 from mtrec.compare.balance import balancing_series, disagreements, mean_cosines
-from mtrec.compare.figures import colours, legend, pareto
+from mtrec.compare.figures import legend, pareto, styles
 from mtrec.compare.plan import load_plan
 from mtrec.compare.report import comparison_report, run_report
 from mtrec.compare.runs import conduct, folder_of
@@ -97,8 +97,8 @@ def test_the_report_joins_a_sweep_and_shows_gradients(log: Path, tmp_path: Path)
     # from the preference for dwell to that for click
     assert [line["x"], line["y"]] == [list(each) for each in zip(at["cagrad-1-3"], at["cagrad-3-1"], strict=True)]
     assert [mark["text"] for mark in drawn if "text" in mark] == [["3:1"], ["1:3"]]
-    tints = colours(results)
-    assert tints["cagrad-1-3"] == tints["cagrad-3-1"] != tints["mmoe"]
+    looks = styles(results)
+    assert looks["cagrad-1-3"] == looks["cagrad-3-1"] != looks["mmoe"]
     assert "cagrad (2 preferences)" in legend(results)
     series = results["variants"]["cagrad-1-3"]["balancing"]["0"]
     run = open_run(folder_of(folder, "cagrad-1-3/seed-0"))

@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtrec.balancing import Balancer
+from mtrec.balancing import Balancer, make_balancer
 from mtrec.config import KNOWN, apply_overrides, json_schema, load_experiment, parse_experiment, to_yaml
 from mtrec.kinds import option_descriptions, option_types
 from mtrec.tasks import DWELL_LOSSES
@@ -84,6 +84,18 @@ def test_another_kind_keeps_the_options_that_it_has_too() -> None:
         (["training.best_metric=7"], "`training.best_metric"),
         (["seed"], "--set should be key.path=value"),
         (["seed.x=1"], "--set seed.x=1: `seed` holds 1, not a mapping"),
+        (["name=mine", "name.x=1"], "--set name.x=1: `name` holds 'mine', not a mapping"),
+        (["model.tower_layers=[8]", "model.tower_layers.0=4"], "`tower_layers` holds [8], not a mapping"),
+        (["name=''"], "`name` should hold at least 1 character. Found ''."),
+        (["evaluation.bins=1"], "`evaluation.bins` should be greater than or equal to 2. Found 1."),
+        (["model.dropout=1.0"], "`model.dropout` should be less than 1. Found 1.0."),
+        (["balancing.nope=1"], "Known here: at, auxiliary_gate, ema, every, guard, kind, log_gradients, "),
+        (["balancing.log_gradient=true"], "Did you mean 'log_gradients'?"),
+        (["model.architecture=yaml:YAMLError"], "`model.architecture.kind` should name a class with forward, gates, "),
+        (["model.interaction=yaml:YAMLError"], "Found 'yaml.error:YAMLError' without forward, flops_per_row."),
+        (["balancing=torch.nn:Identity"], "`balancing.kind` should name a class with needs_gramian, forward. Found 'torch.nn"),
+        (["features.age=yaml:YAMLError"], "`features.age.kind` should name a class with family, check_type."),
+        (["tasks.click.kind=yaml:YAMLError"], "`tasks.click.kind` should name a class with loss, predict, "),
     ],
 )
 def test_mistakes_name_the_path(overrides: list[str], message: str) -> None:
@@ -193,6 +205,11 @@ def test_what_a_schema_refers_to_is_in_it(module: str) -> None:
         ("tasks.dwell.loss", {"kind": "tweedie", "power": 2.5}),
         ("tasks.dwell.loss", {"kind": "tweedie", "delta": 1.0}),
         ("features.user_id", {"kind": "categorical", "encoding": "hashed"}),
+        ("tasks.click", {"kind": "multiclass", "num_classes": 1}),
+        ("model", {"dropout": 1.0}),
+        ("evaluation", {"bins": 1}),
+        ("training", {"epochs": 0}),
+        ("balancing", {"kind": "gradvac", "beta": 2.0}),
     ],
 )
 def test_the_schema_refuses_what_parsing_would(path: str, value: object) -> None:
@@ -218,6 +235,22 @@ def test_the_schema_describes_every_option_of_every_kind() -> None:
         if len(option_descriptions(cls).get(name, "")) < 10
     ]
     assert bare == []
+
+
+@pytest.mark.parametrize("module", ["config", "compare.plan", "tune.plan"])
+def test_a_schema_speaks_to_who_writes_yaml(module: str) -> None:
+    schema = importlib.import_module(f"mtrec.{module}").json_schema()
+    said = re.findall(r'"description": "((?:[^"\\]|\\.)*)"', json.dumps(schema))
+    assert len(said) > 5
+    assert [text for text in said if re.search(r"\bValueError\b|\bNone\b|>>>", text)] == []
+
+
+def test_a_seed_of_balancing_is_the_experiment_s_where_it_is_null() -> None:
+    nodes = json_schema()["$defs"]["kind_of_balancing"]["anyOf"]
+    kinds = {each["title"]: each["properties"] for each in nodes if "title" in each}
+    assert [kinds[name]["seed"]["default"] for name in ("rlw", "pcgrad", "gradvac")] == [None] * 3
+    for options, seed in (({}, 7), ({"seed": None}, 7), ({"seed": 0}, 0), ({"seed": 3}, 3)):
+        assert make_balancer("rlw", options, ["click", "dwell"], seed=7).method.seed == seed
 
 
 @settings(max_examples=200, deadline=None)
@@ -265,6 +298,11 @@ def test_a_template_that_was_not_rendered_is_named(tmp_path: Path) -> None:
     path.write_text("data:\n  train: {{ ds }}\n")
     with pytest.raises(ValueError, match=r"job\.yaml: Line 2: a key should be a word\. Found a mapping: a template such as"):
         load_experiment(path)
+
+
+def test_a_loss_in_its_short_form_can_be_added_to() -> None:
+    made = parse_experiment(with_overrides("tasks.dwell.loss=tweedie", "tasks.dwell.loss.power=1.4"))
+    assert made.tasks["dwell"].options["loss"] == {"kind": "tweedie", "power": 1.4}
 
 
 def test_a_feature_in_its_short_form_can_be_added_to() -> None:

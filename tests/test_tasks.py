@@ -126,7 +126,7 @@ def test_initial_bias_of_the_others():
         ("dwell", {"cap_seconds": 0}, "x.cap_seconds` should be greater than 0. Found 0"),
         ("dwell", {"los": "ziln"}, "x.los` is not a known key. Did you mean 'loss'?"),
         ("multiclass", {}, "x.num_classes` is missing"),
-        ("multiclass", {"num_classes": 1}, "x.num_classes` should be at least 2. Found 1."),
+        ("multiclass", {"num_classes": 1}, "x.num_classes` should be greater than or equal to 2. Found 1."),
         ("dwell", {"loss": "tweedy"}, "x.loss` should be one of huber, log_mse, logsun"),
         ("dwell", {"loss": {"kind": "tweedy"}}, "x.loss.kind` should be one of huber, log_mse, logsun"),
         ("dwell", {"loss": {"power": 1.5}}, "x.loss.kind` should be one of huber, log_mse, logsun"),

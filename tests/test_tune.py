@@ -16,17 +16,28 @@ from hypothesis import strategies as st
 from logs import experiment_tree, write_log
 
 from mtrec.checkpoint import CheckpointError
-from mtrec.compare.runs import prepared
+from mtrec.compare.runs import prepared, train_here
 from mtrec.compare.space import Parameter, active
 from mtrec.config import Experiment, apply_overrides, load_experiment, parse_experiment, with_absolute_paths
 from mtrec.events import Failed
 from mtrec.locking import LockedError, locked
 from mtrec.recorder import Recorder
-from mtrec.run import Run, open_run
+from mtrec.run import Run, open_run, prepare
 from mtrec.train import train
+from mtrec.tune import figures
 from mtrec.tune.plan import Plan, checked, load_plan
 from mtrec.tune.results import place_of
-from mtrec.tune.trials import AS_WRITTEN, folder_of, make_trial, read_result, train_trial, write_result
+from mtrec.tune.trials import (
+    AS_WRITTEN,
+    best_validation,
+    folder_of,
+    make_trial,
+    read_result,
+    total_steps,
+    train_trial,
+    values_at,
+    write_result,
+)
 from mtrec.tune.whole import read_plan, tune
 
 RATE = {"optimizer.dense.learning_rate": {"log_uniform": [1e-4, 1e-2]}}
@@ -80,6 +91,8 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
         ),
         ({"parameters": RATE, "objectives": ["click/auk"]}, r"`objectives\.0` .*Found 'auk'.* Did you mean 'auc'\?"),
         ({"parameters": RATE, "objectives": ["klick/auc"]}, r"`objectives\.0` .*Did you mean 'click'\?"),
+        ({"parameters": RATE, "objectives": ["click"]}, r"`objectives\.0` should be a task .*Found 'click'\.$"),
+        ({"parameters": RATE, "objectives": ["klick"]}, r"Found 'klick'\. Did you mean 'click'\?"),
         ({"parameters": RATE, "objectives": ["dwell/sum_ratio"]}, r"which has no better direction"),
         ({"parameters": RATE, "objectives": ["click/auc", "click/auc"]}, r"`objectives\.1` .*twice"),
         ({"parameters": RATE, "objectives": []}, r"`objectives` should"),
@@ -113,6 +126,9 @@ def test_a_mistake_is_told_of_the_file_that_holds_it(experiment: Experiment, tmp
     space = tmp_path / "space.yaml"
     space.write_text(yaml.safe_dump({"parameters": {"model.dropuot": [0.0, 0.1]}}))
     with pytest.raises(ValueError, match=rf"^{re.escape(str(space))}: `parameters\.model\.dropuot`"):
+        load_plan(experiment, space, 4)
+    space.write_text(yaml.safe_dump([RATE]))
+    with pytest.raises(ValueError, match=r"should be a YAML mapping with keys such as parameters, .*Found list\."):
         load_plan(experiment, space, 4)
     space.write_text(yaml.safe_dump({"parameters": RATE}))
     tree = experiment.model_dump(mode="json")
@@ -155,6 +171,15 @@ def test_one_objective_chooses_the_checkpoint_and_asha_is_for_one(experiment: Ex
     assert several.experiment == experiment
     assert several.asha is None
     assert checked(experiment, {"parameters": RATE, "asha": False}, 4).asha is None
+
+
+def test_the_name_of_an_objective_s_task_may_hold_a_slash(experiment: Experiment) -> None:
+    tree = experiment.model_dump(mode="json")
+    tree["tasks"]["like/share"] = {**tree["tasks"].pop("click"), "label": "click"}
+    tree["tasks"] = {name: {**task, "given": task["given"] and "like/share"} for name, task in tree["tasks"].items()}
+    plan = checked(parse_experiment(tree), {"parameters": RATE, "objectives": ["like/share/auc", "dwell/xauc"]}, 4)
+    event = {"metrics": {"tasks": {"like/share": {"auc": 0.7}, "dwell": {"xauc": 0.6}}}}
+    assert [each.value(event) for each in plan.objectives] == [0.7, 0.6]
 
 
 def test_an_option_is_drawn_only_for_the_kinds_that_have_it(experiment: Experiment) -> None:
@@ -221,7 +246,7 @@ def test_results_hold_every_trial_and_the_best_is_a_whole_experiment(searched: t
     best = load_experiment(folder / "best.yaml")
     values = {each["number"]: each["values"] for each in results["trials"]}[results["best"]]
     assert best.model.architecture.kind == values.get("model.architecture.kind", "mmoe")
-    assert best.training == plan.experiment.training  # as long as the experiment, not cut to a trial's length
+    assert best.training == plan.experiment.training.model_copy(update={"validate_every": 1})  # 8 steps, curve_points 8
     assert sorted(path.name for path in (folder / "pareto").iterdir()) == [f"{number:03d}.yaml" for number in front]
     kept = {number for number in range(4) if list((folder_of(folder, number) / "checkpoints").glob("step-*"))}
     assert kept == set(front)
@@ -229,6 +254,28 @@ def test_results_hold_every_trial_and_the_best_is_a_whole_experiment(searched: t
     rows = list(csv.DictReader((folder / "trials.csv").open()))
     assert [float(row["click/auc"]) for row in rows] == [each["objectives"]["click/auc"] for each in results["trials"]]
     assert rows[2]["model.architecture.num_experts"] == ""
+
+
+@pytest.mark.parametrize("budget", [None, {"steps": 26}])
+def test_training_the_best_experiment_gives_the_figure_in_its_head(
+    experiment: Experiment, tmp_path: Path, budget: dict[str, int] | None
+) -> None:
+    rate = {"optimizer.dense.learning_rate": {"log_uniform": [0.02, 0.1]}}  # so high that the best step is not the last
+    space = {"parameters": rate, "objectives": ["click/auc"], "curve_points": 8, "budget": budget}
+    training = experiment.training.model_copy(update={"epochs": 4})
+    plan = checked(experiment.model_copy(update={"training": training}), space, 1)
+    shares = [{"optimizer.dense.learning_rate": 0.2}]
+    results = tune(plan, tmp_path / "out", resume=False, search=_search(shares))
+    best = next(each for each in results["trials"] if each["number"] == results["best"])
+    text = (tmp_path / "out" / "best.yaml").read_text()
+    assert f"# click/auc {best['objectives']['click/auc']:.5f} on the validation rows" in text
+    assert ("max_steps: 26" in text.split("\n")[2]) == (budget is not None)
+    run = prepare(load_experiment(tmp_path / "out" / "best.yaml"), tmp_path / "again")
+    train_here(run, torch.device("cpu"))
+    found = best_validation(run, plan.objectives)
+    assert found is not None
+    assert values_at(found, plan.objectives) == [best["objectives"]["click/auc"]]
+    assert (found["step"], total_steps(run)) == (best["best_step"], best["total_steps"])
 
 
 def test_the_page_is_whole_and_made_again_from_the_files(
@@ -252,6 +299,26 @@ def test_the_page_is_whole_and_made_again_from_the_files(
     assert (tmp_path / "page.html").read_text() == page
     assert open_run(folder_of(folder, results["best"])).best()
     assert read_plan(json.loads((folder / "tune.json").read_text())) == plan
+
+
+def test_long_choices_are_all_on_their_axis_in_short() -> None:
+    choices = [f"my_own_module_of_towers:ArchitectureNumber{index}" for index in range(8)]
+    trial = {"state": "finished", "objectives": {"click/auc": 0.7}}
+    results = {
+        "space": {"model.architecture.kind": {"choice": choices}},
+        "as_written": {"model.architecture.kind": "mmoe"},
+        "trials": [{**trial, "number": 1 + i, "values": {"model.architecture.kind": each}} for i, each in enumerate(choices)],
+        "objectives": [{"name": "click/auc", "larger": True}],
+        "best": 1,
+    }
+    drawn = figures.against_parameter(results, "model.architecture.kind", results["objectives"][0])
+    axis = drawn["layout"]["xaxis"]
+    assert axis["tickvals"] == [each["x"][0] for each in drawn["data"]] == choices
+    assert len(set(axis["ticktext"])) == 8
+    assert max(map(len, axis["ticktext"])) == 24
+    assert (axis["tickangle"], drawn["layout"]["height"]) == (90, 290 + 180)
+    drawn = figures.parallel_coordinates(results, results["objectives"][0])
+    assert drawn["data"][0]["dimensions"][0]["ticktext"] == axis["ticktext"]
 
 
 def test_a_search_is_taken_up_and_not_mixed_up(searched: tuple[Path, dict[str, Any], Plan], experiment: Experiment) -> None:

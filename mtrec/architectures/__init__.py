@@ -21,14 +21,18 @@ from mtrec.architectures.ple import PLE
 from mtrec.architectures.shared_bottom import SharedBottom
 from mtrec.architectures.single_task import SingleTask
 from mtrec.architectures.towers import Towers
+from mtrec.kinds import Kinds
 
 __all__ = ["ARCHITECTURES", "CGC", "PLE", "MMoE", "OMoE", "SharedBottom", "SingleTask", "Towers"]
 
-ARCHITECTURES: dict[str, type] = {
-    "single_task": SingleTask,
-    "shared_bottom": SharedBottom,
-    "omoe": OMoE,
-    "mmoe": MMoE,
-    "cgc": CGC,
-    "ple": PLE,
-}
+ARCHITECTURES = Kinds(
+    {
+        "single_task": SingleTask,
+        "shared_bottom": SharedBottom,
+        "omoe": OMoE,
+        "mmoe": MMoE,
+        "cgc": CGC,
+        "ple": PLE,
+    },
+    ("forward", "gates", "shared_parameters", "flops_per_row"),
+)

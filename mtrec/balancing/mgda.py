@@ -20,8 +20,8 @@ class MGDA(nn.Module):
     `min_weight` where that hurts.
 
     Options:
-        normalization: what gradients are divided by: "none", "l2" (their norm) or "loss", which raises ValueError where a loss
-            is not positive.
+        normalization: what gradients are divided by: "none", "l2" (their norm) or "loss", for which every loss must be
+            positive.
 
     >>> method = MGDA(["click", "dwell"])
     >>> gramian = torch.tensor([[1.0, 0.0], [0.0, 3.0]])

@@ -18,7 +18,7 @@ class RLW(nn.Module):
 
     Options:
         distribution: "normal": softmax of normal numbers; "dirichlet": uniform on the simplex.
-        seed: of the draws (default: the experiment's).
+        seed: of the draws; null: the experiment's.
 
     >>> method = RLW(["click", "dwell"], seed=1)
     >>> weights = method(torch.tensor([0.5, 2.0]), None, 5, torch.tensor([True, True]))
@@ -33,10 +33,10 @@ class RLW(nn.Module):
         tasks: Sequence[str],
         *,
         distribution: Literal["normal", "dirichlet"] = "normal",
-        seed: NonNegativeInt = 0,
+        seed: NonNegativeInt | None = None,
     ) -> None:
         super().__init__()
-        self.seed = seed
+        self.seed = seed or 0
         self.distribution = distribution
 
     @torch.no_grad()

@@ -26,7 +26,7 @@ class PCGrad(nn.Module):
     Source: Yu et al. 2020, algorithm 1.
 
     Options:
-        seed: of the orders (default: the experiment's).
+        seed: of the orders; null: the experiment's.
 
     >>> method = PCGrad(["click", "dwell"])
     >>> gramian = torch.tensor([[1.0, -1.0], [-1.0, 2.0]])
@@ -36,9 +36,9 @@ class PCGrad(nn.Module):
 
     needs_gramian = True
 
-    def __init__(self, tasks: Sequence[str], *, seed: NonNegativeInt = 0) -> None:
+    def __init__(self, tasks: Sequence[str], *, seed: NonNegativeInt | None = None) -> None:
         super().__init__()
-        self.seed = seed
+        self.seed = seed or 0
 
     @torch.no_grad()
     def forward(self, losses_K: Tensor, gramian_KK: Tensor, step: int, active_K: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class GradVac(nn.Module):
 
     Options:
         beta: share of the new cosine in the target.
-        seed: of the orders (default: the experiment's).
+        seed: of the orders; null: the experiment's.
 
     >>> method = GradVac(["click", "dwell"])
     >>> gramian = torch.tensor([[1.0, 0.5], [0.5, 1.0]])
@@ -82,10 +82,10 @@ class GradVac(nn.Module):
     needs_gramian = True
     target_KK: Tensor
 
-    def __init__(self, tasks: Sequence[str], *, beta: Probability = 0.5, seed: NonNegativeInt = 0) -> None:
+    def __init__(self, tasks: Sequence[str], *, beta: Probability = 0.5, seed: NonNegativeInt | None = None) -> None:
         super().__init__()
         self.beta = beta
-        self.seed = seed
+        self.seed = seed or 0
         self.register_buffer("target_KK", torch.zeros(len(tasks), len(tasks), dtype=torch.float64))
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """The plots of a report as plain Plotly figures ({"data", "layout"}); colours of text and grid are the page's business."""
 
-import itertools
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,27 +9,87 @@ COLOURS = ("#8c8c8c", "#0f88d0", "#e08214", "#17a27c", "#d0568f", "#b59a00", "#7
 POINTS_SHOWN = 200  # of a gate's curve
 FEW = 40  # points of a line that are marked
 ROW_PIXELS, EDGE_PIXELS = 30, 105
+MANY = 6  # variants beyond which a heat map takes the page's width
+NAME_LENGTH = 24  # letters of a name on an axis
+LETTER_PIXELS = 7.5  # of such a letter
+PLOT_PIXELS, WIDE_PIXELS = 220, 500  # that labels leave to a plot, at least, beside others and alone in its line
 
 Figure = dict[str, Any]
 
 
-def colours(results: Mapping[str, Any]) -> dict[str, str]:
-    """{variant: colour}; the baseline is grey, the points of a preference sweep have one colour together."""
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """How one of several things is drawn: a plotly colour, dash of lines and symbol of dots; `words`: what a legend adds."""
+
+    colour: str
+    dash: str = "solid"
+    symbol: str = "circle"
+    words: str = ""
+
+
+_AGAIN = (("solid", "circle", ""), ("dash", "square", "square"), ("dot", "diamond", "diamond"), ("dashdot", "x", "cross"))
+
+
+def style(index: int) -> Style:
+    """Of the thing with this number, from 0: eight colours, none of them the baseline's, then with other dashes and symbols.
+
+    >>> style(0) == style(8), style(0).colour == style(8).colour, style(8).symbol
+    (False, True, 'square')
+    """
+    again, place = divmod(index, len(COLOURS) - 1)
+    return Style(COLOURS[1 + place], *_AGAIN[again % len(_AGAIN)])
+
+
+def line(look: Style, width: float) -> Figure:
+    """Plotly's `line`."""
+    return {"color": look.colour, "dash": look.dash, "width": width}
+
+
+def styles(results: Mapping[str, Any]) -> dict[str, Style]:
+    """{variant: style}; the baseline alone is grey, the points of a preference sweep have one style together."""
     swept = {point: name for name, sweep in results.get("sweeps", {}).items() for point in sweep}
     groups = list(dict.fromkeys(swept.get(name, name) for name in results["variants"]))
-    return {name: COLOURS[groups.index(swept.get(name, name)) % len(COLOURS)] for name in results["variants"]}
+    places = {name: groups.index(swept.get(name, name)) for name in results["variants"]}
+    return {name: Style(COLOURS[0]) if place == 0 else style(place - 1) for name, place in places.items()}
 
 
 def legend(results: Mapping[str, Any], again: bool = False) -> dict[str, str]:
     """{name: colour} for a page, a sweep under its own name; `again`: with the A/A row."""
-    tints, found = colours(results), {}
+    looks, found = styles(results), {}
     swept = {point: name for name, sweep in results.get("sweeps", {}).items() for point in sweep}
     for name, variant in results["variants"].items():
         if again or not variant["again"]:
             sweep = swept.get(name)
             label = name if sweep is None else f"{sweep} ({len(results['sweeps'][sweep])} preferences)"
-            found[label] = tints[name]
+            found[f"{label} ({looks[name].words})" if looks[name].words else label] = looks[name].colour
     return found
+
+
+def short(name: str) -> str:
+    """A name as an axis or a title has room for it: both ends of a long one.
+
+    >>> short("mmoe"), short("a-very-long-variant-name-with-many-words-7")
+    ('mmoe', 'a-very-long-…any-words-7')
+    """
+    return name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH // 2]}…{name[1 - NAME_LENGTH // 2 :]}"
+
+
+def named(names: Sequence[str], more: Sequence[str] = ()) -> Figure:
+    """An axis of categories with each of them named, in short; hovering tells the whole name.
+
+    `more`: what follows each name, in the category as on the axis.
+    """
+    ends = more or [""] * len(names)
+    texts = [f"{short(name)}{end}".replace("<", "&lt;") for name, end in zip(names, ends, strict=True)]  # "<" begins markup
+    values = [f"{name}{end}" for name, end in zip(names, ends, strict=True)]
+    return {"type": "category", "tickmode": "array", "tickvals": values, "ticktext": texts}
+
+
+def named_below(names: Sequence[str], pixels: float = PLOT_PIXELS) -> tuple[Figure, int]:
+    """(the same below a figure, upright where that is too narrow, pixels that this takes of its height)."""
+    longest = max((len(short(name)) for name in names), default=0) * LETTER_PIXELS
+    upright = longest * len(names) > pixels
+    return {**named(names), "tickangle": 90 if upright else 0}, round(longest) if upright else 0
 
 
 def figure(data: list[Figure], title: str, x: str, y: str = "", height: int = 320, **axes: Any) -> Figure:
@@ -45,9 +105,13 @@ def figure(data: list[Figure], title: str, x: str, y: str = "", height: int = 32
         "xaxis": {"title": {"text": x, "font": {"size": 12.5}, "standoff": 8}, "automargin": True, "nticks": 6},
         "yaxis": {"title": {"text": y, "font": {"size": 12.5}, "standoff": 8}, "automargin": True},
         "showlegend": False,
+        "hoverlabel": {"namelength": -1},
     }
     for axis, changes in axes.items():
         layout[axis] = {**layout.get(axis, {}), **changes} if isinstance(changes, dict) else changes
+    for axis in ("xaxis", "yaxis"):
+        if layout[axis].get("type") == "category":  # none of them is left out
+            layout[axis] = {"dtick": 1, **{key: value for key, value in layout[axis].items() if key != "nticks"}}
     return {"data": data, "layout": layout}
 
 
@@ -58,24 +122,25 @@ def height_of(rows: int) -> int:
 
 def metric_intervals(results: Mapping[str, Any], task: str, metric: str) -> Figure:
     """A dot and its interval a variant, and a small mark for each seed."""
-    names, tints = list(results["variants"]), colours(results)
+    names, looks = list(results["variants"]), styles(results)
     data: list[Figure] = []
     for name in names:
         found = results["variants"][name]["metrics"][task][metric]
         if found["value"] is None:
             continue
         seeds = [value for value in found["by_seed"].values() if value is not None]
-        data.append(dots(seeds, [name] * len(seeds), tints[name], name, size=6, opacity=0.55, symbol="line-ns-open"))
-        data.append(_interval(found, name, tints[name]))
+        look = dataclasses.replace(looks[name], symbol="line-ns-open")
+        data.append(dots(seeds, [name] * len(seeds), look, name, size=6, opacity=0.55))
+        data.append(_interval(found, name, looks[name]))
     return figure(data, f"{task}: {metric}", metric, height=height_of(len(names)), yaxis=_categories(names))
 
 
 def differences(results: Mapping[str, Any], task: str, metric: str) -> Figure:
     """Variant minus baseline with its interval, and the line of no difference."""
     rows = [row for row in results["differences"] if (row["task"], row["metric"]) == (task, metric) and row["value"] is not None]
-    tints = colours(results)
+    looks = styles(results)
     names = [name for name in results["variants"] if name != results["baseline"]]
-    data = [_interval(row, row["variant"], tints[row["variant"]]) for row in rows]
+    data = [_interval(row, row["variant"], looks[row["variant"]]) for row in rows]
     line = {
         "type": "line",
         "x0": 0,
@@ -85,21 +150,21 @@ def differences(results: Mapping[str, Any], task: str, metric: str) -> Figure:
         "y1": 1,
         "line": {"width": 1, "dash": "dot", "color": "#888"},
     }
-    title = f"{task}: {metric} minus {results['baseline']}'s"
+    title = f"{task}: {metric} minus {short(results['baseline'])}'s"
     axes: dict[str, Any] = {"yaxis": _categories(names), "xaxis": {"nticks": 4}}
-    return figure(data, title, f"difference in {metric}", height=height_of(len(names)), shapes=[line], **axes)
+    return figure(data, title, "difference", height=height_of(len(names)), shapes=[line], **axes)
 
 
-def _interval(found: Mapping[str, Any], name: str, colour: str) -> Figure:
+def _interval(found: Mapping[str, Any], name: str, look: Style) -> Figure:
     value, low, high = found["value"], found["low"], found["high"]
-    dot = dots([value], [name], colour, name, size=10)
+    dot = dots([value], [name], look, name, size=10)
     if low is not None and high is not None:
         dot["error_x"] = {
             "type": "data",
             "symmetric": False,
             "array": [high - value],
             "arrayminus": [value - low],
-            "color": colour,
+            "color": look.colour,
             "thickness": 2,
             "width": 5,
         }
@@ -107,20 +172,16 @@ def _interval(found: Mapping[str, Any], name: str, colour: str) -> Figure:
     return dot
 
 
-def dots(x: list[Any], y: list[Any], colour: str, name: str, size: int, opacity: float = 1.0, symbol: str = "circle") -> Figure:
+def dots(x: list[Any], y: list[Any], look: Style, name: str, size: int, opacity: float = 1.0) -> Figure:
     """A plotly trace of markers."""
-    marker = {"color": colour, "size": size, "opacity": opacity, "symbol": symbol}
+    marker = {"color": look.colour, "size": size, "opacity": opacity, "symbol": look.symbol}
     return {"type": "scatter", "mode": "markers", "x": x, "y": y, "name": name, "marker": marker}
 
 
 def _categories(names: Sequence[str]) -> Figure:
     # top to bottom in the order of the table, half a row of room at both ends
-    return {
-        "categoryorder": "array",
-        "categoryarray": list(reversed(names)),
-        "range": [-0.6, len(names) - 0.4],
-        "type": "category",
-    }
+    order = {"categoryorder": "array", "categoryarray": list(reversed(names)), "range": [-0.6, len(names) - 0.4]}
+    return {**named(names), **order}
 
 
 def variance_sources(results: Mapping[str, Any], task: str, metric: str) -> Figure:
@@ -144,7 +205,7 @@ def variance_sources(results: Mapping[str, Any], task: str, metric: str) -> Figu
     return figure(
         data,
         f"{task}: {metric}",
-        "variance of the difference",
+        "variance",
         height=height_of(len(names)) + 30,
         yaxis=_categories(names),
         xaxis={"exponentformat": "e", "nticks": 4, "rangemode": "tozero"},
@@ -157,7 +218,7 @@ def variance_sources(results: Mapping[str, Any], task: str, metric: str) -> Figu
 
 def learning_curves(results: Mapping[str, Any], task: str) -> Figure:
     """Mean of the validation metric over seeds, with a band of one standard deviation."""
-    tints, data, metric = colours(results), [], ""
+    looks, data, metric = styles(results), [], ""
     for name, variant in results["variants"].items():
         curve = variant["curves"]["validation"].get(task)
         points = [each for each in (curve or {"mean": []})["mean"] if each[1] is not None]
@@ -175,7 +236,7 @@ def learning_curves(results: Mapping[str, Any], task: str) -> Figure:
                 "x": steps + steps[::-1],
                 "y": band,
                 "fill": "toself",
-                "fillcolor": tints[name],
+                "fillcolor": looks[name].colour,
                 "opacity": 0.13,
                 "line": {"width": 0},
                 "mode": "lines",
@@ -183,8 +244,13 @@ def learning_curves(results: Mapping[str, Any], task: str) -> Figure:
                 "showlegend": False,
             }
         )
-        data.append({**base, "x": steps, "y": means, "mode": "lines+markers", "line": {"color": tints[name], "width": 2}})
+        data.append({**base, "x": steps, "y": means, **_line(looks[name], 2)})
     return figure(data, f"{task}: {metric} on validation rows", "step", height=330)
+
+
+def _line(look: Style, width: float, **marker: Any) -> Figure:
+    """What of a trace makes it a line with its points marked."""
+    return {"mode": "lines+markers", "line": line(look, width), "marker": {"symbol": look.symbol, **marker}}
 
 
 def pareto(results: Mapping[str, Any], first: str, second: str) -> Figure:
@@ -192,7 +258,7 @@ def pareto(results: Mapping[str, Any], first: str, second: str) -> Figure:
 
     The points of a preference sweep are joined in the order of their preference between the two, and say what it is.
     """
-    tints, metrics = colours(results), results["primary"]
+    looks, metrics = styles(results), results["primary"]
     data: list[Figure] = []
     at = {}
     for name, variant in results["variants"].items():
@@ -205,14 +271,14 @@ def pareto(results: Mapping[str, Any], first: str, second: str) -> Figure:
 
     for sweep in results.get("sweeps", {}).values():
         order = sorted((point for point in sweep if point in at), key=lambda point: ratio(sweep[point]))
-        line = {"color": tints[order[0]] if order else None, "width": 1.5}
+        line = {"color": looks[order[0]].colour if order else None, "width": 1.5}
         x, y = ([at[point][index] for point in order] for index in (0, 1))
         data.append({"type": "scatter", "mode": "lines", "x": x, "y": y, "line": line, "hoverinfo": "skip"})
     preferences = {point: each for sweep in results.get("sweeps", {}).values() for point, each in sweep.items()}
     for name, (x, y) in at.items():
-        dot = dots([x], [y], tints[name], name, size=11)
+        dot = dots([x], [y], looks[name], name, size=11)
         if results["across"][name]["pareto"]:
-            dot["marker"] |= {"symbol": "circle-open-dot", "size": 16, "line": {"width": 2.5}}
+            dot["marker"] |= {"symbol": f"{looks[name].symbol}-open-dot", "size": 16, "line": {"width": 2.5}}
         if name in preferences:
             text = ":".join(f"{value:g}" for value in preferences[name].values())
             dot |= {"mode": "markers+text", "text": [text], "textposition": "top center", "cliponaxis": False}
@@ -223,7 +289,7 @@ def pareto(results: Mapping[str, Any], first: str, second: str) -> Figure:
 
 def calibration(results: Mapping[str, Any], task: str) -> Figure:
     """Mean label against mean prediction in bins of equal rows; on the diagonal predictions are right on average."""
-    tints, data, most = colours(results), [], 0.0
+    looks, data, most = styles(results), [], 0.0
     for name, variant in results["variants"].items():
         found = variant["calibration"].get(task)
         if found is None or variant["again"]:
@@ -231,12 +297,10 @@ def calibration(results: Mapping[str, Any], task: str) -> Figure:
         data.append(
             {
                 "type": "scatter",
-                "mode": "lines+markers",
                 "x": found["prediction"],
                 "y": found["label"],
                 "name": name,
-                "line": {"color": tints[name], "width": 1.5},
-                "marker": {"size": 5},
+                **_line(looks[name], 1.5, size=5),
             }
         )
         most = max(most, *found["prediction"], *found["label"])
@@ -279,10 +343,10 @@ def gate_heat(gates: Mapping[str, Any], name: str) -> Figure:
     ]
     return figure(
         data,
-        f"{name}: weight of each expert",
+        f"{short(name)}: weight of each expert",
         "expert",
         height=height_of(len(rows)),
-        yaxis={"autorange": "reversed"},
+        yaxis={"autorange": "reversed", **named(list(rows))},
         xaxis={"type": "category"},
     )
 
@@ -290,35 +354,36 @@ def gate_heat(gates: Mapping[str, Any], name: str) -> Figure:
 def expert_use(gates: Mapping[str, Any], name: str) -> Figure:
     """Mean weight of each expert over training, the first seed: one line an expert of each gate."""
     data = []
-    for (gate, seeds), colour in zip(gates.items(), itertools.cycle(COLOURS[1:])):
+    for index, (gate, seeds) in enumerate(gates.items()):
         found = next(iter(seeds.values()))
         every = max(1, len(found["steps"]) // POINTS_SHOWN)
         data += [
             {
                 "type": "scatter",
-                "mode": "lines",
+                "mode": "lines" if len(found["steps"]) > FEW else "lines+markers",
+                "marker": {"size": 5},
                 "x": found["steps"][::every],
                 "y": [share[expert] for share in found["shares"][::every]],
                 "name": gate,
                 "legendgroup": gate,
                 "showlegend": expert == 0,
-                "line": {"color": colour, "width": 1.3},
+                "line": line(style(index), 1.3),
                 "hovertemplate": f"{gate}, expert {expert}: %{{y:.3f}}<extra></extra>",
             }
             for expert in range(len(found["shares"][0]))
         ]
     legend = {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"}
-    lines = 1 + len(gates) // 2  # of the legend, where the figure is narrow
+    rows = 1 + len(gates) // 2  # of the legend, where the figure is narrow
     return figure(
         data,
-        f"{name}: expert use over training",
+        f"{short(name)}: expert use over training",
         "step",
         "weight",
-        height=310 + 24 * lines,
+        height=310 + 24 * rows,
         yaxis={"rangemode": "tozero"},
         showlegend=True,
         legend=legend,
-        margin={"l": 8, "r": 16, "t": 50 + 24 * lines, "b": 14},
+        margin={"l": 8, "r": 16, "t": 50 + 24 * rows, "b": 14},
     )
 
 
@@ -338,13 +403,15 @@ def segments(results: Mapping[str, Any], task: str) -> Figure:
         line = [found.get((name, segment)) for name in names]
         z.append([None if each is None else each["value"] for each in line])
         text.append([_cell(each) for each in line])
+    beside = named(list(order), [f" ({count:,})" for count in order.values()])
+    below, upright = named_below(names, WIDE_PIXELS if len(names) > MANY else PLOT_PIXELS)
     most = max((abs(value) for line in z for value in line if value is not None), default=1.0)
     data = [
         {
             "type": "heatmap",
             "z": z,
             "x": names,
-            "y": [f"{segment} ({rows:,})" for segment, rows in order.items()],
+            "y": beside["tickvals"],
             "text": text,
             "texttemplate": "%{text}",
             "zmin": -most,
@@ -355,14 +422,14 @@ def segments(results: Mapping[str, Any], task: str) -> Figure:
             "ygap": 2,
         }
     ]
-    title = f"{task}: {results['primary'][task]} minus {results['baseline']}'s"
+    title = f"{task}: {results['primary'][task]} minus {short(results['baseline'])}'s"
     return figure(
         data,
         title,
         "",
-        height=height_of(len(order)) + 20,
-        yaxis={"autorange": "reversed", "type": "category"},
-        xaxis={"type": "category", "nticks": 0},
+        height=height_of(len(order)) + 20 + upright,
+        yaxis={"autorange": "reversed", **beside},
+        xaxis=below,
     )
 
 
@@ -381,12 +448,12 @@ COSTS = {
 
 def cost_against_quality(results: Mapping[str, Any], task: str, cost: str) -> Figure:
     """A primary metric with its interval against one cost."""
-    tints, data, metric = colours(results), [], results["primary"][task]
+    looks, data, metric = styles(results), [], results["primary"][task]
     for name, variant in results["variants"].items():
         found, price = variant["metrics"][task][metric], variant["cost"][cost]
         if found["value"] is None or price is None or variant["again"]:
             continue
-        dot = dots([price], [found["value"]], tints[name], name, size=11)
+        dot = dots([price], [found["value"]], looks[name], name, size=11)
         dot["hovertemplate"] = f"{name}: %{{x:,.0f}}, %{{y:.5f}}<extra></extra>"
         data.append(dot)
     return figure(data, f"{task} against {COSTS[cost]}", COSTS[cost], metric, height=330, xaxis={"rangemode": "tozero"})
@@ -402,9 +469,9 @@ def losses(events: Sequence[Mapping[str, Any]]) -> Figure:
             "x": [event["step"] for event in steps],
             "y": [event["losses"][task] for event in steps],
             "name": task,
-            "line": {"color": colour, "width": 1.5},
+            "line": line(style(index), 1.5),
         }
-        for task, colour in zip(steps[0]["losses"] if steps else (), itertools.cycle(COLOURS[1:]))
+        for index, task in enumerate(steps[0]["losses"] if steps else ())
     ]
     legend = {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"}
     return figure(

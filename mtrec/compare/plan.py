@@ -150,7 +150,8 @@ def load_plan(path: str | Path) -> Plan:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"There is no comparison file '{path}' (looked in {Path.cwd()}).")
-    tree = {"name": path.stem, **read_yaml(path.read_text(encoding="utf-8"), str(path))}
+    text = path.read_text(encoding="utf-8")
+    tree = {"name": path.stem, **read_yaml(text, str(path), ("base", "baseline", "variants", "seeds"))}
     with naming(str(path)):
         comparison, seeds = _comparison(tree)
     base_file = path.parent / comparison.base

@@ -275,7 +275,8 @@ def _segments(page: Page, results: Results) -> None:
         "soft",
     )
     tasks = list(dict.fromkeys(row["task"] for row in results["segments"]))
-    page.figures(figures.segments(results, task) for task in tasks)
+    variants = len({row["variant"] for row in results["segments"]} - {results["again"]})
+    page.figures((figures.segments(results, task) for task in tasks), wide=variants > figures.MANY)
 
 
 def _cost(page: Page, results: Results) -> None:

@@ -24,13 +24,7 @@ FORMS = ("uniform", "log_uniform", "int", "log_int", "choice")
 
 
 class Parameter(Section):
-    """What one path may be: exactly one of the five; a list is short for `choice`. Both ends belong to a range.
-
-    >>> Parameter(log_uniform=(1e-4, 1e-2)).at(0.5)
-    0.001
-    >>> Parameter(int=(2, 4)).at(0.99), Parameter(choice=["mmoe", "ple"]).at(0.2)
-    (4, 'mmoe')
-    """
+    """What one path may be: exactly one of the five; a list is short for `choice`. Both ends belong to a range."""
 
     uniform: tuple[Number, Number] | None = None
     log_uniform: tuple[Number, Number] | None = None
@@ -77,7 +71,13 @@ class Parameter(Section):
         return list(self.ends) if self.choice is None else list(self.choice)
 
     def at(self, share: float) -> Any:
-        """The value at a share in [0, 1) of the range: even, or even on a log scale."""
+        """The value at a share in [0, 1) of the range: even, or even on a log scale.
+
+        >>> Parameter(log_uniform=(1e-4, 1e-2)).at(0.5)
+        0.001
+        >>> Parameter(int=(2, 4)).at(0.99), Parameter(choice=["mmoe", "ple"]).at(0.2)
+        (4, 'mmoe')
+        """
         if self.choice is not None:
             return self.choice[math.floor(share * len(self.choice))]
         low, high = self.ends

@@ -3,5 +3,6 @@
 from mtrec.features.bucketized import Bucketized
 from mtrec.features.categorical import Categorical
 from mtrec.features.dense import Dense
+from mtrec.kinds import Kinds
 
-FEATURES: dict[str, type] = {"categorical": Categorical, "dense": Dense, "bucketized": Bucketized}
+FEATURES = Kinds({"categorical": Categorical, "dense": Dense, "bucketized": Bucketized}, ("family", "check_type"))

@@ -12,6 +12,7 @@
 A task of your own needs no line here: `kind: my_module:MyTask` in the experiment file.
 """
 
+from mtrec.kinds import Kinds
 from mtrec.tasks.binary import Binary
 from mtrec.tasks.dwell import Dwell
 from mtrec.tasks.dwell_losses import DWELL_LOSSES, DwellLoss
@@ -35,4 +36,7 @@ __all__ = [
     "automatic_weight",
 ]
 
-TASKS: dict[str, type] = {"binary": Binary, "dwell": Dwell, "regression": Regression, "multiclass": Multiclass}
+TASKS = Kinds(
+    {"binary": Binary, "dwell": Dwell, "regression": Regression, "multiclass": Multiclass},
+    ("loss", "predict", "log_prediction", "initial_bias", "prediction_names"),
+)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtrec.kinds import PositiveInt
+from mtrec.kinds import TwoOrMore
 from mtrec.tasks.finite import bounded
 from mtrec.tasks.task import Family, LabelRange
 
@@ -12,8 +12,10 @@ from mtrec.tasks.task import Family, LabelRange
 class Multiclass:
     """A label in 0 .. num_classes - 1: softmax, trained with cross-entropy; predicts `p_<name>_0`, `p_<name>_1`, ...
 
+    Raises ValueError for fewer than two classes.
+
     Options:
-        num_classes: at least two; raises ValueError for fewer.
+        num_classes: at least two.
 
     >>> task = Multiclass("reaction", num_classes=3)
     >>> logits_BC = torch.tensor([[1.0, 1.0, -1e4]])
@@ -26,7 +28,7 @@ class Multiclass:
     family: Family = "multiclass"
     label_scale = 1.0
 
-    def __init__(self, name: str, *, num_classes: PositiveInt) -> None:
+    def __init__(self, name: str, *, num_classes: TwoOrMore) -> None:
         if num_classes < 2:
             raise ValueError(f"`tasks.{name}.num_classes` should be at least 2. Found {num_classes}.")
         self.name = name

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mtrec.compare.figures import COLOURS, Figure, dots, figure
+from mtrec.compare.figures import COLOURS, Figure, Style, dots, figure, named_below, short
 from mtrec.compare.space import Parameter
 from mtrec.tune.results import place_of
 from mtrec.tune.table import short_paths, short_value
@@ -70,7 +70,7 @@ def _axis(label: str, parameter: Parameter, values: Sequence[Any]) -> Figure:
     ticks: list[float]
     numbers: list[float | None]
     if parameter.choice is not None:
-        texts = [short_value(each) for each in parameter.choice]
+        texts = [short(short_value(each)) for each in parameter.choice]
         numbers = [None if value is None else parameter.choice.index(value) for value in values]
         ticks = [float(index) for index in range(len(texts))]
         low, high = 0.0, float(len(texts) - 1)
@@ -112,7 +112,8 @@ def _mark(results: Mapping[str, Any], trial: Mapping[str, Any], x: Any, objectiv
     best = trial["number"] == results["best"] or (len(results["objectives"]) > 1 and trial["number"] in results["front"])
     tint = WRITTEN if written else GOOD if best else STOPPED if stopped else PLAIN
     symbol = "diamond" if written else "circle-open" if stopped else "circle"
-    found = dots([x], [trial["objectives"][objective]], tint, _name(trial), size=11 if written or best else 8, symbol=symbol)
+    look = Style(tint, symbol=symbol)
+    found = dots([x], [trial["objectives"][objective]], look, _name(trial), size=11 if written or best else 8)
     stop = f"<br>stopped at step {trial['steps']} of {trial['total_steps']}" if stopped else ""
     lines = [f"{path}: {short_value(value)}" for path, value in _values(results, trial).items()]
     lines = [line.replace("<", "&lt;") for line in lines]
@@ -130,15 +131,18 @@ def against_parameter(results: Mapping[str, Any], path: str, objective: Mapping[
             x = short_value(value) if parameter.choice is not None else value
             data.append(_mark(results, trial, x, objective["name"]))
     axis: Figure = {"type": "log" if parameter.log else "linear"}
+    upright = 0
     if parameter.choice is not None:
-        axis = {"type": "category", "categoryorder": "array", "categoryarray": [short_value(each) for each in parameter.choice]}
+        names = [short_value(each) for each in parameter.choice]
+        axis, upright = named_below(names)
+        axis |= {"categoryorder": "array", "categoryarray": names}
         axis["range"] = [-0.5, len(parameter.choice) - 0.5]
     elif parameter.log:
         low, high = (math.log10(end) for end in parameter.ends)
         ticks = [10 ** (low + (high - low) * k / 4) for k in range(5)]
         axis |= {"range": [low - 0.07 * (high - low), high + 0.07 * (high - low)], "tickvals": ticks}
         axis["ticktext"] = [f"{tick:.2g}" for tick in ticks]
-    return figure(data, short_paths(list(results["space"]))[path], "", objective["name"], height=290, xaxis=axis)
+    return figure(data, short_paths(list(results["space"]))[path], "", objective["name"], height=290 + upright, xaxis=axis)
 
 
 def _has(parameter: Parameter, value: Any) -> bool:

@@ -75,7 +75,11 @@ def _best(page: Page, results: Results) -> None:
             for path in paths
         ]
         page.table(["parameter", "as written", "best", "searched"], rows, numbers=(1, 2))
-        page.paragraph("best.yaml is the whole experiment with these values. A - stands for what the kind does not have.", "soft")
+        page.paragraph(
+            "best.yaml is the whole experiment with these values, as long and as often validated as the trial: its training "
+            "gives the best value again. A - stands for what the kind does not have.",
+            "soft",
+        )
         return
     rows = []
     for number in sorted(results["front"], key=lambda each: -trials[each]["objectives"][names[0]]):

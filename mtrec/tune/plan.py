@@ -76,7 +76,7 @@ class Objective:
         if self.name == BEST_METRIC:
             found = event["metric"]
         else:
-            task, _, metric = self.name.partition("/")
+            task, _, metric = self.name.rpartition("/")
             found = event["metrics"]["tasks"][task].get(metric)
         return None if found is None else float(found)
 
@@ -121,7 +121,7 @@ def load_plan(experiment: Experiment, path: str | Path, trials: int) -> Plan:
         raise ValueError(f"--space: there is no file '{path}' (looked in {Path.cwd()}).")
     if trials < 1:
         raise ValueError(f"--trials should be at least 1. Found {trials}.")
-    tree = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    tree = read_yaml(path.read_text(encoding="utf-8"), str(path), ("parameters", "objectives", "budget"))
     if experiment.data.validation is None:
         raise ValueError("A search chooses on validation rows, and the experiment has no `data.validation`.")
     check_best_metric(experiment, Objectives(task_specs(experiment)))
@@ -167,11 +167,11 @@ def _objectives(search: SearchFile, experiment: Experiment) -> tuple[Objective, 
     known = Measures(experiment, Objectives(task_specs(experiment))).compute()["tasks"]
     found = []
     for index, name in enumerate(search.objectives):
-        place, (task, slash, metric) = f"objectives.{index}", name.partition("/")
+        place, (task, slash, metric) = f"objectives.{index}", name.rpartition("/")
         if task not in known or not slash:
             raise ValueError(
                 f"`{place}` should be a task ({', '.join(known)}) and one of its metrics, such as {next(iter(known))}/auc. "
-                f"Found '{name}'.{nearest(task, known)}"
+                f"Found '{name}'.{nearest(task or name, known)}"
             )
         names = [each for each in known[task] if each not in COUNTS]
         good = [each for each in names if each.removesuffix("_given") in (*LARGER_IS_BETTER, *SMALLER_IS_BETTER)]

@@ -16,10 +16,12 @@ from mtrec.compare.verdict import pareto_front
 from mtrec.config import to_yaml
 from mtrec.evaluate import MAIN_METRIC
 from mtrec.model import task_specs
+from mtrec.run import open_run
 from mtrec.tune.plan import BEST_METRIC, Plan, value_at
-from mtrec.tune.trials import AS_WRITTEN, drawn, read_result
+from mtrec.tune.trials import AS_WRITTEN, drawn, folder_of, read_result
 
 RESULTS, TRIALS, BEST, PARETO = "results.json", "trials.csv", "best.yaml", "pareto"
+AS_IN_TRIAL = ("validate_every", "epochs", "max_steps")  # keys of `training` that a search sets itself
 EDGE = 0.05  # a best value within this share of a range's end lies at its edge
 
 
@@ -114,17 +116,37 @@ def write(plan: Plan, results: Mapping[str, Any], folder: Path) -> None:
             writer.writerow([trial["number"], trial["state"], *objectives, *values, on_front, *(trial[name] for name in kept)])
     part.replace(folder / TRIALS)
     by_number = {trial["number"]: trial for trial in results["trials"]}
-    write_atomically(folder / BEST, experiment_yaml(plan, by_number[results["best"]]))
+    write_atomically(folder / BEST, experiment_yaml(plan, folder, by_number[results["best"]]))
     shutil.rmtree(folder / PARETO, ignore_errors=True)
     if len(names) > 1:
         (folder / PARETO).mkdir()
         for number in results["front"]:
-            write_atomically(folder / PARETO / f"{number:03d}.yaml", experiment_yaml(plan, by_number[number]))
+            write_atomically(folder / PARETO / f"{number:03d}.yaml", experiment_yaml(plan, folder, by_number[number]))
 
 
-def experiment_yaml(plan: Plan, trial: Mapping[str, Any]) -> str:
-    """The experiment with a trial's values, every default written out, as long as the experiment is, not as the trials were."""
+def experiment_yaml(plan: Plan, folder: Path, trial: Mapping[str, Any]) -> str:
+    """The experiment with a trial's values, every default written out, as long and as often validated as the trial.
+
+    So its training gives the figures in its head again: they are those of the best validation, which another length or other
+    validations would change.
+    """
     values = ", ".join(f"{path} = {value}" for path, value in trial["values"].items()) or "the experiment as written"
     metrics = ", ".join(f"{name} {value:.5f}" for name, value in trial["objectives"].items())
     made = varied(plan.experiment, trial["values"], f"trial {trial['number']}")
-    return f"# mtrec tune, trial {trial['number']}: {values}\n# {metrics} on the validation rows\n{to_yaml(made)}"
+    trained = open_run(folder_of(folder, trial["number"])).experiment.training
+    before, changes = made.training, {key: getattr(trained, key) for key in AS_IN_TRIAL}
+    made = made.model_copy(update={"training": before.model_copy(update=changes)})
+    other = {key: value for key, value in changes.items() if value != getattr(before, key)}
+    lines = [
+        f"mtrec tune, trial {trial['number']}: {values}",
+        f"{metrics} on the validation rows, the best of the trial's validations (step {trial['best_step']}); training this file "
+        "on as many workers gives it again",
+    ]
+    if other:
+        set_, was = (", ".join(f"{key}: {_yaml(each[key])}" for key in other) for each in (changes, before.model_dump()))
+        lines.append(f"training has the trial's {set_}; the experiment has {was}")
+    return "".join(f"# {line}\n" for line in lines) + to_yaml(made)
+
+
+def _yaml(value: int | None) -> str:
+    return "null" if value is None else str(value)
