@@ -32,6 +32,7 @@ from mtrec.config import Experiment, Source, Task, parse_experiment, to_yaml
 from mtrec.dataset import Dataset
 from mtrec.features import FEATURES, BadRowsError, Encoder, Feature, check_schema
 from mtrec.features.arrays import is_number
+from mtrec.features.tables import plan_tables
 from mtrec.feed import bad_row, bad_rows, check_encodes, label_looks, usable_rows, without_bad_rows
 from mtrec.formula import ranking_formula
 from mtrec.gradients import check_place
@@ -43,7 +44,8 @@ from mtrec.model import check_buffers, task_specs
 from mtrec.tasks import Objectives, TaskSpec
 from mtrec.yaml_tree import naming, read_yaml
 
-SMALL_ROWS = 1_000_000  # below, `auto` means batches of 512 and tables of 8 columns
+SMALL_ROWS = 1_000_000  # below, `auto` means batches of 512 and tables of SMALL_DIM columns
+SMALL_DIM, LARGE_DIM = 8, 16
 FIT_ROWS = 65_536
 SAMPLE_ROWS, SAMPLE_FILE = 4_096, "sample.parquet"  # training rows kept in the run; see mtrec/predictions.py
 RUN_FILES = ("experiment.yaml", "encoder/encoder.json", "labels.json", "labels.npz", SAMPLE_FILE)
@@ -236,7 +238,7 @@ def resolve_auto(experiment: Experiment, rows: int) -> Experiment:
         size = 512 if small else 4_096
         data = data.model_copy(update={"batch_size": -(-size // data.num_streams) * data.num_streams})
     if model.embedding_dim == "auto":
-        model = model.model_copy(update={"embedding_dim": 8 if small else 16})
+        model = model.model_copy(update={"embedding_dim": SMALL_DIM if small else LARGE_DIM})
     return experiment.model_copy(update={"data": data, "model": model})
 
 
@@ -324,21 +326,26 @@ def _fitted(
             previous=previous.encoder if previous else None,
         )
     except BadRowsError as error:
-        raise ValueError(_bad_row(train, read, list(label_looks(labels, weight).values()), features) or str(error)) from error
+        looks = list(label_looks(labels, weight).values())
+        raise ValueError(_bad_row(train, read, looks, features, experiment.model.embedding_dim) or str(error)) from error
     if bad is not None:
         bad.check(bad.skipped, bad.skipped.total() + bad.kept, "They are rows of `data.train`.")
     return encoder, fit.statistics()
 
 
 def _bad_row(
-    data: Dataset, columns: Sequence[str], looks: Sequence[Callable[[pa.RecordBatch], object]], features: Sequence[Feature]
+    data: Dataset,
+    columns: Sequence[str],
+    looks: Sequence[Callable[[pa.RecordBatch], object]],
+    features: Sequence[Feature],
+    embedding_dim: int,
 ) -> str | None:
     """The place of the first row that cannot be fitted, looked for only once one was met."""
 
     def look(batch: pa.RecordBatch) -> None:
         for each in looks:
             each(batch)
-        Encoder.fit(features, [batch], schema=data.schema, embedding_dim=1)
+        Encoder.fit(features, [batch], schema=data.schema, embedding_dim=embedding_dim)
 
     return bad_row(data, columns, look)
 
@@ -362,7 +369,12 @@ def slow_precision(experiment: Experiment, device: str) -> str | None:
 
 
 def check_device(experiment: Experiment, device: str) -> None:
-    """What the device lacks: sharding by rows and fused Adam are not offered on the CPU. Raises ValueError naming the path."""
+    """What the device lacks: some dimensions of tables, and on the CPU sharding by rows and fused Adam.
+
+    Raises ValueError naming the path, also where features do not agree on their tables.
+    """
+    dim = experiment.model.embedding_dim
+    plan_tables(feature_list(experiment), SMALL_DIM if dim == "auto" else dim)
     for name, kind in experiment.features.items():
         sharding = kind.options.get("sharding")
         if sharding == "row_wise" and device == "cpu":

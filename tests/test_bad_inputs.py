@@ -389,6 +389,14 @@ CONFIGURATIONS: dict[str, tuple[Change, list[str]]] = {
         both(feature("user_id", **CATEGORICAL, table="x"), feature("item_id", **CATEGORICAL, table="x")),
         ["`features.item_id.table` and `features.user_id.table`", "strings", "integers"],
     ),
+    "a dimension that fbgemm lacks": (
+        put(model__embedding_dim=10),
+        ["`model.embedding_dim` should be a multiple of 4 for the table", "Found 10."],
+    ),
+    "a feature's dimension that fbgemm lacks": (
+        feature("item_id", **CATEGORICAL, dim=6),
+        ["`features.item_id.dim` should be a multiple of 4 for the table 'item_id'", "Found 6."],
+    ),
     "a table of two dimensions": (
         both(
             feature("user_id", **CATEGORICAL, table="x", dim=4),
@@ -433,6 +441,7 @@ CONFIGURATIONS: dict[str, tuple[Change, list[str]]] = {
         ["`balancing.at`", "tasks share no dense parameter", "single_task"],
     ),
     "rate below 0": (put(optimizer__dense__learning_rate=-1), ["`optimizer.dense.learning_rate` should be greater than 0"]),
+    "a beta of 1": (put(optimizer__dense__betas=[0.9, 1.0]), ["`optimizer.dense.betas.1` should be less than 1", "Found 1.0."]),
     "one beta": (put(optimizer__dense__betas=[0.9]), ["`optimizer.dense.betas` should have more entries. Found only 1"]),
     "unknown schedule": (put(optimizer__tables__schedule="step"), ["`optimizer.tables.schedule`", "'step'"]),
     "unknown precision": (put(training__precision="fp16"), ["`training.precision` should be 'fp32' or 'bf16'"]),
