@@ -42,6 +42,7 @@ from mtrec.metrics import group_keys
 from mtrec.mirror import Mirror
 from mtrec.model import check_buffers, task_specs
 from mtrec.tasks import Objectives, TaskSpec
+from mtrec.written import as_written
 from mtrec.yaml_tree import naming, read_yaml
 
 SMALL_ROWS = 1_000_000  # below, `auto` means batches of 512 and tables of SMALL_DIM columns
@@ -73,10 +74,8 @@ class Run:
     def info(self) -> dict[str, Any]:
         """run.json: what was prepared from what, and by which versions."""
         path = self.folder / "run.json"
-        try:
+        with as_written(path, "JSON"):
             found: dict[str, Any] = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} should be JSON, as mtrec wrote it. Found: {error}.") from error
         return found
 
     @functools.cached_property

@@ -47,6 +47,7 @@ from mtrec.predictions import load_model, uses_bf16
 from mtrec.recorder import Recorder
 from mtrec.run import Run, evaluation_columns, label_columns, open_run, open_source, prepare, resolve_auto
 from mtrec.train import train
+from mtrec.written import as_written
 from mtrec.yaml_tree import read_yaml
 
 PREDICTIONS, DONE, SPEC = "predictions.parquet", "done.json", "compare.json"
@@ -336,9 +337,10 @@ def events_of(run: Run) -> Iterator[dict[str, Any]]:
     path = run.folder / "log.jsonl"
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
         if line.endswith("\n"):
-            event: dict[str, Any] = json.loads(line)
+            with as_written(f"{path}, line {number},", "JSON"):
+                event: dict[str, Any] = json.loads(line)
             yield event
 
 
