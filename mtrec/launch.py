@@ -2,6 +2,7 @@
 
 import json
 import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -167,9 +168,11 @@ def _train_here(run: Run, resume_from: checkpoint.Checkpoint | None, display: Tr
     recorder = Recorder(run.folder)
     try:
         with listening(asked.set):
-            for event in train(run, device=local_device(), resume_from=resume_from, stop_requested=asked.is_set):
-                recorder(event)
-                display.poll()
+            training = train(run, device=local_device(), resume_from=resume_from, stop_requested=asked.is_set)
+            with closing(training) as events:  # ends it here where an event cannot be written: its own error says more
+                for event in events:
+                    recorder(event)
+                    display.poll()
     finally:
         recorder.close()
 

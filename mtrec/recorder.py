@@ -1,29 +1,33 @@
 """The log files of a run, which rank 0 writes from the events of its training."""
 
 import dataclasses
+import itertools
 import json
+import logging
 import os
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from mtrec.atomic import write_atomically
 from mtrec.events import Event, Step, Validation
 
+log = logging.getLogger(__name__)
 BLOCK_BYTES = 65_536
+BOARDS = itertools.count()  # of this process
 
 
 class Recorder:
     """Writes the events of rank 0 to `log.jsonl` and TensorBoard; the newest validation also to `metrics.json`."""
 
     def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # half a second, on rank 0 only
-
         self._folder = folder
         _drop_cut_line(folder / "log.jsonl")
         self._log = (folder / "log.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(folder / "tensorboard")
+        self._board = Board(folder / "tensorboard")
 
     def __call__(self, event: Event) -> None:
         line = {"event": type(event).__name__.lower(), "time": time.time(), **dataclasses.asdict(event)}
@@ -36,14 +40,60 @@ class Recorder:
             raise ValueError(
                 f"The log of {self._folder} cannot be written any more: {error}. --resume goes on from the newest checkpoint."
             ) from error
-        for name, value in _scalars(event):
-            self._board.add_scalar(name, value, event.step)
+        self._board.add(event.step, dict(_scalars(event)))
 
     def close(self) -> None:
         """Closes the log and the board; what was written stays."""
         with suppress(OSError):  # of a full disk: it was raised when the line was written
             self._log.close()
         self._board.close()
+
+
+class Board:
+    """A file of scalars for TensorBoard. One that cannot be written is let go with a warning: the log has all of it.
+
+    torch's SummaryWriter writes in a thread, which prints a stack trace of its own where the disk is full.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2  # on rank 0 only
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary, self._folder = event_pb2.Event, summary_pb2.Summary, folder
+        self._records: Any = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(BOARDS)}"
+            self._records = RecordWriter((folder / name).open("wb"))
+        except OSError as error:
+            self._let_go(error)
+        self._write(file_version="brain.Event:2")
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> None:
+        """The scalars of a step, by name."""
+        if scalars:
+            values = [self._summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+            self._write(step=step, summary=self._summary(value=values))
+
+    def close(self) -> None:
+        """Closes the file; what was written stays."""
+        records, self._records = self._records, None
+        with suppress(OSError):  # every event was flushed
+            if records is not None:
+                records.close()
+
+    def _write(self, **content: Any) -> None:
+        if self._records is None:
+            return
+        try:
+            self._records.write(self._event(wall_time=time.time(), **content).SerializeToString())
+            self._records.flush()
+        except OSError as error:
+            self._let_go(error)
+
+    def _let_go(self, error: OSError) -> None:
+        log.warning("TensorBoard's file in %s cannot be written (%s): training goes on without it.", self._folder, error)
+        self.close()
 
 
 def _drop_cut_line(log: Path) -> None:

@@ -9,7 +9,7 @@ import dataclasses
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -56,7 +56,7 @@ def train(
     device: torch.device,
     resume_from: Checkpoint | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Trains a prepared run; every rank iterates it to its end.
 
     Args:

@@ -15,9 +15,9 @@ def as_written(place: str | Path, form: str) -> Iterator[None]:
     """Around reading a file, or a line of one, that should be of this form. Raises ValueError naming the place where it is not.
 
     >>> with as_written("run.json", "JSON"):
-    ...     raise ValueError("Expecting value: line 1 column 1 (char 0)")
+    ...     raise ValueError("Expecting value: line 1")
     Traceback (most recent call last):
-    ValueError: run.json should be JSON, as mtrec wrote it. Found: Expecting value: line 1 column 1 (char 0). Put it back from a copy.
+    ValueError: run.json should be JSON, as mtrec wrote it. Found: Expecting value: line 1. Put it back from a copy.
     """
     try:
         yield

@@ -20,11 +20,14 @@ from runs import small_run, trained
 from typer.testing import CliRunner
 
 import mtrec.events
+import mtrec.launch
 import mtrec.train
-from mtrec.checkpoint import VALIDATION, CheckpointError, check, find, folder_of, newest, read
+from mtrec.checkpoint import VALIDATION, CheckpointError, Saver, check, find, folder_of, newest, read
 from mtrec.cli import app
-from mtrec.events import Ended, Saved, Step, Validation
+from mtrec.display import TrainDisplay
+from mtrec.events import Ended, Event, Saved, Step, Validation
 from mtrec.locking import LockedError, locked
+from mtrec.recorder import Recorder
 from mtrec.run import Run
 from mtrec.train import train
 
@@ -84,6 +87,23 @@ def test_a_stop_where_a_validation_is_due_leaves_it_to_the_resumed_run(tmp_path:
     validated = [event.step for event in stopped + again if isinstance(event, Validation)]
     assert validated == [event.step for event in expected if isinstance(event, Validation)] == [10, 20, 30, 32]
     assert again[-1] == expected[-1]
+
+
+def test_what_the_save_under_way_met_is_told_where_the_log_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def refused(recorder: Recorder, event: Event) -> None:
+        if isinstance(event, Saved):
+            raise ValueError("The log cannot be written any more")
+
+    run = small_run(tmp_path, *OVERRIDES)
+    monkeypatch.setattr(Saver, "_commit", full)
+    monkeypatch.setattr(Recorder, "__call__", refused)
+    with pytest.raises(CheckpointError, match=r"step-00000010 could not be written: .*No space left"):
+        mtrec.launch._train_here(run, None, TrainDisplay(run.folder))
 
 
 def rank_whose_validation_fails(folder: str) -> None:

@@ -19,9 +19,9 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -295,7 +295,7 @@ def train_here(
     try:
         resume_from = checkpoint.to_resume(run.checkpoints)
         asked = train(run, device=device, resume_from=resume_from, stop_requested=lambda: time.monotonic() > until)
-        with contextlib.closing(cast("Generator[Event]", asked)) as events:  # ends it here also where `watch` raises
+        with contextlib.closing(asked) as events:  # ends it here also where `watch` raises
             for event in events:
                 recorder(event)
                 watch(event)
