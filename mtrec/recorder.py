@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from mtrec.atomic import write_atomically
+from mtrec.checkpoint import Checkpoint, newest_validation
 from mtrec.events import Event, Step, Validation
 
 log = logging.getLogger(__name__)
 BLOCK_BYTES = 65_536
+METRICS = "metrics.json"
 BOARDS = itertools.count()  # of this process
 
 
@@ -35,18 +37,50 @@ class Recorder:
             self._log.write(json.dumps(line) + "\n")
             self._log.flush()
             if isinstance(event, Validation):
-                write_atomically(self._folder / "metrics.json", json.dumps(event.metrics, indent=1))
+                self._write_metrics(event.metrics)
         except OSError as error:
             raise ValueError(
                 f"The log of {self._folder} cannot be written any more: {error}. --resume goes on from the newest checkpoint."
             ) from error
         self._board.add(event.step, dict(_scalars(event)))
 
+    def catch_up(self, resumed: Checkpoint | None) -> None:
+        """Writes the newest validation of the checkpoints up to this one where a kill, or a new machine, left it out here."""
+        found = None if resumed is None else newest_validation(resumed)
+        if found is None:
+            return
+        if not self._has(found):
+            self(Validation(**found))
+        elif _metrics(self._folder) != found["metrics"]:
+            self._write_metrics(found["metrics"])
+
+    def _has(self, validation: Mapping[str, Any]) -> bool:
+        with (self._folder / "log.jsonl").open(encoding="utf-8") as lines:
+            return any(_holds(line, validation) for line in lines if line.startswith('{"event": "validation"'))
+
+    def _write_metrics(self, metrics: Mapping[str, Any]) -> None:
+        write_atomically(self._folder / METRICS, json.dumps(metrics, indent=1))
+
     def close(self) -> None:
         """Closes the log and the board; what was written stays."""
         with suppress(OSError):  # of a full disk: it was raised when the line was written
             self._log.close()
         self._board.close()
+
+
+def _holds(line: str, values: Mapping[str, Any]) -> bool:
+    """Whether a line of the log says all of these."""
+    with suppress(ValueError):
+        event = json.loads(line)
+        return bool(event == {**event, **values})
+    return False
+
+
+def _metrics(folder: Path) -> Any:
+    """What metrics.json holds; None where it is missing or damaged."""
+    with suppress(OSError, ValueError):
+        return json.loads((folder / METRICS).read_text())
+    return None
 
 
 class Board:

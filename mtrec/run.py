@@ -265,10 +265,9 @@ def prepare(experiment: Experiment, folder: Path, previous: Run | None = None) -
             model = experiment.model.model_copy(update={"embedding_dim": previous.experiment.model.embedding_dim})
             experiment = experiment.model_copy(update={"model": model})
     experiment = resolve_auto(experiment, train.num_rows)
-    sources = [train]
-    if experiment.data.validation is not None:
-        extra = evaluation_columns(experiment)
-        sources.append(open_source(experiment, experiment.data.validation, "data.validation", extra))
+    sources, validation = [train], experiment.data.validation
+    if validation is not None:
+        sources.append(open_source(experiment, validation, "data.validation", evaluation_columns(experiment)))
     specs = task_specs(experiment)
     objectives = Objectives(specs)
     ranking_formula(experiment)
@@ -297,8 +296,15 @@ def prepare(experiment: Experiment, folder: Path, previous: Run | None = None) -
             "files": len(train.files),
             "fingerprint": train.fingerprint,
         },
+        "validation": None if validation is None else {
+            "source": validation.model_dump(mode="json"),
+            "rows": sources[1].num_rows,
+            "files": len(sources[1].files),
+            "fingerprint": sources[1].fingerprint,
+        },
         "notes": [note for source in sources for note in source.notes],
         "warm_start": str(previous.folder) if previous else None,
+        "warm_start_encoder": previous.encoder.fingerprint() if previous else None,
         "module_folders": module_folders(experiment),
     }
     write_atomically(folder / "run.json", json.dumps(info, indent=1))  # last: a folder with it is a whole run
@@ -424,6 +430,31 @@ def check_resumable(run: Run, experiment: Experiment) -> None:
             f"--resume: `{path}` differs from that of {run.folder}. A resumed run keeps its experiment (training.* may change); "
             "for another experiment start a new run, with --warm-start to begin from this one's weights."
         )
+
+
+    _check_compared_alike(run, experiment)
+
+
+def _check_compared_alike(run: Run, given: Experiment) -> None:
+    """The best checkpoint is chosen, and training stops early, by values of one metric, measured in one way."""
+    before = run.experiment
+    wish = before.training.best_metric
+    metrics = {path.partition("/")[2].removesuffix("_given") for path in ([wish] if isinstance(wish, str) else wish or ["/auc"])}
+    keys: dict[str, tuple[object, object]] = {"training.best_metric": (wish, given.training.best_metric)}
+    if "gauc" in metrics:
+        keys["evaluation.group_by"] = before.evaluation.group_by, given.evaluation.group_by
+    if metrics & {"auc", "ece"}:
+        keys["evaluation.bins"] = before.evaluation.bins, given.evaluation.bins
+    for key, (old, new) in keys.items():
+        if old != new and before.data.validation is not None:
+            raise ValueError(
+                f"`{key}` should stay what it was, {_value(old)}: the checkpoints of {run.folder} are compared by it. "
+                f"Found {_value(new)}. Set it back, or start a new run, with --warm-start to keep the weights."
+            )
+
+
+def _value(value: object) -> str:
+    return "the default" if value is None else str(value)
 
 
 def _difference(first: Any, second: Any, place: str) -> str | None:

@@ -9,7 +9,7 @@ import dataclasses
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -19,7 +19,7 @@ from mtrec import checkpoint, hang, parallel
 from mtrec.ahead import copy_ahead
 from mtrec.allocator import keep_freed_memory
 from mtrec.batch import Batch
-from mtrec.checkpoint import Checkpoint, Saver
+from mtrec.checkpoint import WHOLE_VALIDATION, Checkpoint, Saver
 from mtrec.config import EarlyStopping, Training
 from mtrec.dataset import Dataset
 from mtrec.evaluate import check_bad_rows, evaluate, score_metric
@@ -78,12 +78,7 @@ def train(
     seconds = config.collective_timeout_seconds
     with hang.hangs_named(seconds), parallel.process_group(device, seconds, share_memory=config.exchange == "auto"):
         _check_world(experiment.data.num_streams)
-        data = open_source(experiment, experiment.data.train, "data.train")
-        if data.fingerprint != run.info["train"]["fingerprint"]:
-            raise ValueError(
-                f"data.train is not what {run.folder} was prepared from: files were added, removed or replaced since. "
-                "Start a new run (with --warm-start to keep the weights)."
-            )
+        data, validation = _sources(run)
         steps_per_epoch = make_reader(run, data, Progress()).num_batches
         total_steps = steps_per_epoch * config.epochs
         total_steps = min(total_steps, config.max_steps or total_steps)
@@ -102,7 +97,7 @@ def train(
             started = warm_start(state, run, open_run(run.info["warm_start"]))
             yield WarmStarted(0, str(started.folder), started.notes)
         try:
-            yield from _loop(run, data, state, saver, progress, total_steps, stop_requested)
+            yield from _loop(run, data, validation, state, saver, progress, total_steps, stop_requested)
         except BaseException as error:  # Ctrl-C, and a caller that goes away, too
             if not (isinstance(error, Exception) and hang.timed_out(error)):
                 saver.finish()  # what is being saved counts, although a validation, say, cannot be done
@@ -113,6 +108,29 @@ def be_deterministic() -> None:
     """Algorithms that give the same bits at every run. Memory that is about to be written is not filled with NaN before."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _sources(run: Run) -> tuple[Dataset, Dataset | None]:
+    """The training and the validation rows; ValueError where they are not those that the run was prepared from."""
+    experiment = run.experiment
+    train = open_source(experiment, experiment.data.train, "data.train")
+    _check_unchanged(run, train, run.info["train"])
+    source = experiment.data.validation
+    if source is None:
+        return train, None
+    validation = open_source(experiment, source, "data.validation", evaluation_columns(experiment))
+    noted = run.info.get("validation")  # runs of an earlier mtrec have none
+    if noted is not None and noted["source"] == source.model_dump(mode="json"):  # a comparison's runs share one run.json
+        _check_unchanged(run, validation, noted)
+    return train, validation
+
+
+def _check_unchanged(run: Run, data: Dataset, noted: Mapping[str, Any]) -> None:
+    if data.fingerprint != noted["fingerprint"]:
+        raise ValueError(
+            f"{data.place} is not what {run.folder} was prepared from: files were added, removed or replaced since. "
+            "Start a new run (with --warm-start to keep the weights)."
+        )
 
 
 def _check_world(num_streams: int) -> None:
@@ -157,6 +175,7 @@ def make_reader(run: Run, data: Dataset, progress: Progress, num_threads: int = 
 def _loop(
     run: Run,
     data: Dataset,
+    validation: Dataset | None,
     state: TrainState,
     saver: Saver,
     progress: Progress,
@@ -165,12 +184,6 @@ def _loop(
 ) -> Iterator[Event]:
     experiment, config = run.experiment, run.experiment.training
     labels = labels_of(experiment, state.model.specs)
-    validation = None
-    if experiment.data.validation is not None:
-        validation = open_source(
-            experiment, experiment.data.validation, "data.validation", evaluation_columns(experiment)
-        )
-
     sample = TrainingSample(run)
     reason, meter, skipped = "finished", Meter(config.log_every), Counter[str]()
     if validation is not None and progress.to_validate:  # the run ended before it had validated its last checkpoint
@@ -277,8 +290,10 @@ def _validate(run: Run, state: TrainState, dataset: Dataset, progress: Progress,
         progress.best_metric, progress.best_step, progress.validations_since_best = metric, state.step, 0
     else:
         progress.validations_since_best += 1
-    saver.add_validation(state.step, {"metric": metric, "progress": dataclasses.asdict(progress)})
-    return Validation(state.step, progress.epoch, metrics, metric, time.perf_counter() - started)
+    found = Validation(state.step, progress.epoch, metrics, metric, time.perf_counter() - started)
+    noted = {"metric": metric, "progress": dataclasses.asdict(progress), WHOLE_VALIDATION: dataclasses.asdict(found)}
+    saver.add_validation(state.step, noted)
+    return found
 
 
 def _stops_early(progress: Progress, early_stopping: EarlyStopping | None) -> bool:

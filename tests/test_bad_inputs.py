@@ -5,6 +5,7 @@ Each is made from a good log and a good experiment by one change, and is met by 
 """
 
 import copy
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +21,9 @@ from runs import small_run
 from typer.testing import CliRunner
 
 from mtrec.cli import app
-from mtrec.events import Step
+from mtrec.events import Ended, Step
 from mtrec.files import ChangedFile
+from mtrec.run import Run
 from mtrec.train import train
 
 Tree = dict[str, Any]
@@ -506,3 +508,13 @@ def test_a_file_that_is_replaced_while_it_is_trained_on_is_named(good: Path, tmp
     # and one that was replaced between two starts
     with pytest.raises(ValueError, match=r"data.train is not what .* was prepared from: files were added, removed or replaced"):
         list(train(run, device=torch.device("cpu")))
+
+
+def test_validation_rows_that_changed_between_two_starts_are_named(tmp_path: Path) -> None:
+    run = small_run(tmp_path, "training.max_steps=2", rows=600)
+    write_log(tmp_path / "log-600" / "validation" / "more", rows=100, seed=2, files=1)
+    with pytest.raises(ValueError, match=r"data.validation is not what .* was prepared from: files were added"):
+        list(train(run, device=torch.device("cpu")))
+    info = {key: value for key, value in run.info.items() if key != "validation"}
+    (run.folder / "run.json").write_text(json.dumps(info))  # as an earlier mtrec wrote it
+    assert isinstance(list(train(Run(run.folder), device=torch.device("cpu")))[-1], Ended)

@@ -202,6 +202,7 @@ def _train(run: Run, rank: int) -> None:
             again = recovery.restarted(run.folder, resume_from.step if resume_from else 0, world_size)
             if again is not None:
                 recorder(again)
+            recorder.catch_up(resume_from)
         stop_requested = recovery.StopRequest(run.folder, rank)
         device = ray.train.torch.get_device()
         with closing(train(run, device=device, resume_from=resume_from, stop_requested=stop_requested)) as events:
