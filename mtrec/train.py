@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
+import numpy as np
 import torch
 
 from mtrec import checkpoint, hang, parallel
@@ -23,8 +24,9 @@ from mtrec.checkpoint import WHOLE_VALIDATION, Checkpoint, Saver
 from mtrec.config import EarlyStopping, Training
 from mtrec.dataset import Dataset
 from mtrec.evaluate import check_bad_rows, evaluate, score_metric
-from mtrec.events import Ended, Event, NotFiniteError, Saved, Validation, WarmStarted
+from mtrec.events import DIVERGED, Ended, Event, NotFiniteError, Saved, Validation, WarmStarted
 from mtrec.feed import Fed, bad_rows, feed
+from mtrec.kinds import counted
 from mtrec.labels import labels_of
 from mtrec.meter import Meter
 from mtrec.model import MultiTaskModel
@@ -245,6 +247,8 @@ def _loop(
         if reason != "finished":
             break
     saver.settle()
+    if validation is None and reason != "stopped":
+        _check_outputs(run, state, sample)
     parallel.barrier()
     everywhere = sum(parallel.gather_objects(skipped) or [], Counter[str]())
     yield Ended(state.step, reason, progress.best_step, progress.best_metric, dict(everywhere))
@@ -281,7 +285,10 @@ def _state(run: Run, state: TrainState, progress: Progress) -> dict[str, Any]:
 def _validate(run: Run, state: TrainState, dataset: Dataset, progress: Progress, saver: Saver) -> Validation:
     """Validates the newest checkpoint, which lies written or is being written, and notes in it what was found."""
     started = time.perf_counter()
-    metrics = evaluate(state.model, dataset, run.experiment, run.encoder, device=state.device)
+    try:
+        metrics = evaluate(state.model, dataset, run.experiment, run.encoder, device=state.device)
+    except NotFiniteError as error:
+        raise _diverged(state, str(error)) from error
     metric = score_metric(run.experiment, state.model.objectives, metrics)
     progress.metric, progress.to_validate = metric, False
     early_stopping = run.experiment.training.early_stopping
@@ -298,6 +305,25 @@ def _validate(run: Run, state: TrainState, dataset: Dataset, progress: Progress,
 
 def _stops_early(progress: Progress, early_stopping: EarlyStopping | None) -> bool:
     return early_stopping is not None and progress.validations_since_best >= early_stopping.patience
+
+
+def _check_outputs(run: Run, state: TrainState, sample: TrainingSample) -> None:
+    """Where nothing is validated: a model that has diverged is no result, though the run ended before too many steps in a row."""
+    table = sample.predict(state.model, state.device)  # on rank 0
+
+    def check() -> None:
+        for name, column in zip(table.column_names, table.columns, strict=True) if table is not None else ():
+            bad = ~np.isfinite(column.to_numpy())
+            if bad.any():
+                what = f"Found {bad.sum():,} of {len(bad):,} values of {name} that are not, on a sample of the training rows"
+                raise _diverged(state, f"The model's outputs should be finite. {what}: {DIVERGED}")
+
+    parallel.by_rank_zero(check, run.experiment.training.collective_timeout_seconds)
+
+
+def _diverged(state: TrainState, what: str) -> NotFiniteError:
+    skipped = f", {counted(state.nonfinite_steps, 'step')} before it not finite and skipped" if state.nonfinite_steps else ""
+    return NotFiniteError(f"Step {state.step}{skipped}: {what}")
 
 
 def _not_finite(state: TrainState, run: Run, paths: Sequence[str]) -> NotFiniteError:
