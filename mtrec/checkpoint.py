@@ -4,7 +4,8 @@ A checkpoint is a folder `checkpoints/step-00000300` written by torch.distribute
 `state.json` (step, reader position) and, last of all, `manifest.json` with the size and SHA-256 of every file. A folder
 without a valid manifest is not a checkpoint: the newest valid one is the truth. What is in it: tables and their optimizer
 state, dense weights and theirs, the balancer's buffers. What a validation at that step found comes later: `validation.json`,
-which overrides keys of `state.json`, and a new manifest that names it, put in the old one's place in one go.
+which overrides keys of `state.json` and holds the whole event, and a new manifest that names it, put in the old one's place in
+one go.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from mtrec.mirror import Mirror
 log = logging.getLogger(__name__)
 FORMAT = 1
 PROBE_BYTES = 1 << 20
-VALIDATION = "validation.json"
+VALIDATION, WHOLE_VALIDATION = "validation.json", "validation"  # the file, and the key in it that holds the event
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +149,16 @@ def check(folder: Path) -> str | None:
             return f"{name} should have {expected['bytes']} bytes. Found {path.stat().st_size}."
         if _sha256(path) != expected["sha256"]:
             return f"{name} was altered: its SHA-256 is not the manifest's."
+    return None
+
+
+def newest_validation(resumed: Checkpoint) -> dict[str, Any] | None:
+    """The event of the newest validation up to a checkpoint; None where there was none, or only an earlier mtrec's."""
+    folders = [each for each in resumed.folder.parent.glob("step-*") if each <= resumed.folder]
+    for folder in sorted(folders, reverse=True):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # of a damaged one
+            found: dict[str, Any] = state_of(folder)[WHOLE_VALIDATION]
+            return found
     return None
 
 

@@ -185,7 +185,7 @@ class DenseOptimizer(Section):
     kind: Literal["adamw", "adam", "sgd"] = "adamw"
     learning_rate: PositiveFloat | Literal["auto"] = Field("auto", description="auto: 0.001 x sqrt(batch_size / 512)")
     weight_decay: NonNegativeFloat = 1e-2
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     clip_norm: PositiveFloat | None = Field(
         10.0, description="the global norm of the dense gradient is clipped to this"

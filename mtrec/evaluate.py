@@ -18,6 +18,7 @@ from mtrec import parallel
 from mtrec.batch import Batch
 from mtrec.config import Experiment
 from mtrec.dataset import Dataset
+from mtrec.events import DIVERGED, NotFiniteError
 from mtrec.features import Encoder
 from mtrec.feed import BadRows, bad_rows, feed
 from mtrec.kinds import nearest
@@ -97,6 +98,7 @@ class Measures:
                     label_B = np.where(_array(labels[also_on]) == 1.0, label_B, np.nan)
                 log_B = log_scale.get(name)
             prediction = columns[chosen[0]] if len(chosen) == 1 else np.stack([columns[c] for c in chosen], axis=1)
+            _check_finite(name, prediction[~np.isnan(label_B)])
             if isinstance(accumulator, BinaryMetrics):
                 accumulator.update(prediction, label_B, group_B, weight_B)
             elif isinstance(accumulator, DwellMetrics):
@@ -132,6 +134,15 @@ class Measures:
             for metric, value in accumulator.compute().items():
                 tasks[name][metric + suffix] = None if isinstance(value, float) and math.isnan(value) else value
         return {"rows": self.rows, "tasks": tasks}
+
+
+def _check_finite(task: str, prediction: NDArray[Any]) -> None:
+    bad = prediction[~np.isfinite(prediction)]
+    if len(bad):
+        raise NotFiniteError(
+            f"The model's outputs of task '{task}' should be finite. Found {bad[0]} for {len(bad):,} of {prediction.size:,} "
+            f"values of a batch: {DIVERGED}"
+        )
 
 
 def _array(tensor: torch.Tensor) -> NDArray[Any]:

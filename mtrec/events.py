@@ -92,5 +92,10 @@ class TrainingFailed(Failed):
     """Workers failed more often than `training.max_failures` allows; what is saved can be resumed."""
 
 
+DIVERGED = (
+    "its weights have diverged. Train it again with a lower `optimizer.dense.learning_rate` or `optimizer.tables.learning_rate`."
+)
+
+
 class NotFiniteError(FloatingPointError, ValueError):
-    """Too many steps in a row without a finite gradient: the data or the rates are to be changed, a restart would not help."""
+    """Outputs, or too many gradients in a row, are not finite: data or rates are to be changed, a restart would not help."""

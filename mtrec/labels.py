@@ -17,6 +17,7 @@ from torch import Tensor
 from mtrec.batch import Label, label_values, sample_weights
 from mtrec.config import Experiment
 from mtrec.tasks import Objectives, TaskSpec
+from mtrec.written import as_written
 
 SAMPLE_ROWS = 65_536
 
@@ -158,9 +159,13 @@ def save(statistics: Mapping[str, LabelStatistics], folder: Path) -> None:
 
 def load(folder: Path) -> dict[str, LabelStatistics]:
     """Reads what `save` wrote into a run's folder."""
-    plain = json.loads((folder / "labels.json").read_text())
-    with np.load(folder / "labels.npz") as samples:
-        return {name: LabelStatistics(**{**values, "sample": samples[name]}) for name, values in plain.items()}
+    counts, samples = folder / "labels.json", folder / "labels.npz"
+    with as_written(counts, "JSON"):
+        plain = json.loads(counts.read_text())
+    with as_written(samples, "NumPy's npz with an array for each task"), np.load(samples) as arrays:
+        read = {name: arrays[name] for name in plain}
+    with as_written(counts, "label statistics"):
+        return {name: LabelStatistics(**{**values, "sample": read[name]}) for name, values in plain.items()}
 
 
 def check_trained(statistics: Mapping[str, LabelStatistics], experiment: Experiment, which: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from mtrec.evaluate import check_best_metric, evaluate
 from mtrec.locking import locked
 from mtrec.model import task_specs
 from mtrec.predictions import load_model
-from mtrec.recorder import Recorder
+from mtrec.recorder import METRICS, Recorder
 from mtrec.run import (
     Run,
     check_device,
@@ -92,7 +93,7 @@ def launch(
                 watch=display.poll,
             )
         display.close()
-    metrics_file = run.folder / "metrics.json"
+    metrics_file = run.folder / METRICS
     if json_file is not None and metrics_file.is_file():
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(metrics_file.read_text())
@@ -166,10 +167,13 @@ def _train_here(run: Run, resume_from: checkpoint.Checkpoint | None, display: Tr
     asked = threading.Event()
     recorder = Recorder(run.folder)
     try:
+        recorder.catch_up(resume_from)
         with listening(asked.set):
-            for event in train(run, device=local_device(), resume_from=resume_from, stop_requested=asked.is_set):
-                recorder(event)
-                display.poll()
+            training = train(run, device=local_device(), resume_from=resume_from, stop_requested=asked.is_set)
+            with closing(training) as events:  # ends it here where an event cannot be written: its own error says more
+                for event in events:
+                    recorder(event)
+                    display.poll()
     finally:
         recorder.close()
 

@@ -24,6 +24,7 @@ from mtrec.config import Experiment
 from mtrec.model import MultiTaskModel
 from mtrec.run import SAMPLE_FILE, Run
 from mtrec.step import build_state
+from mtrec.written import as_written
 
 Floats = NDArray[np.float64]
 
@@ -78,7 +79,8 @@ class TrainingSample:
         path = run.folder / SAMPLE_FILE
         if not path.is_file():
             raise ValueError(f"{run.folder} holds no {SAMPLE_FILE}: it was prepared by an earlier mtrec. Train it again.")
-        table = pq.ParquetFile(path).read().combine_chunks()  # read_table would import pyarrow.dataset
+        with as_written(path, "Parquet"):
+            table = pq.ParquetFile(path).read().combine_chunks()  # read_table would import pyarrow.dataset
         batches = table.to_batches()
         self.rows = batches[0] if batches else pa.RecordBatch.from_pylist([], table.schema)
         self._encoder, self._experiment = run.encoder, run.experiment

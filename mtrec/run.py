@@ -33,6 +33,7 @@ from mtrec.config import Experiment, Source, Task, parse_experiment, to_yaml
 from mtrec.dataset import Dataset
 from mtrec.features import FEATURES, BadRowsError, Encoder, Feature, check_schema
 from mtrec.features.arrays import is_number
+from mtrec.features.tables import plan_tables
 from mtrec.feed import bad_row, bad_rows, check_encodes, label_looks, usable_rows, without_bad_rows
 from mtrec.formula import ranking_formula
 from mtrec.gradients import check_place
@@ -42,9 +43,11 @@ from mtrec.metrics import group_keys
 from mtrec.mirror import Mirror
 from mtrec.model import check_buffers, task_specs
 from mtrec.tasks import Objectives, TaskSpec
+from mtrec.written import as_written
 from mtrec.yaml_tree import naming, read_yaml
 
-SMALL_ROWS = 1_000_000  # below, `auto` means batches of 512 and tables of 8 columns
+SMALL_ROWS = 1_000_000  # below, `auto` means batches of 512 and tables of SMALL_DIM columns
+SMALL_DIM, LARGE_DIM = 8, 16
 FIT_ROWS = 65_536
 SAMPLE_ROWS, SAMPLE_FILE = 4_096, "sample.parquet"  # training rows kept in the run; see mtrec/predictions.py
 RUN_FILES = ("experiment.yaml", "encoder/encoder.json", "labels.json", "labels.npz", SAMPLE_FILE)
@@ -72,10 +75,8 @@ class Run:
     def info(self) -> dict[str, Any]:
         """run.json: what was prepared from what, and by which versions."""
         path = self.folder / "run.json"
-        try:
+        with as_written(path, "JSON"):
             found: dict[str, Any] = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} should be JSON, as mtrec wrote it. Found: {error}.") from error
         return found
 
     @functools.cached_property
@@ -237,7 +238,7 @@ def resolve_auto(experiment: Experiment, rows: int) -> Experiment:
         size = 512 if small else 4_096
         data = data.model_copy(update={"batch_size": -(-size // data.num_streams) * data.num_streams})
     if model.embedding_dim == "auto":
-        model = model.model_copy(update={"embedding_dim": 8 if small else 16})
+        model = model.model_copy(update={"embedding_dim": SMALL_DIM if small else LARGE_DIM})
     return experiment.model_copy(update={"data": data, "model": model})
 
 
@@ -265,10 +266,9 @@ def prepare(experiment: Experiment, folder: Path, previous: Run | None = None) -
             model = experiment.model.model_copy(update={"embedding_dim": previous.experiment.model.embedding_dim})
             experiment = experiment.model_copy(update={"model": model})
     experiment = resolve_auto(experiment, train.num_rows)
-    sources = [train]
-    if experiment.data.validation is not None:
-        extra = evaluation_columns(experiment)
-        sources.append(open_source(experiment, experiment.data.validation, "data.validation", extra))
+    sources, validation = [train], experiment.data.validation
+    if validation is not None:
+        sources.append(open_source(experiment, validation, "data.validation", evaluation_columns(experiment)))
     specs = task_specs(experiment)
     objectives = Objectives(specs)
     ranking_formula(experiment)
@@ -297,8 +297,15 @@ def prepare(experiment: Experiment, folder: Path, previous: Run | None = None) -
             "files": len(train.files),
             "fingerprint": train.fingerprint,
         },
+        "validation": None if validation is None else {
+            "source": validation.model_dump(mode="json"),
+            "rows": sources[1].num_rows,
+            "files": len(sources[1].files),
+            "fingerprint": sources[1].fingerprint,
+        },
         "notes": [note for source in sources for note in source.notes],
         "warm_start": str(previous.folder) if previous else None,
+        "warm_start_encoder": previous.encoder.fingerprint() if previous else None,
         "module_folders": module_folders(experiment),
     }
     write_atomically(folder / "run.json", json.dumps(info, indent=1))  # last: a folder with it is a whole run
@@ -338,11 +345,13 @@ def row_not_fitted(
     looks = label_looks(labels, experiment.data.sample_weight).values()
     needed = [*feature_columns(features)[0], *label_columns(experiment)]
     columns = [column for column in dict.fromkeys(needed) if column in data.schema.names]
+    dim = experiment.model.embedding_dim
+    assert isinstance(dim, int)
 
     def look(batch: pa.RecordBatch) -> None:
         for each in looks:
             each(batch)
-        Encoder.fit(features, [batch], schema=data.schema, embedding_dim=1)
+        Encoder.fit(features, [batch], schema=data.schema, embedding_dim=dim)
 
     return bad_row(data, columns, look)
 
@@ -366,7 +375,12 @@ def slow_precision(experiment: Experiment, device: str) -> str | None:
 
 
 def check_device(experiment: Experiment, device: str) -> None:
-    """What the device lacks: sharding by rows and fused Adam are not offered on the CPU. Raises ValueError naming the path."""
+    """What the device lacks: some dimensions of tables, and on the CPU sharding by rows and fused Adam.
+
+    Raises ValueError naming the path, also where features do not agree on their tables.
+    """
+    dim = experiment.model.embedding_dim
+    plan_tables(feature_list(experiment), SMALL_DIM if dim == "auto" else dim)
     for name, kind in experiment.features.items():
         sharding = kind.options.get("sharding")
         if sharding == "row_wise" and device == "cpu":
@@ -417,6 +431,31 @@ def check_resumable(run: Run, experiment: Experiment) -> None:
             f"--resume: `{path}` differs from that of {run.folder}. A resumed run keeps its experiment (training.* may change); "
             "for another experiment start a new run, with --warm-start to begin from this one's weights."
         )
+
+
+    _check_compared_alike(run, experiment)
+
+
+def _check_compared_alike(run: Run, given: Experiment) -> None:
+    """The best checkpoint is chosen, and training stops early, by values of one metric, measured in one way."""
+    before = run.experiment
+    wish = before.training.best_metric
+    metrics = {path.partition("/")[2].removesuffix("_given") for path in ([wish] if isinstance(wish, str) else wish or ["/auc"])}
+    keys: dict[str, tuple[object, object]] = {"training.best_metric": (wish, given.training.best_metric)}
+    if "gauc" in metrics:
+        keys["evaluation.group_by"] = before.evaluation.group_by, given.evaluation.group_by
+    if metrics & {"auc", "ece"}:
+        keys["evaluation.bins"] = before.evaluation.bins, given.evaluation.bins
+    for key, (old, new) in keys.items():
+        if old != new and before.data.validation is not None:
+            raise ValueError(
+                f"`{key}` should stay what it was, {_value(old)}: the checkpoints of {run.folder} are compared by it. "
+                f"Found {_value(new)}. Set it back, or start a new run, with --warm-start to keep the weights."
+            )
+
+
+def _value(value: object) -> str:
+    return "the default" if value is None else str(value)
 
 
 def _difference(first: Any, second: Any, place: str) -> str | None:

@@ -9,22 +9,24 @@ import dataclasses
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
+import numpy as np
 import torch
 
 from mtrec import checkpoint, hang, parallel
 from mtrec.ahead import copy_ahead
 from mtrec.allocator import keep_freed_memory
 from mtrec.batch import Batch
-from mtrec.checkpoint import Checkpoint, Saver
+from mtrec.checkpoint import WHOLE_VALIDATION, Checkpoint, Saver
 from mtrec.config import EarlyStopping, Training
 from mtrec.dataset import Dataset
 from mtrec.evaluate import check_bad_rows, evaluate, score_metric
-from mtrec.events import Ended, Event, NotFiniteError, Saved, Validation, WarmStarted
+from mtrec.events import DIVERGED, Ended, Event, NotFiniteError, Saved, Validation, WarmStarted
 from mtrec.feed import Fed, bad_rows, feed
+from mtrec.kinds import counted
 from mtrec.labels import labels_of
 from mtrec.meter import Meter
 from mtrec.model import MultiTaskModel
@@ -56,7 +58,7 @@ def train(
     device: torch.device,
     resume_from: Checkpoint | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Trains a prepared run; every rank iterates it to its end.
 
     Args:
@@ -78,12 +80,7 @@ def train(
     seconds = config.collective_timeout_seconds
     with hang.hangs_named(seconds), parallel.process_group(device, seconds, share_memory=config.exchange == "auto"):
         _check_world(experiment.data.num_streams)
-        data = open_source(experiment, experiment.data.train, "data.train")
-        if data.fingerprint != run.info["train"]["fingerprint"]:
-            raise ValueError(
-                f"data.train is not what {run.folder} was prepared from: files were added, removed or replaced since. "
-                "Start a new run (with --warm-start to keep the weights)."
-            )
+        data, validation = _sources(run)
         steps_per_epoch = make_reader(run, data, Progress()).num_batches
         total_steps = steps_per_epoch * config.epochs
         total_steps = min(total_steps, config.max_steps or total_steps)
@@ -102,7 +99,7 @@ def train(
             started = warm_start(state, run, open_run(run.info["warm_start"]))
             yield WarmStarted(0, str(started.folder), started.notes)
         try:
-            yield from _loop(run, data, state, saver, progress, total_steps, stop_requested)
+            yield from _loop(run, data, validation, state, saver, progress, total_steps, stop_requested)
         except BaseException as error:  # Ctrl-C, and a caller that goes away, too
             if not (isinstance(error, Exception) and hang.timed_out(error)):
                 saver.finish()  # what is being saved counts, although a validation, say, cannot be done
@@ -113,6 +110,29 @@ def be_deterministic() -> None:
     """Algorithms that give the same bits at every run. Memory that is about to be written is not filled with NaN before."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _sources(run: Run) -> tuple[Dataset, Dataset | None]:
+    """The training and the validation rows; ValueError where they are not those that the run was prepared from."""
+    experiment = run.experiment
+    train = open_source(experiment, experiment.data.train, "data.train")
+    _check_unchanged(run, train, run.info["train"])
+    source = experiment.data.validation
+    if source is None:
+        return train, None
+    validation = open_source(experiment, source, "data.validation", evaluation_columns(experiment))
+    noted = run.info.get("validation")  # runs of an earlier mtrec have none
+    if noted is not None and noted["source"] == source.model_dump(mode="json"):  # a comparison's runs share one run.json
+        _check_unchanged(run, validation, noted)
+    return train, validation
+
+
+def _check_unchanged(run: Run, data: Dataset, noted: Mapping[str, Any]) -> None:
+    if data.fingerprint != noted["fingerprint"]:
+        raise ValueError(
+            f"{data.place} is not what {run.folder} was prepared from: files were added, removed or replaced since. "
+            "Start a new run (with --warm-start to keep the weights)."
+        )
 
 
 def _check_world(num_streams: int) -> None:
@@ -157,6 +177,7 @@ def make_reader(run: Run, data: Dataset, progress: Progress, num_threads: int = 
 def _loop(
     run: Run,
     data: Dataset,
+    validation: Dataset | None,
     state: TrainState,
     saver: Saver,
     progress: Progress,
@@ -165,12 +186,6 @@ def _loop(
 ) -> Iterator[Event]:
     experiment, config = run.experiment, run.experiment.training
     labels = labels_of(experiment, state.model.specs)
-    validation = None
-    if experiment.data.validation is not None:
-        validation = open_source(
-            experiment, experiment.data.validation, "data.validation", evaluation_columns(experiment)
-        )
-
     sample = TrainingSample(run)
     reason, meter, skipped = "finished", Meter(config.log_every), Counter[str]()
     if validation is not None and progress.to_validate:  # the run ended before it had validated its last checkpoint
@@ -232,6 +247,8 @@ def _loop(
         if reason != "finished":
             break
     saver.settle()
+    if validation is None and reason != "stopped":
+        _check_outputs(run, state, sample)
     parallel.barrier()
     everywhere = sum(parallel.gather_objects(skipped) or [], Counter[str]())
     yield Ended(state.step, reason, progress.best_step, progress.best_metric, dict(everywhere))
@@ -268,7 +285,10 @@ def _state(run: Run, state: TrainState, progress: Progress) -> dict[str, Any]:
 def _validate(run: Run, state: TrainState, dataset: Dataset, progress: Progress, saver: Saver) -> Validation:
     """Validates the newest checkpoint, which lies written or is being written, and notes in it what was found."""
     started = time.perf_counter()
-    metrics = evaluate(state.model, dataset, run.experiment, run.encoder, device=state.device)
+    try:
+        metrics = evaluate(state.model, dataset, run.experiment, run.encoder, device=state.device)
+    except NotFiniteError as error:
+        raise _diverged(state, str(error)) from error
     metric = score_metric(run.experiment, state.model.objectives, metrics)
     progress.metric, progress.to_validate = metric, False
     early_stopping = run.experiment.training.early_stopping
@@ -277,12 +297,33 @@ def _validate(run: Run, state: TrainState, dataset: Dataset, progress: Progress,
         progress.best_metric, progress.best_step, progress.validations_since_best = metric, state.step, 0
     else:
         progress.validations_since_best += 1
-    saver.add_validation(state.step, {"metric": metric, "progress": dataclasses.asdict(progress)})
-    return Validation(state.step, progress.epoch, metrics, metric, time.perf_counter() - started)
+    found = Validation(state.step, progress.epoch, metrics, metric, time.perf_counter() - started)
+    noted = {"metric": metric, "progress": dataclasses.asdict(progress), WHOLE_VALIDATION: dataclasses.asdict(found)}
+    saver.add_validation(state.step, noted)
+    return found
 
 
 def _stops_early(progress: Progress, early_stopping: EarlyStopping | None) -> bool:
     return early_stopping is not None and progress.validations_since_best >= early_stopping.patience
+
+
+def _check_outputs(run: Run, state: TrainState, sample: TrainingSample) -> None:
+    """Where nothing is validated: a model that has diverged is no result, though the run ended before too many steps in a row."""
+    table = sample.predict(state.model, state.device)  # on rank 0
+
+    def check() -> None:
+        for name, column in zip(table.column_names, table.columns, strict=True) if table is not None else ():
+            bad = ~np.isfinite(column.to_numpy())
+            if bad.any():
+                what = f"Found {bad.sum():,} of {len(bad):,} values of {name} that are not, on a sample of the training rows"
+                raise _diverged(state, f"The model's outputs should be finite. {what}: {DIVERGED}")
+
+    parallel.by_rank_zero(check, run.experiment.training.collective_timeout_seconds)
+
+
+def _diverged(state: TrainState, what: str) -> NotFiniteError:
+    skipped = f", {counted(state.nonfinite_steps, 'step')} before it not finite and skipped" if state.nonfinite_steps else ""
+    return NotFiniteError(f"Step {state.step}{skipped}: {what}")
 
 
 def _not_finite(state: TrainState, run: Run, paths: Sequence[str]) -> NotFiniteError:

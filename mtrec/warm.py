@@ -46,11 +46,13 @@ def warm_start(state: TrainState, run: Run, previous: Run) -> WarmStart:
     """Writes the weights of `previous` (its best checkpoint) into a state that was just built; every rank calls it.
 
     A rank reads the tables of which it holds a part, whole, one after the other. Raises ValueError where `previous` has no
-    valid checkpoint, or where a table has another dimension there (`prepare` says so before any worker starts).
+    valid checkpoint, where its folder holds another run than when `run` was prepared, or where a table has another dimension
+    there (`prepare` says so before any worker starts).
 
     Deviation from a resumed run: not bit for bit the same training, since schedules and balancer begin anew.
     """
     timeout = run.experiment.training.collective_timeout_seconds
+    parallel.by_rank_zero(lambda: _check_source(run, previous), timeout)
     folder = parallel.by_rank_zero(lambda: previous.best().folder, timeout)  # which reads all of its checkpoints
     shapes = checkpoint.shapes(folder)
     tensors = state.tensors()
@@ -60,6 +62,18 @@ def warm_start(state: TrainState, run: Run, previous: Run) -> WarmStart:
     state.tables.forget_cached_rows()
     notes += _dense(tensors, run, previous, folder, shapes)
     return WarmStart(folder, tuple(notes))
+
+
+def _check_source(run: Run, previous: Run) -> None:
+    """Rows of the tables are matched with the vocabularies that the fit has grown: of others they would be those of other ids."""
+    noted = run.info.get("warm_start_encoder")  # runs of an earlier mtrec have none
+    if noted is None or (found := previous.encoder.fingerprint()) == noted:
+        return
+    raise ValueError(
+        f"{previous.folder} should hold the run whose vocabularies {run.folder} was prepared from, with the fingerprint "
+        f"{noted[:12]}. Found {found[:12]}: it was made anew since. Put the old one back, or remove {run.folder} and start again "
+        "with --warm-start."
+    )
 
 
 def known_rows(table: Table, previous: Table) -> int:

@@ -5,6 +5,7 @@ Each is made from a good log and a good experiment by one change, and is met by 
 """
 
 import copy
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +21,9 @@ from runs import small_run
 from typer.testing import CliRunner
 
 from mtrec.cli import app
-from mtrec.events import Step
+from mtrec.events import Ended, Step
 from mtrec.files import ChangedFile
+from mtrec.run import Run
 from mtrec.train import train
 
 Tree = dict[str, Any]
@@ -389,6 +391,14 @@ CONFIGURATIONS: dict[str, tuple[Change, list[str]]] = {
         both(feature("user_id", **CATEGORICAL, table="x"), feature("item_id", **CATEGORICAL, table="x")),
         ["`features.item_id.table` and `features.user_id.table`", "strings", "integers"],
     ),
+    "a dimension that fbgemm lacks": (
+        put(model__embedding_dim=10),
+        ["`model.embedding_dim` should be a multiple of 4 for the table", "Found 10."],
+    ),
+    "a feature's dimension that fbgemm lacks": (
+        feature("item_id", **CATEGORICAL, dim=6),
+        ["`features.item_id.dim` should be a multiple of 4 for the table 'item_id'", "Found 6."],
+    ),
     "a table of two dimensions": (
         both(
             feature("user_id", **CATEGORICAL, table="x", dim=4),
@@ -433,6 +443,7 @@ CONFIGURATIONS: dict[str, tuple[Change, list[str]]] = {
         ["`balancing.at`", "tasks share no dense parameter", "single_task"],
     ),
     "rate below 0": (put(optimizer__dense__learning_rate=-1), ["`optimizer.dense.learning_rate` should be greater than 0"]),
+    "a beta of 1": (put(optimizer__dense__betas=[0.9, 1.0]), ["`optimizer.dense.betas.1` should be less than 1", "Found 1.0."]),
     "one beta": (put(optimizer__dense__betas=[0.9]), ["`optimizer.dense.betas` should have more entries. Found only 1"]),
     "unknown schedule": (put(optimizer__tables__schedule="step"), ["`optimizer.tables.schedule`", "'step'"]),
     "unknown precision": (put(training__precision="fp16"), ["`training.precision` should be 'fp32' or 'bf16'"]),
@@ -497,3 +508,13 @@ def test_a_file_that_is_replaced_while_it_is_trained_on_is_named(good: Path, tmp
     # and one that was replaced between two starts
     with pytest.raises(ValueError, match=r"data.train is not what .* was prepared from: files were added, removed or replaced"):
         list(train(run, device=torch.device("cpu")))
+
+
+def test_validation_rows_that_changed_between_two_starts_are_named(tmp_path: Path) -> None:
+    run = small_run(tmp_path, "training.max_steps=2", rows=600)
+    write_log(tmp_path / "log-600" / "validation" / "more", rows=100, seed=2, files=1)
+    with pytest.raises(ValueError, match=r"data.validation is not what .* was prepared from: files were added"):
+        list(train(run, device=torch.device("cpu")))
+    info = {key: value for key, value in run.info.items() if key != "validation"}
+    (run.folder / "run.json").write_text(json.dumps(info))  # as an earlier mtrec wrote it
+    assert isinstance(list(train(Run(run.folder), device=torch.device("cpu")))[-1], Ended)

@@ -157,6 +157,24 @@ def test_a_missing_vocabulary_and_a_broken_run_json_are_named(mtrec: Command, so
     assert f"error: {run / 'run.json'} should be JSON, as mtrec wrote it." in err
 
 
+@pytest.mark.parametrize("content", [b"", b"{]"], ids=["empty", "garbled"])
+@pytest.mark.parametrize("name", [*(name for name in RUN_FILES if name != "experiment.yaml"), "encoder/vocabulary_tags.parquet"])
+def test_a_damaged_file_of_a_run_is_named(mtrec: Command, sound: Path, run: Path, name: str, content: bytes) -> None:
+    (run / name).write_bytes(content)
+    code, _, err = mtrec("score", run, sound / "validation", run.parent / "out", "--local")
+    assert code == 1
+    assert f"error: {run / name} should be " in err
+    assert err.rstrip().endswith("Put it back from a copy.")
+
+
+def test_a_damaged_line_of_the_log_is_named(mtrec: Command, run: Path) -> None:
+    first, second, *others = (run / "log.jsonl").read_text().splitlines(keepends=True)
+    (run / "log.jsonl").write_text("".join([first, second[:9] + "\n", *others]))
+    code, _, err = mtrec("report", run)
+    assert code == 1
+    assert f"error: {run / 'log.jsonl'}, line 2, should be JSON, as mtrec wrote it." in err
+
+
 def test_an_output_that_cannot_be_made_is_named(mtrec: Command, sound: Path) -> None:
     for output in (sound / "small.yaml" / "run", Path("/proc/mtrec/run")):
         code, _, err = mtrec("train", sound / "small.yaml", "--local", "--output", output)

@@ -1,6 +1,8 @@
 """What commands print: whole lines for files and programs, one table a task."""
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,20 @@ def test_tables_are_not_cut_where_no_terminal_reads_them(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5  # two edges, the names, a line, the row
     assert "column_29" in lines[1]
+
+
+def test_a_reader_that_goes_away_ends_the_display_and_not_the_work() -> None:
+    work = "import sys\nfrom mtrec.terminal import console\nto = console()\nto.print('a line')\nsys.stdout.flush()\n"
+    work += "sys.stdin.read()\nfor _ in range(3):\n    to.print('more')\n    print('more', flush=True)\n"
+    work += "print('done', file=sys.stderr)"
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", work], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "a line\n"
+    process.stdout.close()
+    process.stdout = None
+    assert process.communicate(timeout=60)[1] == "done\n"
+    assert process.returncode == 0
 
 
 def test_an_error_gives_the_terminal_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

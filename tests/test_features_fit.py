@@ -53,6 +53,7 @@ def test_shared_tables_count_together_and_keys_follow_tables() -> None:
             [Categorical("a", sharding="column_wise", num_column_shards=3)],
             "`features.a.num_column_shards` should divide",
         ),
+        ([Categorical("a", dim=6)], "`features.a.dim` should be a multiple of 4"),
         ([Categorical("a"), Categorical("a")], "`features` should have one feature of a name"),
         (
             [Bucketized("b", column="a"), Categorical("a", table="b")],

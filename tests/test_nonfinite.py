@@ -8,10 +8,11 @@ import torch
 from logs import write_poisoned_log
 from ranks import run_ranks
 from runs import small_run, train_on
+from torch.multiprocessing import ProcessRaisedException
 
 from mtrec import parallel
 from mtrec.checkpoint import folder_of, read
-from mtrec.events import Step
+from mtrec.events import NotFiniteError, Step
 from mtrec.feed import feed
 from mtrec.labels import labels_of
 from mtrec.model import MultiTaskModel
@@ -55,6 +56,18 @@ def test_they_are_counted_and_too_many_in_a_row_end_the_run(tmp_path: Path) -> N
     with pytest.raises(FloatingPointError, match=r"3 steps in a row .*\(up to step 7\).*part-0.parquet"):
         counted.extend(event.nonfinite_steps for event in events if isinstance(event, Step))
     assert counted == [0, 1, 1, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("validated", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_model_that_diverged_in_few_steps_is_told_as_that(tmp_path: Path, validated: bool, world_size: int) -> None:
+    rates = ("optimizer.dense.learning_rate=1e20", "optimizer.tables.learning_rate=1e20", "training.max_steps=16")
+    run = small_run(tmp_path, *rates, *(() if validated else ("data.validation=null",)))
+    words = r"Step 16, \d+ steps before it not finite and skipped: The model's outputs .* a lower `optimizer.dense.learning_rate`"
+    with pytest.raises((NotFiniteError, ProcessRaisedException), match=words) as found:
+        list(train(run, device=CPU)) if world_size == 1 else train_on(world_size, run)
+    assert world_size > 1 or isinstance(found.value, ValueError)  # a user's mistake: no restart of workers
+    assert folder_of(run.checkpoints, 16).is_dir()  # what was trained is there to be looked at
 
 
 BAD_VALUES = {"inf": [torch.inf], "nan": [torch.nan], "their sum": [3e38, 3e38]}  # an infinite one on each rank cancels below

@@ -1,13 +1,16 @@
 """The log of a run, where a full disk or a kill cut its last line short."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
 from runs import small_run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from mtrec.display import TrainDisplay
-from mtrec.events import Ended, Saved
+from mtrec.events import Ended, Saved, Validation
 from mtrec.recorder import BLOCK_BYTES, Recorder
 
 
@@ -37,3 +40,34 @@ def test_a_display_follows_a_log_whose_last_line_was_cut_short(tmp_path: Path) -
     recorder.close()
     assert display.ended == "finished"
     display.close()
+
+
+def validated(step: int, auc: float = 0.75) -> Validation:
+    return Validation(step, 0, {"rows": 9, "tasks": {"click": {"auc": auc, "gauc": None}}}, auc, 0.5)
+
+
+def test_tensorboard_shows_what_was_recorded(tmp_path: Path) -> None:
+    for steps in ((4, 8), (12,)):  # a run that was resumed
+        recorder = Recorder(tmp_path)
+        for step in steps:
+            recorder(validated(step, step / 16))
+        recorder.close()
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert found.Tags()["scalars"] == ["validation/click/auc"]
+    assert [(each.step, each.value) for each in found.Scalars("validation/click/auc")] == [(4, 0.25), (8, 0.5), (12, 0.75)]
+
+
+@pytest.mark.parametrize("when", ["at the start", "later"])
+def test_a_board_that_cannot_be_written_is_let_go(tmp_path: Path, when: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "mtrec")
+    if when == "at the start":
+        (tmp_path / "tensorboard").touch()
+    with Path("/dev/full").open("wb") as full:
+        recorder = Recorder(tmp_path)
+        if when == "later":
+            recorder._board._records = RecordWriter(full)
+        for step in (4, 8):
+            recorder(validated(step))
+        recorder.close()
+    assert [record.getMessage()[:47] for record in caplog.records] == [f"TensorBoard's file in {tmp_path}"[:47]]
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2

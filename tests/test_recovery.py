@@ -20,11 +20,15 @@ from runs import small_run, trained
 from typer.testing import CliRunner
 
 import mtrec.events
+import mtrec.launch
 import mtrec.train
-from mtrec.checkpoint import VALIDATION, CheckpointError, check, find, folder_of, newest, read
+from mtrec.checkpoint import VALIDATION, CheckpointError, Saver, check, find, folder_of, newest, read
 from mtrec.cli import app
-from mtrec.events import Ended, Saved, Step, Validation
+from mtrec.config import parse_experiment
+from mtrec.display import TrainDisplay
+from mtrec.events import Ended, Event, Saved, Step, Validation
 from mtrec.locking import LockedError, locked
+from mtrec.recorder import Recorder
 from mtrec.run import Run
 from mtrec.train import train
 
@@ -84,6 +88,82 @@ def test_a_stop_where_a_validation_is_due_leaves_it_to_the_resumed_run(tmp_path:
     validated = [event.step for event in stopped + again if isinstance(event, Validation)]
     assert validated == [event.step for event in expected if isinstance(event, Validation)] == [10, 20, 30, 32]
     assert again[-1] == expected[-1]
+
+
+def test_what_the_save_under_way_met_is_told_where_the_log_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def refused(recorder: Recorder, event: Event) -> None:
+        if isinstance(event, Saved):
+            raise ValueError("The log cannot be written any more")
+
+    run = small_run(tmp_path, *OVERRIDES)
+    monkeypatch.setattr(Saver, "_commit", full)
+    monkeypatch.setattr(Recorder, "__call__", refused)
+    with pytest.raises(CheckpointError, match=r"step-00000010 could not be written: .*No space left"):
+        mtrec.launch._train_here(run, None, TrainDisplay(run.folder))
+
+
+def logged(run: Run, event: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, (run.folder / "log.jsonl").read_text().splitlines())
+    return [line for line in lines if line["event"] == event]
+
+
+@pytest.mark.parametrize("step", [20, 32])
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_a_validation_whose_line_was_lost_is_written_by_the_resumed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, background: str
+) -> None:
+    record = Recorder.__call__
+
+    def killed(recorder: Recorder, event: Event) -> None:
+        if isinstance(event, Validation) and event.step == step:
+            raise KeyboardInterrupt
+        record(recorder, event)
+
+    run = small_run(tmp_path, *OVERRIDES, f"training.checkpoint_async={background}")
+    with monkeypatch.context() as patched:
+        patched.setattr(Recorder, "__call__", killed)
+        with pytest.raises(KeyboardInterrupt):
+            mtrec.launch._train_here(run, None, TrainDisplay(run.folder))
+    assert [each["step"] for each in logged(run, "validation")][-1] < step
+    for _ in range(2):  # the second has nothing to add
+        mtrec.launch._train_here(run, newest(run.checkpoints), TrainDisplay(run.folder))
+        validations = {each["step"]: each["metrics"] for each in logged(run, "validation")}
+        assert list(validations) == [each["step"] for each in logged(run, "validation")] == [10, 20, 30, 32]
+        assert json.loads((run.folder / "metrics.json").read_text()) == validations[32]
+    best = logged(run, "ended")[-1]
+    metrics = {each["step"]: each["metric"] for each in logged(run, "validation")}
+    assert metrics[best["best_step"]] == best["best_metric"] == max(metrics.values())
+
+
+def test_the_metrics_of_a_checkpoint_are_those_of_the_run_that_goes_on_from_it(tmp_path: Path) -> None:
+    run = small_run(tmp_path, *OVERRIDES)
+    mtrec.launch._train_here(run, None, TrainDisplay(run.folder))
+    older = find(run.checkpoints)[1]
+    assert older.step == 30
+    recorder = Recorder(run.folder)
+    recorder.catch_up(older)  # that of step 32 is damaged, say
+    recorder.close()
+    assert json.loads((run.folder / "metrics.json").read_text()) == logged(run, "validation")[2]["metrics"]
+    assert len(logged(run, "validation")) == 4
+
+
+def test_a_finished_run_of_which_only_the_copy_is_left_gives_its_metrics(tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log", rows=1_000)
+    tree = experiment_tree(log, write_log(tmp_path / "validation", rows=300, seed=1))
+    tree["training"] = {"checkpoint_storage": (tmp_path / "far").as_uri(), "validate_every": 5, "checkpoint_every": 3}
+    experiment, found = parse_experiment(tree), []
+    for resume in (False, True):
+        path = tmp_path / f"{resume}.json"
+        run = mtrec.launch.launch(experiment, output=tmp_path / "run", local=True, resume=resume, json_file=path)
+        found.append((json.loads(path.read_text()), json.loads((run.folder / "metrics.json").read_text())))
+        assert logged(run, "validation")[-1]["step"] == 8
+        shutil.rmtree(run.folder)
+    assert found[0] == found[1]
 
 
 def rank_whose_validation_fails(folder: str) -> None:

@@ -82,6 +82,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
             r"`model\.architecture\.experts` is not a known key",
         ),
         ({"parameters": {"data.batch_size": {"int": [64, 129]}}}, r"`data\.batch_size` should be a multiple"),
+        ({"parameters": {"model.embedding_dim": [8, 10]}}, r"`model\.embedding_dim` should be a multiple of 4.*Found 10"),
         ({"parameters": {"seed": {"int": [0, 3]}}}, r"`parameters\.seed`: `seed` stays as it is"),
         ({"parameters": {"training.best_metric": ["click/auc", "dwell/xauc"]}}, r"stays as it is"),
         ({"parameters": {"data": [{"train": "a"}, {"train": "b"}]}}, r"stays as it is"),

@@ -19,9 +19,9 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -47,6 +47,7 @@ from mtrec.predictions import load_model, uses_bf16
 from mtrec.recorder import Recorder
 from mtrec.run import Run, evaluation_columns, label_columns, open_run, open_source, prepare, resolve_auto
 from mtrec.train import train
+from mtrec.written import as_written
 from mtrec.yaml_tree import read_yaml
 
 PREDICTIONS, DONE, SPEC = "predictions.parquet", "done.json", "compare.json"
@@ -293,8 +294,9 @@ def train_here(
     recorder = Recorder(run.folder)
     try:
         resume_from = checkpoint.to_resume(run.checkpoints)
+        recorder.catch_up(resume_from)
         asked = train(run, device=device, resume_from=resume_from, stop_requested=lambda: time.monotonic() > until)
-        with contextlib.closing(cast("Generator[Event]", asked)) as events:  # ends it here also where `watch` raises
+        with contextlib.closing(asked) as events:  # ends it here also where `watch` raises
             for event in events:
                 recorder(event)
                 watch(event)
@@ -336,9 +338,10 @@ def events_of(run: Run) -> Iterator[dict[str, Any]]:
     path = run.folder / "log.jsonl"
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
         if line.endswith("\n"):
-            event: dict[str, Any] = json.loads(line)
+            with as_written(f"{path}, line {number},", "JSON"):
+                event: dict[str, Any] = json.loads(line)
             yield event
 
 

@@ -24,6 +24,7 @@ from mtrec.features.profile import FeatureCounts, FeatureProfile
 from mtrec.features.tables import Feature, Table, check_schema
 from mtrec.features.vocabulary import FIRST_ROW, NULL_ROW, UNSEEN_ROW, Vocabulary, hash_array, row_type
 from mtrec.kinds import check_options, nearest, option_types, resolve
+from mtrec.written import as_written
 
 _VERSION = 1
 _FILE = "encoder.json"
@@ -217,10 +218,12 @@ class Encoder:
     @classmethod
     def load(cls, folder: Path) -> "Encoder":
         """Reads what `save` wrote. ValueError where it was written by a later version."""
-        state = json.loads((folder / _FILE).read_text(encoding="utf-8"))
-        if state["version"] != _VERSION:
+        with as_written(folder / _FILE, "JSON"):
+            state = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+            version = state["version"]
+        if version != _VERSION:
             raise ValueError(
-                f"{folder / _FILE} should have version {_VERSION}. Found {state['version']}: "
+                f"{folder / _FILE} should have version {_VERSION}. Found {version}: "
                 "use the mtrec that wrote it."
             )
         features = []

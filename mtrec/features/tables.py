@@ -15,6 +15,7 @@ Pooling = Literal["sum", "mean"]
 Sharding = Literal["auto", "table_wise", "column_wise", "row_wise", "data_parallel"]
 Family = Literal["dense", "buckets", "vocabulary"]
 
+COLUMNS = 4  # fbgemm's kernels read so many at a time: tables have a multiple of them, but for those that are plain torch
 AUTO_ROOM = 1.2  # rows of an `auto` table for each row that is used, so that tomorrow's ids find a place
 
 
@@ -184,6 +185,11 @@ def _plan(name: str, members: list[Any], embedding_dim: int) -> TablePlan:
     if dim % shards:
         raise ValueError(
             f"`{path('num_column_shards')}` should divide the dimension {dim} of the table '{name}'. Found {shards}."
+        )
+    if dim % COLUMNS and sharding != "data_parallel":
+        raise ValueError(
+            f"`{path('dim') if 'dim' in stated else 'model.embedding_dim'}` should be a multiple of {COLUMNS} for the table "
+            f"'{name}': fbgemm has no others. Found {dim}. `sharding: data_parallel` takes any dimension."
         )
     weighted = any(getattr(feature, "weights", None) for feature in members)
     pooling: Pooling = "sum" if buckets else of("pooling", "mean")

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mtrec.features.hashing import hash_strings
+from mtrec.written import as_written
 
 NULL_ROW = 0
 UNSEEN_ROW = 1
@@ -207,7 +208,8 @@ class Vocabulary:
     @classmethod
     def load(cls, path: Path, key: Key) -> "Vocabulary":
         """Reads what `save` wrote."""
-        table = pq.ParquetFile(path).read().combine_chunks()
+        with as_written(path, "Parquet"):
+            table = pq.ParquetFile(path).read().combine_chunks()
         ids = table["id"].combine_chunks()
         words = ids.cast(pa.large_binary()) if key == "string" else ids.to_numpy().view(np.int64)
         return cls(key, words, table["count"].to_numpy())

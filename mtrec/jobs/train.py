@@ -5,7 +5,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -202,14 +202,16 @@ def _train(run: Run, rank: int) -> None:
             again = recovery.restarted(run.folder, resume_from.step if resume_from else 0, world_size)
             if again is not None:
                 recorder(again)
+            recorder.catch_up(resume_from)
         stop_requested = recovery.StopRequest(run.folder, rank)
         device = ray.train.torch.get_device()
-        for event in train(run, device=device, resume_from=resume_from, stop_requested=stop_requested):
-            if recorder is not None and gauges is not None:
-                recorder(event)
-                gauges(event)
-            if isinstance(event, Validation):
-                ray.train.report({"step": event.step, "metric": event.metric})
+        with closing(train(run, device=device, resume_from=resume_from, stop_requested=stop_requested)) as events:
+            for event in events:
+                if recorder is not None and gauges is not None:
+                    recorder(event)
+                    gauges(event)
+                if isinstance(event, Validation):
+                    ray.train.report({"step": event.step, "metric": event.metric})
     finally:
         if recorder is not None:
             recorder.close()

@@ -1,5 +1,7 @@
 """Warm start: yesterday's weights under tomorrow's vocabularies, features and tasks, on any number of ranks."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ from runs import gathered, small_run, train_on
 from mtrec import parallel, warm
 from mtrec.batch import make_batch
 from mtrec.checkpoint import read
+from mtrec.events import Ended
 from mtrec.features import FIRST_ROW
 from mtrec.model import MultiTaskModel
 from mtrec.predictions import load_model
 from mtrec.run import Run
 from mtrec.step import build_state
+from mtrec.train import train
 from mtrec.warm import warm_start
 
 SHARDINGS = (
@@ -242,6 +246,23 @@ def test_another_dimension_and_a_run_without_checkpoint_are_errors(yesterday: tu
     assert follows.experiment.model.embedding_dim == 8
     with pytest.raises(ValueError, match="holds no valid checkpoint"):
         small_run(tmp_path, tree=tree, previous=follows)
+
+
+def test_a_run_that_was_made_anew_since_is_no_start(tmp_path: Path) -> None:
+    before = small_run(tmp_path / "first", "training.max_steps=2", rows=600)
+    train_on(1, before)
+    run = small_run(tmp_path / "second", "training.max_steps=1", rows=700, previous=before)
+    shutil.rmtree(before.folder)
+    other = write_log(tmp_path / "other", 700, seed=4)
+    again = small_run(tmp_path / "first", "training.max_steps=2", tree=experiment_tree(other))
+    assert again.folder == before.folder
+    train_on(1, again)
+    words = rf"{before.folder} should hold the run whose vocabularies {run.folder} was prepared from"
+    with pytest.raises(ValueError, match=words):
+        list(train(run, device=torch.device("cpu")))
+    info = {key: value for key, value in run.info.items() if key != "warm_start_encoder"}
+    (run.folder / "run.json").write_text(json.dumps(info))  # as an earlier mtrec wrote it
+    assert isinstance(list(train(Run(run.folder), device=torch.device("cpu")))[-1], Ended)
 
 
 def test_the_command_starts_warm_and_says_what_changed(
