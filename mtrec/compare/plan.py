@@ -352,7 +352,9 @@ def _check_search(plan: Plan, search: Search, base: Experiment) -> None:
 
 def _check_size(experiment: Experiment, drawn: Experiment, values: Mapping[str, Any], what: str) -> None:
     """Raises ValueError naming the paths of `values` that undo what `match` does, which is before the search."""
-    size = _size(drawn, what)
+    paths = [path for path in values if f"{MATCHED}.".startswith(f"{path}.")]
+    parts = [(each.features, each.tasks, each.model) for each in (experiment, drawn)]
+    size = _size(drawn, what) if parts[0] != parts[1] else None  # building it takes as long as all other checks
 
     def needed(path: str) -> bool:
         try:
@@ -360,8 +362,7 @@ def _check_size(experiment: Experiment, drawn: Experiment, values: Mapping[str, 
         except ValueError:
             return True  # without this kind, the options beside it do not stand
 
-    paths = [path for path in values if f"{MATCHED}.".startswith(f"{path}.")]
-    if size != _size(experiment, what):
+    if size is not None and size != _size(experiment, what):
         paths = [path for path in values if path in paths or needed(path)]
     if paths:
         raise ValueError(
