@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
+import os
 import re
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -297,6 +298,21 @@ def _open(
         fingerprint=_fingerprint(files, row_groups, condition),
         notes=(*notes, *_absent_days(source, locations, partition_types, place)),
     )
+
+
+def common_files(one: Dataset, other: Dataset) -> list[str]:
+    """The files that both may read rows from, as messages name them; by place, links followed, not by contents."""
+    first, second = ({_place(file): file.path for file in _read_files(each)} for each in (one, other))
+    return [path for place, path in first.items() if place in second]
+
+
+def _read_files(dataset: Dataset) -> list[File]:
+    return [dataset.files[index] for index in dict.fromkeys(group.file_index for group in dataset.row_groups)]
+
+
+def _place(file: File) -> str:
+    kind, path = file.location.filesystem.type_name, file.location.path
+    return f"{kind}:{os.path.realpath(path) if kind == 'local' else path}"
 
 
 def _kept(batch: pa.RecordBatch, mask: pa.BooleanArray | None) -> pa.RecordBatch:

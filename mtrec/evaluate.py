@@ -5,7 +5,7 @@ Legend: B rows on this rank.
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +221,7 @@ def evaluate(
         for value in parallel.broadcast_object(sorted(every, key=lambda value: (value is None, str(value)))):
             measures = segments.get(value) or Measures(experiment, model.objectives, spill_folder)
             measures.merge_ranks()
-            found[_segment_name(value, found)] = measures.compute()
+            found[segment_name(value, found)] = measures.compute()
         metrics["by"] = {by: found}
     result: dict[str, Any] = parallel.broadcast_object(metrics)
     return result
@@ -249,7 +249,7 @@ def _split(column: pa.Array) -> Iterator[tuple[Any, NDArray[np.int64]]]:
         yield value, np.concatenate(rows)
 
 
-def _segment_name(value: Any, taken: Mapping[str, Any]) -> str:
+def segment_name(value: Any, taken: Collection[str]) -> str:
     """Of a value of the column of `by`; null stands apart from a text "null"."""
     name = "null" if value is None else str(value)
     while value is None and name in taken:

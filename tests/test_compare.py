@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from typer.testing import CliRunner
 
 from mtrec.cli import app
 from mtrec.compare import figures
+from mtrec.compare import results as compare_results
 from mtrec.compare.plan import Budget, Comparison, Plan, Search, dense_size, load_plan, matched, search_draws
-from mtrec.compare.results import Measured, finished_runs
-from mtrec.compare.runs import Spec, conduct, folder_of, gate_shares, has_ended, make_folders, read_done, with_budget
+from mtrec.compare.report import comparison_report
+from mtrec.compare.results import Measured, compute, finished_runs
+from mtrec.compare.runs import Spec, chosen, conduct, folder_of, gate_shares, has_ended, make_folders, read_done, with_budget
 from mtrec.compare.table import show_results
 from mtrec.compare.whole import compare
 from mtrec.locking import LockedError, locked
@@ -148,6 +151,44 @@ def whole(log: Path) -> tuple[Plan, Path, dict[str, Any]]:
         ({"variant": {}}, r"`variant` is not a known key\. Did you mean 'variants'\?"),
         ({"budget": {"steps": 5, "rows": 3}}, r"`budget` should be one of steps, seconds or rows\. Found steps, rows\."),
         ({"single_task": "shared_botom"}, r"`single_task` should name a variant .*Did you mean 'shared_bottom'\?"),
+        ({"primary": {"click": "ece"}}, r"`primary\.click` should be a metric of the task \(auc, .*Found 'ece'\."),
+        (
+            {"primary": {"click": "gauc"}, "set": {"evaluation.group_by": None}},
+            r"`primary\.click` should be a metric of the task \(auc, (?!gauc).*Found 'gauc'\.",
+        ),
+        ({"primary": {"dwell": "r2_log1p"}}, r"`primary\.dwell` should be r2_log1p_given: .* no log scale\. Found 'r2_log1p'\."),
+        ({"segment": "tags"}, r"`segment` should name a column with one value a row\. Found 'tags' of type list<.*int64>\."),
+        ({"name": "a/b"}, r"`name`: should be usable as the name of a folder, without '/'\. Found 'a/b'\."),
+        (
+            {"variants": {"young": {"set": {"data.train": {"path": "x", "where": "age < 40"}}}}, "budget": {"rows": 1_300}},
+            r"Variant 'young': `data\.train\.where` should be the base's \(None\) where `budget\.rows` is set: .*"
+            r"Found age < 40\. Use `budget\.steps` or `budget\.seconds`, or leave the budget out\.",
+        ),
+        (
+            {"search": {"trials": 2, "space": {"data.train.where": ["age < 40", "age < 50"]}}, "budget": {"rows": 1_300}},
+            r"`search\.space` \(variant mmoe\): `data\.train\.where` should be the base's \(None\)",
+        ),
+        ({"search": {"trials": 2, "space": {"seed": [1, 2]}}}, r"`search\.space` should leave `seed` as it is"),
+        (
+            {
+                "search": {
+                    "trials": 1,
+                    "space": {"optimizer.dense.learning_rate": [1e-3, 1e-2], "model.architecture.expert_layers": [[16, 8], [4]]},
+                }
+            },
+            r"`search\.space` \(variant mmoe\): `match: parameters` makes variants equally large before the search, .* Found "
+            r"model\.architecture\.expert_layers, which changes it\. .* set `match: none`",
+        ),
+        (
+            {"search": {"trials": 2, "space": {"model.dropout": [0.0, 0.1], "model.tower_layers": [[2], [3]]}}, "match": "flops"},
+            r"`match: flops` .* Found model\.tower_layers, which changes it",
+        ),
+        (
+            {"search": {"trials": 2, "space": {"model.interaction.rank": [2, 3], "model.architecture.kind": ["ple", "cgc"]}}},
+            r"Found model\.architecture\.kind, model\.interaction\.rank, which changes it",
+        ),
+        ({"search": {"trials": 2, "space": {"model.embedding_dim": [2, 4]}}}, r"Found model\.embedding_dim, which changes it"),
+        ({"search": {"trials": 2, "space": {"features.item_id.dim": [2, 4]}}}, r"Found features\.item_id\.dim, which changes it"),
         ({"set": {"data.test": None}}, r"`data\.test` of the base should name the files"),
         ({"set": {"data.test": "nowhere.parquet"}}, r"nowhere\.parquet"),
         (
@@ -163,6 +204,42 @@ def test_mistakes_are_told_before_anything_runs(log: Path, tmp_path: Path, chang
         load_plan(_file(tmp_path, base, **changes))
     assert str(caught.value).startswith(f"{tmp_path / 'comparison.yaml'}:")
     assert sorted(path.name for path in tmp_path.iterdir() if path not in before) == ["base.yaml", "comparison.yaml"]
+
+
+def test_what_leaves_the_size_alone_is_searched_beside_matching(log: Path, tmp_path: Path) -> None:
+    space = {"optimizer.dense.learning_rate": [1e-3, 1e-2], "data.batch_size": [64, 128], "model.dropout": [0.0, 0.1]}
+    search = {"trials": 3, "space": {**space, "features.item_id.min_count": [1, 2]}}
+    assert load_plan(_file(tmp_path, _tree(log), search=search)).comparison.match == "parameters"
+
+
+def test_a_budget_of_rows_is_for_other_files_but_not_for_other_shares_of_them(log: Path, tmp_path: Path) -> None:
+    few = {"few": {"set": {"data.train.path": str(log / "train" / "part-0.parquet")}}}
+    load_plan(_file(tmp_path, _tree(log), variants=few, budget={"rows": 1_300}))
+    base = _tree(log)
+    base["data"]["train"] = {"path": str(log / "train"), "where": "age < 40"}
+    with pytest.raises(ValueError, match=r"Variant 'few': `data\.train\.path` should be the base's .*Found .*part-0\.parquet\."):
+        load_plan(_file(tmp_path, base, variants=few, budget={"rows": 1_300}))
+    load_plan(_file(tmp_path, base, variants=few, budget={"steps": 10}))
+
+
+def test_test_rows_are_not_those_of_training_or_validation(log: Path, tmp_path: Path) -> None:
+    def source(name: str, where: str | None = None) -> dict[str, Any]:
+        return {"path": str(log / name), "where": where}
+
+    (tmp_path / "link").symlink_to(log / "test")
+    one_of_them = rf"`data\.test` should name other rows than `data\.train`\. Found '{log}/train/part-0\.parquet' in both: .*by"
+    with pytest.raises(ValueError, match=rf"Variant 'mmoe' \(the base\): {one_of_them} `where`\.$"):
+        load_plan(_file(tmp_path, _tree(log), set={"data.test": source("train/part-0.parquet")}))
+    with pytest.raises(ValueError, match=r"`data\.validation`\. Found .* With `data\.validation: null` the last checkpoint is"):
+        load_plan(_file(tmp_path, _tree(log), set={"data.test": source("validation")}))
+    load_plan(_file(tmp_path, _tree(log), set={"data.test": source("validation"), "data.validation": None}))
+    mine = {"mine": {"set": {"data.train": [str(log / "train"), str(tmp_path / "link" / "part-1.parquet")]}}}
+    with pytest.raises(ValueError, match=rf"Variant 'mine': .* Found '{log}/test/part-1\.parquet' in both"):
+        load_plan(_file(tmp_path, _tree(log), variants=mine))
+    apart = {"data.train": source("train", "age < 40"), "data.test": source("train", "age >= 40")}
+    load_plan(_file(tmp_path, _tree(log), set=apart))
+    with pytest.raises(ValueError, match=r"`data\.test` should name other rows than `data\.train`"):
+        load_plan(_file(tmp_path, _tree(log), set={**apart, "data.test": source("train", "age < 40")}))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -263,6 +340,101 @@ def test_segments_are_the_rows_of_their_value(whole: tuple[Plan, Path, dict[str,
     row = next(row for row in results["segments"] if (row["segment"], row["task"]) == ("1", "conversion"))
     assert row["baseline"] == pytest.approx(np.mean(values), abs=1e-12)
     assert not [row for row in results["segments"] if row["task"] == "click"]  # one label only in each segment
+
+
+def _copied(whole: tuple[Plan, Path, dict[str, Any]], folder: Path) -> tuple[Plan, Path, dict[str, Any]]:
+    """A finished comparison whose files may be changed: plan, folder, facts."""
+    shutil.copytree(whole[1], folder)
+    return whole[0], folder, json.loads((folder / "plan.json").read_text())
+
+
+def test_null_is_no_segment_of_a_text_null(whole: tuple[Plan, Path, dict[str, Any]], tmp_path: Path) -> None:
+    plan, folder, facts = _copied(whole, tmp_path / "copy")
+    segments = pa.array([(None, "null", "null", "DE", "DE", "DE")[row % 6] for row in range(800)])
+    for path in folder.glob("runs/*/seed-*/predictions.parquet"):
+        table = pq.read_table(path)
+        pq.write_table(table.set_column(table.column_names.index("segment"), "segment", segments), path)
+    found = {row["segment"]: row["rows"] for row in compute(plan, folder, facts)["segments"]}
+    assert found == {"DE": 399, "null": 267, "(null)": 134}
+
+
+def test_runs_on_other_test_files_are_not_compared(whole: tuple[Plan, Path, dict[str, Any]], tmp_path: Path) -> None:
+    plan, folder, facts = _copied(whole, tmp_path / "copy")
+    path = folder_of(folder, "shared_bottom/seed-1") / "done.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "test_fingerprint": "abc"}))
+    with pytest.raises(ValueError, match=r"Found 2 fingerprints of `data\.test` \(.*; abc: shared_bottom/seed-1\)\. Files"):
+        compute(plan, folder, facts)
+    path.unlink()
+    assert compare(plan, folder, resume=True, conduct_all=_conduct_here)["complete"]
+
+
+def test_the_page_says_what_was_trained(whole: tuple[Plan, Path, dict[str, Any]], tmp_path: Path) -> None:
+    plan, folder, facts = _copied(whole, tmp_path / "copy")
+    page = comparison_report(compute(plan, folder, facts))
+    assert "All variants see the same batches in the same order for a seed. The checkpoint that is tested is the best on" in page
+    for seed in (0, 1):
+        place = folder_of(folder, f"shared_bottom/seed-{seed}")
+        tree = yaml.safe_load((place / "experiment.yaml").read_text())
+        tree["data"] |= {"batch_size": 64, "validation": None}
+        tree["training"]["validate_every"] = None
+        (place / "experiment.yaml").write_text(yaml.safe_dump(tree))
+        done = json.loads((place / "done.json").read_text())
+        (place / "done.json").write_text(json.dumps({**done, "dense_parameters": 123_456, "flops_per_row": 7}))
+    results = compute(plan, folder, facts)
+    size = results["variants"]["shared_bottom"]["size"]
+    assert (size["parameters"], size["flops"], size["matched"]["size"]) == (123_456, 7, 123_456)
+    assert size["matched"]["target"] == facts["sizes"]["mmoe"]["parameters"]
+    page = comparison_report(results)
+    assert "Variants differ in data.batch_size: they do not see the same batches. The checkpoint that is tested is the" in page
+    assert "(of shared_bottom, without such rows, the last)" in page
+    table = page[page.index("<th>expert_layers</th>") :]
+    assert "123,456" in table[: table.index("</table>")]
+    for variant in results["variants"].values():
+        variant["validated"] = False
+    assert "There are no validation rows, so the checkpoint that is tested is the last; the test" in comparison_report(results)
+
+
+def test_a_metric_that_fails_does_not_keep_back_the_others(
+    whole: tuple[Plan, Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plan, folder, _ = whole
+    facts = json.loads((folder / "plan.json").read_text())
+    paired, interval = compare_results.paired_difference, compare_results.metric_interval
+
+    def fails(function: Any) -> Any:
+        def call(metric: str, *rest: Any, **options: Any) -> Any:
+            if metric == "xauc":
+                raise RuntimeError("Failed to converge")
+            return function(metric, *rest, **options)
+
+        return call
+
+    monkeypatch.setattr(compare_results, "paired_difference", fails(paired))
+    monkeypatch.setattr(compare_results, "metric_interval", fails(interval))
+    found, before = compute(plan, folder, facts), whole[2]
+    others = [[row for row in each["differences"] if not row["primary"] and row["metric"] != "xauc"] for each in (found, before)]
+    assert others[0] == others[1]
+    assert {row["outcome"] for row in found["differences"] if row["metric"] == "xauc" and row["primary"]} == {"undefined"}
+    note = "single_task, dwell: the difference in xauc is undefined, not computed: RuntimeError: Failed to converge"
+    assert found["notes"].count(note) == 1
+    assert "mmoe, dwell: xauc is undefined, not computed: RuntimeError: Failed to converge" in found["notes"]
+    assert f'<p class="note">{note}</p>' in comparison_report(found)
+    assert found["complete"]
+
+
+def test_the_baseline_again_keeps_no_variant_off_the_front(whole: tuple[Plan, Path, dict[str, Any]]) -> None:
+    plan, _, results = whole
+    values = {"mmoe": (0.7, 0.6, 0.6), "shared_bottom": (0.6, 0.5, 0.6), "single_task": (0.5, 0.7, 0.5), "mmoe again": [0.9] * 3}
+    variants: dict[str, Any] = {name: {"metrics": {}} for name in values}
+    for name, each in values.items():
+        for (task, metric), value in zip(plan.primary.items(), each, strict=True):
+            variants[name]["metrics"][task] = {metric: {"value": value}}
+    across = compare_results._across(plan, variants, [], {})
+    front = {"mmoe": True, "shared_bottom": False, "single_task": True, "mmoe again": None}
+    assert {name: each["pareto"] for name, each in across.items()} == front
+    page = comparison_report({**results, "across": across})
+    table = page[page.index("<th>Pareto front</th>") : page.index("</table>")]
+    assert re.findall(r"<td>([^<]*)</td></tr>", table) == ["yes", "no", "yes", "-"]
 
 
 def test_files_hold_the_results_and_the_page_needs_no_network(whole: tuple[Plan, Path, dict[str, Any]]) -> None:
@@ -533,6 +705,57 @@ def test_experts_at_a_single_logged_step_can_be_seen() -> None:
     experts = figures.gate_heat({"click": {"0": {"steps": [24], "shares": [[0.1] * 10]}}}, "mmoe")["layout"]["xaxis"]
     assert experts["dtick"] == 1
     assert "nticks" not in experts
+
+
+def test_a_value_at_the_edge_is_at_an_end_of_its_range(log: Path, tmp_path: Path) -> None:
+    ranges = {
+        "model.architecture.num_experts": {"int": [2, 8]},
+        "optimizer.dense.learning_rate": {"log_uniform": [1e-4, 1e-2]},
+        "model.dropout": {"uniform": [0.0, 0.4]},
+    }
+    space = {"model.architecture.kind": ["shared_bottom", "mmoe"], **ranges}
+    search = {"trials": 8, "space": space}
+    plan = load_plan(_file(tmp_path, _tree(log), search=search, match="none"))
+    experiments = {"mmoe": plan.experiments["mmoe"]}
+    shown = []
+    for best in range(8):
+        for trial in range(8):
+            place = folder_of(tmp_path / "out", f"mmoe/trial-{trial}")
+            place.mkdir(parents=True, exist_ok=True)
+            (place / "done.json").write_text(json.dumps({"metric": 1.0 if trial == best else 0.5}))
+        _, facts = chosen(plan, tmp_path / "out", experiments)
+        values, found = facts["mmoe"]["chosen"], []
+        for path, (name, (low, high)) in ((path, next(iter(each.items()))) for path, each in ranges.items()):
+            if path in values:
+                share = np.log(values[path] / low) / np.log(high / low) if "log" in name else (values[path] - low) / (high - low)
+                found += [path] if not 0.05 < share < 0.95 else []
+        assert facts["mmoe"]["at_edge"] == found
+        shown += found
+    assert 0 < len(shown) < 8
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ({"budget": {"seconds": 5}}, {"budget": {"seconds": 50}}, r"`budget\.seconds` should be 5\.0, as .*seed-0 .* Found 5"),
+        ({"budget": {"seconds": 5}}, {}, r"`budget\.seconds` should be 5\.0, .* Found null\. Set it back, or compare in a new"),
+        ({"segment": None}, {"segment": "click"}, r"`segment` should be null, as .* was made with\. Found \"click\"\."),
+    ],
+)
+def test_a_resumed_comparison_keeps_what_its_runs_were_made_for(
+    log: Path, tmp_path: Path, before: dict[str, Any], after: dict[str, Any], message: str
+) -> None:
+    plan = load_plan(_file(tmp_path, _tree(log), **before))
+    specs = [Spec(f"mmoe/{name}", "mmoe", 0, plan.experiments["mmoe"], name == "seed-0") for name in ("seed-0", "trial-0")]
+    make_folders(plan, tmp_path / "out", specs)
+    made = (folder_of(tmp_path / "out", "mmoe/seed-0") / "compare.json").read_text()
+    make_folders(plan, tmp_path / "out", specs)
+    other = load_plan(_file(tmp_path, _tree(log), **after))
+    with pytest.raises(ValueError, match=rf"--resume: {message}"):
+        make_folders(other, tmp_path / "out", specs)
+    assert (folder_of(tmp_path / "out", "mmoe/seed-0") / "compare.json").read_text() == made
+    if "segment" in before:  # a trial predicts nothing
+        assert make_folders(other, tmp_path / "out", specs[1:]) == ["mmoe/trial-0"]
 
 
 def test_gate_shares_are_read_from_the_log() -> None:

@@ -13,6 +13,7 @@ from simulated_comparisons import simulated
 from sklearn.metrics import roc_auc_score
 
 from mtrec import metrics
+from mtrec.compare.interval import metric_interval
 from mtrec.compare.statistics import (
     METRIC_NAMES,
     Difference,
@@ -154,6 +155,40 @@ def test_one_class_is_undefined_not_an_error(metric: str) -> None:
 def test_no_observed_row_is_undefined(metric: str) -> None:
     side = Scores({0: np.zeros(3), 1: np.zeros(3)}, np.full(3, np.nan), np.arange(3))
     assert math.isnan(paired_difference(metric, side, side).value)
+
+
+@pytest.mark.parametrize("metric", [name for name in METRIC_NAMES if name != "accuracy"])
+@pytest.mark.parametrize("heavy", [30, 400, 4_000])
+def test_rows_that_are_nearly_all_of_one_user_are_too_few_users(metric: str, heavy: int) -> None:
+    rng = np.random.default_rng(heavy)
+    label = np.concatenate([[0.0, 1.0, 0.0, 1.0], (rng.random(heavy) < 0.4).astype(float)])
+    user = np.concatenate([[1, 1, 2, 2], np.zeros(heavy, int)])
+    sides = [
+        Scores({seed: 1 / (1 + np.exp(-rng.normal(label, 1))) for seed in range(5)}, label, user) for _ in ("baseline", "variant")
+    ]
+    found = paired_difference(metric, *sides)
+    told = verdict("a", "b", "t", found, found.p_value)
+    assert all(math.isnan(value) for value in (found.value, found.low, found.high, found.p_value))
+    assert math.isfinite(found.baseline)
+    assert math.isfinite(found.variant)
+    assert found.method.endswith("clustered by user: too few users; 5 paired seeds")
+    assert outcome(found) == "undefined"
+    assert told.startswith("a against b, t: no interval for ")
+    assert told.endswith(": too few users, or nearly all rows are of one (5 seeds, 3 users)")
+    assert math.isnan(smallest_detectable(found, comparisons=12))
+    assert what_sharpens(found) == ""
+    assert math.isnan(metric_interval(metric, sides[0]).low)
+
+
+def test_two_users_of_equal_size_are_enough() -> None:
+    rng = np.random.default_rng(3)
+    label, user = np.tile([0.0, 1.0], 40), np.repeat([0, 1], 40)
+    sides = [Scores({seed: rng.normal(label, 1) for seed in range(3)}, label, user) for _ in range(2)]
+    for metric in ("auc", "xauc", "mae"):
+        found = paired_difference(metric, *sides)
+        assert found.degrees_users == pytest.approx(1, rel=0.01)
+        assert found.low < found.value < found.high
+        assert found.p_value > 0
 
 
 def test_the_same_predictions_do_not_differ() -> None:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from mtrec.compare.statistics import METRIC_NAMES, Difference, holm, smallest_detectable, what_sharpens
-from mtrec.compare.verdict import DIRECTION, delta_m, direction, outcome, pareto_front, seesaw, verdict
+from mtrec.compare.table import summary
+from mtrec.compare.verdict import DIRECTION, delta_m, direction, none_seen, outcome, pareto_front, seesaw, verdict
 
 
 def made(value: float = 0.0, error: float = 0.0006, p: float = 0.5, metric: str = "auc", **more: float) -> Difference:
@@ -71,6 +72,38 @@ def test_with_many_degrees_of_freedom_it_is_the_normal_one() -> None:
     d = made(variance_users=1.0, variance_seeds=0.0, degrees_users=1e8)
     assert smallest_detectable(d) == pytest.approx(stats.norm.ppf(0.975) + stats.norm.ppf(0.8), rel=1e-5)
     assert smallest_detectable(made(variance_users=0.0, variance_seeds=0.0)) == 0
+
+
+@pytest.mark.parametrize("degrees", [0.01, 0.001, 0.0005, 1e-6])
+def test_no_difference_is_large_enough_for_a_variance_of_nearly_one_user(degrees: float) -> None:
+    d = made(variance_users=1e-4, degrees_users=degrees, variance_seeds=1e-5)
+    assert smallest_detectable(d, comparisons=12) == math.inf
+    assert what_sharpens(d) in ("more rows", "more seeds")
+
+
+def test_a_difference_that_cannot_be_is_never_one_that_would_be_seen() -> None:
+    def row(variant: str, error: float, metric: str = "auc") -> dict[str, object]:
+        d = made(0.0001, error, metric=metric)
+        size, told = smallest_detectable(d), verdict(variant, "base", "click", d, 0.5)
+        difference = {"metric": metric, "low": d.low, "high": d.high, "detectable": size, "verdict": told}
+        return {"variant": variant, "task": "click", "primary": True, "outcome": "no difference", **difference}
+
+    def told(*rows: dict[str, object]) -> list[str]:
+        return summary({"primary": {"click": rows[0]["metric"]}, "differences": rows, "baseline": "base", "again": "base again"})
+
+    far, large, small, other = row("far", 9.0), row("large", 1.0), row("small", 0.001), row("other", 0.01)
+    unseen = "not even .5 would be seen: too few seeds or rows"
+    assert told(far, large) == [f"click: no difference to base found for far, large; {unseen}"]
+    few, many = (f".{round(scale * smallest_detectable(made(0, e))):03d}" for e, scale in ((0.001, 1e4), (0.01, 1e3)))
+    assert told(far, small, other, large) == [
+        f"click: no difference to base found for far, large; {unseen}",
+        f"click: no difference to base found for small, other; {few.replace('.', '.0')} to {many} would be seen",
+    ]
+    assert told(far)[0].endswith(f"; {unseen}")
+    wide = told(row("a", 9.0, "mae"), row("b", 9.0, "mae"))[0]
+    assert wide == f"click: no difference to base found for a, b; {smallest_detectable(made(0, 9.0)):.0f} would be seen"
+    assert none_seen("mae", math.inf) == "no difference would be seen: too few seeds or rows"
+    assert none_seen("accuracy_given", 1.2) == "not even 1.0 would be seen: too few seeds or rows"
 
 
 def test_what_sharpens_is_the_larger_part() -> None:

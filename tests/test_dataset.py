@@ -4,13 +4,14 @@ import datetime
 import math
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from parquet_files import message, rows_of, write
 
-from mtrec.dataset import Source, open_dataset
+from mtrec.dataset import Dataset, Source, common_files, open_dataset
 
 # Partitions and windows
 
@@ -159,6 +160,26 @@ def test_fingerprint_follows_contents_and_condition_not_the_folder(tmp_path: Pat
     write(tmp_path / "three" / "a.parquet", x=[1, 2, 4])
     assert fingerprint("one") == fingerprint("two") != fingerprint("three")
     assert fingerprint("one", "x > 1") not in (fingerprint("one"), fingerprint("one", "x > 2"))
+
+
+def test_common_files_are_those_that_both_read(tmp_path: Path) -> None:
+    for day in ("01", "02", "03"):
+        (tmp_path / "log" / f"dt=2026-01-{day}").mkdir(parents=True)
+        pq.write_table(pa.table({"user": [1, 2]}), tmp_path / "log" / f"dt=2026-01-{day}" / "a.parquet")
+    (tmp_path / "link").symlink_to(tmp_path / "log")
+
+    def opened(path: str | list[str], **limits: Any) -> Dataset:
+        return open_dataset(Source(path, **limits), ["user"], place="data.train")
+
+    log, second = str(tmp_path / "log"), str(tmp_path / "log" / "dt=2026-01-02" / "a.parquet")
+    assert common_files(opened(log), opened(second)) == [second]
+    assert common_files(opened(f"{tmp_path}/link"), opened(second)) == [f"{tmp_path}/link/dt=2026-01-02/a.parquet"]
+    assert common_files(opened(second), opened(f"file://{log}/*/*.parquet")) == [second]
+    assert len(common_files(opened(log), opened(log))) == 3
+    assert common_files(opened(log, where="dt > 2026-01-02"), opened(second)) == []  # its row groups are ruled out
+    copy = tmp_path / "copy.parquet"
+    copy.write_bytes(Path(second).read_bytes())
+    assert common_files(opened(str(copy)), opened(second)) == []
 
 
 def test_minmax_from_footers(tmp_path: Path) -> None:

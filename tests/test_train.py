@@ -420,7 +420,7 @@ def test_segments_keep_every_row_of_null_and_nan() -> None:
     assert found == {None: [0, 3], "null": [1], "DE": [2]}
     names: dict[str, Any] = {}
     for value in ("DE", "null", None):
-        names[mtrec.evaluate._segment_name(value, names)] = value
+        names[mtrec.evaluate.segment_name(value, names)] = value
     assert names == {"DE": "DE", "null": "null", "(null)": None}
     floats = pa.array([math.nan, 1.0, None, math.nan])
     assert {value: rows.tolist() for value, rows in mtrec.evaluate._split(floats)} == {None: [2], 1.0: [1], "nan": [0, 3]}

@@ -17,7 +17,7 @@ from logs import experiment_tree, write_log
 
 from mtrec.checkpoint import CheckpointError
 from mtrec.compare.runs import prepared, train_here
-from mtrec.compare.space import Parameter, active
+from mtrec.compare.space import Parameter, active, place_of
 from mtrec.config import Experiment, apply_overrides, load_experiment, parse_experiment, with_absolute_paths
 from mtrec.events import Failed
 from mtrec.locking import LockedError, locked
@@ -26,7 +26,6 @@ from mtrec.run import Run, open_run, prepare
 from mtrec.train import train
 from mtrec.tune import figures
 from mtrec.tune.plan import Plan, checked, load_plan
-from mtrec.tune.results import place_of
 from mtrec.tune.trials import (
     AS_WRITTEN,
     best_validation,

@@ -16,19 +16,31 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import pydantic
 import torch
 from pydantic import Field
 
 from mtrec.architectures import ARCHITECTURES
+from mtrec.compare.sample import METRIC_NAMES
 from mtrec.compare.space import Space, active
 from mtrec.compare.sweep import points
-from mtrec.config import DIALECT, Experiment, Section, apply_overrides, load_experiment, parse_experiment, with_absolute_paths
+from mtrec.config import (
+    DIALECT,
+    Experiment,
+    Section,
+    Source,
+    apply_overrides,
+    load_experiment,
+    parse_experiment,
+    with_absolute_paths,
+)
+from mtrec.dataset import Dataset, common_files
 from mtrec.evaluate import MAIN_METRIC, Measures, check_best_metric
 from mtrec.formula import ranking_formula
 from mtrec.gradients import check_place
 from mtrec.kinds import PositiveFloat, PositiveInt, check_options, explain, nearest, resolve
-from mtrec.model import DensePart, check_buffers, task_specs
+from mtrec.model import ANY_WIDTH, DensePart, check_buffers, task_specs
 from mtrec.run import check_device, check_footers, evaluation_columns, open_source
 from mtrec.tasks import Objectives, TaskSpec
 from mtrec.yaml_tree import naming, read_yaml
@@ -38,6 +50,8 @@ AGAIN_SEEDS = 1_000  # what is added to the seeds for it
 COUNTS = ("rows", "positives", "rows_given", "positives_given", "auc_error_bound", "gauc_coverage", "gauc_coverage_given")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 KEPT = ("seed", "output", "name", "data.test", "data.sample_weight", "evaluation.group_by")  # what a variant may not change
+MATCHED = "model.architecture.expert_layers"  # what `match` scales
+WIDTHS = ("dim", "width", "missing_indicator", "table")  # options of features that change the input of the dense part
 
 
 class Budget(Section):
@@ -45,7 +59,7 @@ class Budget(Section):
 
     steps: PositiveInt | None = None
     seconds: PositiveFloat | None = Field(None, description="of training, the same for all; slower variants see fewer rows")
-    rows: PositiveInt | None = Field(None, description="training rows, counted over epochs")
+    rows: PositiveInt | None = Field(None, description="training rows before `where`, counted over epochs")
 
     @pydantic.model_validator(mode="after")
     def _one(self) -> "Budget":
@@ -91,6 +105,11 @@ class Comparison(Section):
     single_task: str | None = Field(None, description="the variant that the MTL gain is measured against")
     curve_points: PositiveInt = Field(8, description="validations a run where the base sets no validate_every")
     search: Search | None = None
+
+    @pydantic.field_validator("name")
+    @classmethod
+    def _a_folder(cls, value: str) -> str:
+        return Experiment._a_folder(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,13 +272,21 @@ def primary_metrics(experiment: Experiment) -> dict[str, str]:
 
 def _primary(comparison: Comparison, base: Experiment) -> dict[str, str]:
     """{task: metric}, checked against the metrics that the task has."""
-    known = Measures(base, Objectives(task_specs(base))).compute()["tasks"]
+    specs = task_specs(base)
+    known = Measures(base, Objectives(specs)).compute()["tasks"]
     if comparison.primary is None:
         return primary_metrics(base)
     for task, metric in comparison.primary.items():
         if task not in known:
             raise ValueError(f"`primary` should name tasks ({', '.join(known)}). Found '{task}'.{nearest(task, known)}")
-        names = [name for name in known[task] if name not in COUNTS]
+        if metric == "r2_log1p" and specs[task].given is not None:
+            raise ValueError(
+                f"`primary.{task}` should be r2_log1p_given: expected values over all rows, which `given` makes of the task's "
+                "predictions, have no log scale. Found 'r2_log1p'."
+            )
+        names = [name for name in known[task] if name.removesuffix("_given") in METRIC_NAMES]
+        if base.evaluation.group_by is None:
+            names = [name for name in names if not name.startswith("gauc")]
         if metric not in names:
             raise ValueError(
                 f"`primary.{task}` should be a metric of the task ({', '.join(names)}). Found '{metric}'.{nearest(metric, names)}"
@@ -283,13 +310,14 @@ def _check(plan: Plan) -> None:
             f"Found '{comparison.single_task}'.{nearest(comparison.single_task, plan.experiments)}"
         )
     if comparison.search is not None:
-        if base.data.validation is None:
-            raise ValueError("`search` chooses on validation rows, and the base has no `data.validation`.")
-        for name, experiment in plan.experiments.items():
-            for overrides in search_draws(comparison.search):
-                drawn = varied(experiment, active(comparison.search.space, overrides), f"search.space (variant {name})")
-                with naming(f"`search.space` (variant {name})"):
-                    _check_comparable(drawn, base, plan.primary)
+        _check_search(plan, comparison.search, base)
+    segment = [comparison.segment] if comparison.segment else []
+    with naming("The base"):
+        test = open_source(base, base.data.test, "data.test", [*evaluation_columns(base), *segment])
+        if comparison.segment:
+            _check_segment(comparison.segment, test.schema.field(comparison.segment).type)
+        if base.data.on_bad_rows == "error":
+            check_footers(test, task_specs(base), base)
     for name, experiment in plan.experiments.items():
         with naming(f"Variant '{name}'" + (" (the base)" if experiment is base else "")):
             check_best_metric(experiment, Objectives(task_specs(experiment)))
@@ -298,14 +326,96 @@ def _check(plan: Plan) -> None:
             ranking_formula(experiment)
             check_device(experiment, "cuda" if torch.cuda.is_available() else "cpu")
             _check_comparable(experiment, base, plan.primary)
-            open_source(experiment, experiment.data.train, "data.train")
-    segment = [comparison.segment] if comparison.segment else []
-    with naming("The base"):
-        test = open_source(base, base.data.test, "data.test", [*evaluation_columns(base), *segment])
-        if base.data.on_bad_rows == "error":
-            check_footers(test, task_specs(base), base)
-        if base.data.validation is not None:
-            open_source(base, base.data.validation, "data.validation", evaluation_columns(base))
+            _check_budget(experiment, base, comparison.budget)
+            train = open_source(experiment, experiment.data.train, "data.train")
+            _check_unseen(train, experiment.data.train, test, base.data.test)
+            source = experiment.data.validation
+            if source is not None and (experiment is base or source != base.data.validation):
+                rows = open_source(experiment, source, "data.validation", evaluation_columns(experiment))
+                _check_unseen(rows, source, test, base.data.test)
+
+
+def _check_search(plan: Plan, search: Search, base: Experiment) -> None:
+    """What is drawn for any variant should leave it comparable, and as large and trained on as many rows as was agreed."""
+    if base.data.validation is None:
+        raise ValueError("`search` chooses on validation rows, and the base has no `data.validation`.")
+    _check_kept(dict.fromkeys(search.space), "search.space")
+    for name, experiment in plan.experiments.items():
+        for overrides in search_draws(search):
+            values = active(search.space, overrides)
+            drawn = varied(experiment, values, f"search.space (variant {name})")
+            with naming(f"`search.space` (variant {name})"):
+                _check_comparable(drawn, base, plan.primary)
+                _check_budget(drawn, base, plan.comparison.budget)
+                if plan.comparison.match != "none":
+                    _check_size(experiment, drawn, values, plan.comparison.match)
+
+
+def _check_size(experiment: Experiment, drawn: Experiment, values: Mapping[str, Any], what: str) -> None:
+    """Raises ValueError naming the paths of `values` that undo what `match` does, which is before the search."""
+    paths = [path for path in values if f"{MATCHED}.".startswith(f"{path}.")]
+    parts = [(each.features, each.tasks, each.model) for each in (experiment, drawn)]
+    size = _size(drawn, what) if parts[0] != parts[1] else None  # building it takes as long as all other checks
+
+    def needed(path: str) -> bool:
+        try:
+            return _size(varied(experiment, {key: value for key, value in values.items() if key != path}, path), what) != size
+        except ValueError:
+            return True  # without this kind, the options beside it do not stand
+
+    if size is not None and size != _size(experiment, what):
+        paths = [path for path in values if path in paths or needed(path)]
+    if paths:
+        raise ValueError(
+            f"`match: {what}` makes variants equally large before the search, which should then leave their size as it is. Found "
+            f"{', '.join(paths)}, which changes it. Leave this out of `search.space`, or set `match: none`."
+        )
+
+
+def _size(experiment: Experiment, what: str) -> tuple[object, ...]:
+    """What the size of the dense part follows from: the width of its input, as far as it is written, and its own modules."""
+    features = {name: (kind.kind, *map(kind.options.get, WIDTHS)) for name, kind in experiment.features.items()}
+    return features, experiment.model.embedding_dim, dense_size(experiment, ANY_WIDTH)[what]
+
+
+def _check_budget(experiment: Experiment, base: Experiment, budget: Budget | None) -> None:
+    """Of a budget of rows, which counts those before `where`, equal shares should be left to all variants."""
+    if budget is None or budget.rows is None:
+        return
+    ours, theirs = experiment.data.train, base.data.train
+    for key, found, wanted in zip(("where", "window", "window_column"), _limits(ours), _limits(theirs), strict=True):
+        _check_same_rows(key, found, wanted)
+    if _limits(ours) != (None, None, None):  # of other files, conditions leave other shares
+        _check_same_rows("path", ours.path, theirs.path)
+
+
+def _check_same_rows(key: str, found: object, wanted: object) -> None:
+    if found != wanted:
+        raise ValueError(
+            f"`data.train.{key}` should be the base's ({wanted}) where `budget.rows` is set: it counts rows before `where` and "
+            f"`window`, so that variants would be trained on different numbers of them. Found {found}. Use `budget.steps` or "
+            "`budget.seconds`, or leave the budget out."
+        )
+
+
+def _limits(source: Source) -> tuple[object, ...]:
+    return source.where, source.window, None if source.window is None else source.window_column
+
+
+def _check_unseen(data: Dataset, source: Source, test: Dataset, test_source: Source) -> None:
+    """Raises ValueError where both read rows of one file, and the same of them."""
+    last = " With `data.validation: null` the last checkpoint is tested." if data.place == "data.validation" else ""
+    shared = common_files(test, data)
+    if shared and _limits(source) == _limits(test_source):
+        raise ValueError(
+            f"`data.test` should name other rows than `{data.place}`. Found '{shared[0]}' in both: models would be tested on "
+            f"rows that they were trained or chosen on. Name other files, or tell the rows of one file apart by `where`.{last}"
+        )
+
+
+def _check_segment(column: str, type_: pa.DataType) -> None:
+    if pa.types.is_nested(type_):
+        raise ValueError(f"`segment` should name a column with one value a row. Found '{column}' of type {type_}.")
 
 
 def _check_comparable(experiment: Experiment, base: Experiment, primary: Mapping[str, str]) -> None:

@@ -12,6 +12,7 @@ from mtrec.compare.balance import balancing_series, is_told, section
 from mtrec.compare.page import Page, badge, stacked
 from mtrec.compare.runs import events_of, gate_shares
 from mtrec.compare.table import signed, summary
+from mtrec.compare.verdict import none_seen
 from mtrec.evaluate import MAIN_METRIC
 from mtrec.kinds import counted
 from mtrec.model import task_specs
@@ -75,7 +76,7 @@ def _verdicts(page: Page, results: Results) -> None:
         cells += [
             "-" if gain is None else f"{100 * gain:+.2f} %",
             "yes" if across["seesaw"] else "no" if not variant["baseline"] else "-",
-            "yes" if across["pareto"] else "no",
+            "-" if across["pareto"] is None else "yes" if across["pareto"] else "no",
         ]
         table.append(cells)
     tasks = [f"{task}: {metric}" for task, metric in results["primary"].items()]
@@ -150,10 +151,15 @@ def _differences(page: Page, results: Results) -> None:
     page.figures(figures.variance_sources(results, task, metric) for task, metric in results["primary"].items())
     page.table(
         ["task", "variant", "would be seen", "what would sharpen it"],
-        ([r["task"], r["variant"], _number(r["detectable"], 5), r["sharpen"]] for r in results["differences"] if r["primary"]),
+        ([r["task"], r["variant"], _detectable(r), r["sharpen"]] for r in results["differences"] if r["primary"]),
         numbers=(2,),
         fold="Smallest detectable differences",
     )
+
+
+def _detectable(row: Mapping[str, Any]) -> str:
+    size = row["detectable"]
+    return "-" if size is None else none_seen(row["metric"], size) or _number(size, 5)
 
 
 def _fairness(page: Page, results: Results) -> None:
@@ -186,12 +192,22 @@ def _fairness(page: Page, results: Results) -> None:
         )
     head = ["variant", "search", "expert_layers", "dense parameters", "steps trained", "step tested", "seeds"]
     page.table(head, rows, numbers=(3, 6))
-    page.paragraph(
-        "All variants see the same batches in the same order for a seed. The checkpoint that "
-        "is tested is the best on the validation rows; the test rows are read once, after "
-        "that.",
-        "soft",
-    )
+    page.paragraph(f"{_batches(results)} {_tested(results)}; the test rows are read once, after that.", "soft")
+
+
+def _batches(results: Results) -> str:
+    other = results["batches_differ_in"]
+    if other:
+        return f"Variants differ in {', '.join(other)}: they do not see the same batches."
+    return "All variants see the same batches in the same order for a seed."
+
+
+def _tested(results: Results) -> str:
+    last = [name for name, variant in results["variants"].items() if not variant["validated"]]
+    if len(last) == len(results["variants"]):
+        return "There are no validation rows, so the checkpoint that is tested is the last"
+    rest = f" (of {', '.join(last)}, without such rows, the last)" if last else ""
+    return f"The checkpoint that is tested is the best on the validation rows{rest}"
 
 
 def _short(value: Any) -> str:

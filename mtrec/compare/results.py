@@ -10,9 +10,9 @@ import csv
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from mtrec.atomic import write_atomically
 from mtrec.compare.balance import balancing_series
-from mtrec.compare.interval import metric_interval
+from mtrec.compare.interval import Interval, metric_interval
 from mtrec.compare.plan import Plan
 from mtrec.compare.runs import (
     LABEL,
@@ -37,14 +37,25 @@ from mtrec.compare.runs import (
     is_done,
     read_done,
 )
-from mtrec.compare.statistics import METRIC_NAMES, Difference, Scores, holm, paired_difference, smallest_detectable, what_sharpens
+from mtrec.compare.statistics import (
+    METRIC_NAMES,
+    Difference,
+    Scores,
+    holm,
+    paired_difference,
+    smallest_detectable,
+    undefined_difference,
+    what_sharpens,
+)
 from mtrec.compare.verdict import delta_m, direction, outcome, pareto_front, seesaw, verdict
 from mtrec.config import Experiment
+from mtrec.evaluate import segment_name
 from mtrec.model import task_specs
 from mtrec.run import open_run
 from mtrec.tasks import Objectives
 
 Floats = NDArray[np.float64]
+T = TypeVar("T")
 
 RESULTS = "results.json"
 SHOWN: dict[str, tuple[str, ...]] = {
@@ -57,6 +68,7 @@ MAX_SEGMENTS = 10  # the largest; the others are left out
 CALIBRATION_BINS = 12
 POWER = 0.8
 FEW_SEEDS = 4  # fewer than that: a note says what they are worth
+BATCHES = ("train", "batch_size", "num_streams", "shuffle", "shuffle_window")  # keys of `data` that batches depend on
 
 
 class Measured:
@@ -182,13 +194,16 @@ def compute(plan: Plan, folder: Path, facts: Mapping[str, Any]) -> dict[str, Any
     fewest = min(len(by_seed) for by_seed in runs.values())
     if fewest < FEW_SEEDS:
         notes.append(f"{fewest} seeds say little about how much re-runs differ, and make the intervals wide: run five or more.")
+    _check_one_test(folder, runs)
     measured = Measured(folder, runs, plan.experiments[plan.baseline])
     metrics = {
         task: list(dict.fromkeys([plan.primary.get(task, ""), *measured.metrics(task)])) for task in measured.objectives.names
     }
     metrics = {task: [name for name in names if name] for task, names in metrics.items()}
-    rows, primaries = _differences(plan, measured, runs, metrics)
-    variants = {name: _variant(plan, folder, facts, measured, metrics, name, by_seed) for name, by_seed in runs.items()}
+    attempt = _Attempt(notes)
+    rows, primaries = _differences(plan, measured, runs, metrics, attempt)
+    variants = {name: _variant(plan, folder, facts, measured, metrics, name, by_seed, attempt) for name, by_seed in runs.items()}
+    segments = _segments(plan, measured, runs, attempt)
     found = {
         "name": plan.comparison.name,
         "baseline": plan.baseline,
@@ -204,15 +219,61 @@ def compute(plan: Plan, folder: Path, facts: Mapping[str, Any]) -> dict[str, Any
         "user_column": measured.experiment.evaluation.group_by,
         "segment_column": plan.comparison.segment,
         "complete": complete,
-        "notes": notes,
+        "batches_differ_in": _batches_differ_in(folder, runs),
+        "notes": list(dict.fromkeys(notes)),
         "variants": variants,
         "differences": rows,
         "across": _across(plan, variants, rows, primaries),
-        "segments": _segments(plan, measured, runs),
+        "segments": segments,
         "facts": dict(facts),
     }
     plain: dict[str, Any] = _plain(found)
     return plain
+
+
+class _Attempt:
+    """Computes what may fail: one metric must not keep back the others, but a note says so."""
+
+    def __init__(self, notes: list[str]) -> None:
+        self._notes = notes
+
+    def __call__(self, what: str, compute: Callable[[], T], undefined: Callable[[str], T]) -> T:
+        """What `compute` returns; where it raises, what `undefined` makes of the reason."""
+        try:
+            return compute()
+        except (ArithmeticError, RuntimeError, ValueError) as error:
+            why = f"not computed: {type(error).__name__}: {error}"
+            self._notes.append(f"{what} is undefined, {why}")
+            return undefined(why)
+
+
+def _check_one_test(folder: Path, runs: Mapping[str, Mapping[int, str]]) -> None:
+    """Raises ValueError naming the runs that predicted other test files than the first one: features count there, too."""
+    found: dict[Any, list[str]] = {}
+    for by_seed in runs.values():
+        for name in by_seed.values():
+            found.setdefault(read_done(folder, name).get("test_fingerprint"), []).append(name)
+    if len(found) > 1:
+        told = "; ".join(f"{fingerprint}: {', '.join(names)}" for fingerprint, names in found.items())
+        raise ValueError(
+            f"{folder}: all runs should have predicted the same test files. Found {len(found)} fingerprints of `data.test` "
+            f"({told}). Files changed between runs: compare in a new folder, or remove done.json of the runs that predicted "
+            "others than those that are there now, and --resume predicts these again."
+        )
+
+
+def _batches_differ_in(folder: Path, runs: Mapping[str, Mapping[int, str]]) -> list[str]:
+    """The keys in which variants differ so that, with the same seed, they do not see the same batches."""
+    data = [open_run(folder_of(folder, next(iter(by_seed.values())))).experiment.data for by_seed in runs.values()]
+    return [f"data.{key}" for key in BATCHES if any(getattr(each, key) != getattr(data[0], key) for each in data)]
+
+
+def _size(size: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
+    """The size that was planned for a variant, with the numbers of the model that was trained."""
+    found = {**size, "parameters": done["dense_parameters"], "flops": done["flops_per_row"]}
+    if size["matched"] is not None:
+        found["matched"] = {**size["matched"], "size": found[size["matched"]["what"]]}
+    return found
 
 
 def _variant(
@@ -223,29 +284,34 @@ def _variant(
     metrics: Mapping[str, Sequence[str]],
     name: str,
     by_seed: Mapping[int, str],
+    attempt: _Attempt,
 ) -> dict[str, Any]:
     """What is known of one variant (the A/A row is the baseline's)."""
-    logs = {str(seed): events_of(open_run(folder_of(folder, each))) for seed, each in by_seed.items()}
+    runs = {str(seed): open_run(folder_of(folder, each)) for seed, each in by_seed.items()}
+    done = {str(seed): read_done(folder, each) for seed, each in by_seed.items()}
+    first = next(iter(done))
     return {
         "diff": plan.diffs.get(name, {}),
         "baseline": name == plan.baseline,
         "again": name == plan.again,
-        "size": facts["sizes"].get(name, facts["sizes"][plan.baseline]),
+        "size": _size(facts["sizes"].get(name, facts["sizes"][plan.baseline]), done[first]),
+        "validated": runs[first].experiment.data.validation is not None,
         "search": facts["search"].get(name, facts["search"][plan.baseline]),
-        "cost": _cost([read_done(folder, each) for each in by_seed.values()]),
-        "runs": {str(seed): read_done(folder, each) for seed, each in by_seed.items()},
+        "cost": _cost(list(done.values())),
+        "runs": done,
         "metrics": {
-            task: {metric: _interval(measured, name, task, metric) for metric in names} for task, names in metrics.items()
+            task: {metric: _interval(measured, name, task, metric, attempt) for metric in names}
+            for task, names in metrics.items()
         },
         "curves": _curves(folder, by_seed, plan.primary),
         "gates": _gates(folder, by_seed),
-        "balancing": {seed: balancing_series(events) for seed, events in logs.items()},
+        "balancing": {seed: balancing_series(events_of(run)) for seed, run in runs.items()},
         "calibration": {task: _calibration(measured, name, task) for task in measured.objectives.names},
     }
 
 
 def _differences(
-    plan: Plan, measured: Measured, runs: Mapping[str, Any], metrics: Mapping[str, Sequence[str]]
+    plan: Plan, measured: Measured, runs: Mapping[str, Any], metrics: Mapping[str, Sequence[str]], attempt: _Attempt
 ) -> tuple[list[dict[str, Any]], dict[tuple[str, str], Difference]]:
     """One entry a variant, task and metric, and the differences of the primary metrics.
 
@@ -257,8 +323,8 @@ def _differences(
             continue
         for task, names in metrics.items():
             for metric in names:
-                base, other = (measured.scores(each, task, metric) for each in (plan.baseline, variant))
-                found.append((variant, task, metric, plan.primary.get(task) == metric, paired_difference(metric, base, other)))
+                difference = _paired(plan, measured, variant, task, metric, attempt)
+                found.append((variant, task, metric, plan.primary.get(task) == metric, difference))
     counted = [index for index, (variant, _, _, primary, _) in enumerate(found) if primary and variant != plan.again]
     adjusted = dict(zip(counted, holm([found[index][4].p_value for index in counted]).tolist(), strict=True))
     rows, primaries = [], {}
@@ -272,19 +338,62 @@ def _differences(
             comparisons = max(1, len(counted)) if variant != plan.again else 1
             row |= {
                 "outcome": outcome(difference, p_value),
-                "verdict": verdict(variant, plan.baseline, task, difference, p_value, comparisons),
-                "detectable": smallest_detectable(difference, POWER, comparisons),
-                "sharpen": what_sharpens(difference),
+                **_judged(variant, plan.baseline, task, difference, p_value, comparisons, attempt),
             }
             primaries[variant, task] = difference
         rows.append(row)
     return rows, primaries
 
 
+def _paired(
+    plan: Plan,
+    measured: Measured,
+    variant: str,
+    task: str,
+    metric: str,
+    attempt: _Attempt,
+    keep_N: NDArray[np.bool_] | None = None,
+    **options: Any,
+) -> Difference:
+    """The difference of a variant to the baseline, on all rows or those of `keep_N`."""
+
+    def compute() -> Difference:
+        base, other = (measured.scores(each, task, metric, keep_N) for each in (plan.baseline, variant))
+        return paired_difference(metric, base, other, **options)
+
+    def undefined(why: str) -> Difference:
+        seeds = min(len(measured.tables[each]) for each in (plan.baseline, variant))
+        return undefined_difference(metric, seeds, None, measured.rows if keep_N is None else int(np.sum(keep_N)), why)
+
+    return attempt(f"{variant}, {task}: the difference in {metric}", compute, undefined)
+
+
+def _judged(
+    variant: str, baseline: str, task: str, difference: Difference, p_value: float, comparisons: int, attempt: _Attempt
+) -> dict[str, Any]:
+    """What is made of a difference in a primary metric: the verdict, the smallest detectable one, what would sharpen it."""
+    return attempt(
+        f"{variant}, {task}: the smallest detectable difference in {difference.metric}",
+        lambda: {
+            "verdict": verdict(variant, baseline, task, difference, p_value, comparisons),
+            "detectable": smallest_detectable(difference, POWER, comparisons),
+            "sharpen": what_sharpens(difference),
+        },
+        lambda why: {
+            "verdict": f"{variant} against {baseline}, {task}: {outcome(difference, p_value)}",
+            "detectable": None,
+            "sharpen": "",
+        },
+    )
+
+
 def _across(
     plan: Plan, variants: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], primaries: Mapping[tuple[str, str], Difference]
 ) -> dict[str, Any]:
-    """{variant: MTL gain, seesaw, on the Pareto front}; over the primary metrics."""
+    """{variant: MTL gain, seesaw, on the Pareto front}; over the primary metrics.
+
+    The A/A row is no variant that could be chosen: it is not on the front and keeps none off it.
+    """
     single = plan.single_task if plan.single_task in variants else None
     values = {
         name: {task: each["metrics"][task][metric]["value"] for task, metric in plan.primary.items()}
@@ -292,8 +401,9 @@ def _across(
     }
     ordered = {task: metric for task, metric in plan.primary.items() if direction(metric)}  # of a ratio, more is not better
     larger = [direction(metric) > 0 for metric in ordered.values()]
-    points = np.array([[each[task] for task in ordered] for each in values.values()], dtype=np.float64)
-    front = dict(zip(values, pareto_front(points, larger).tolist(), strict=True)) if ordered and np.isfinite(points).all() else {}
+    real = [name for name in values if name != plan.again]
+    points = np.array([[values[name][task] for task in ordered] for name in real], dtype=np.float64)
+    front = dict(zip(real, pareto_front(points, larger).tolist(), strict=True)) if ordered and np.isfinite(points).all() else {}
     found = {}
     for name in variants:
         adjusted = {row["task"]: row["adjusted_p"] for row in rows if row["variant"] == name and row["primary"]}
@@ -307,8 +417,13 @@ def _across(
     return found
 
 
-def _interval(measured: Measured, variant: str, task: str, metric: str) -> dict[str, Any]:
-    found = metric_interval(metric, measured.scores(variant, task, metric))
+def _interval(measured: Measured, variant: str, task: str, metric: str, attempt: _Attempt) -> dict[str, Any]:
+    unknown = Interval(math.nan, math.nan, math.nan, dict.fromkeys(measured.tables[variant], math.nan))
+    found = attempt(
+        f"{variant}, {task}: {metric}",
+        lambda: metric_interval(metric, measured.scores(variant, task, metric)),
+        lambda why: unknown,
+    )
     return {"value": found.value, "low": found.low, "high": found.high, "by_seed": {str(s): v for s, v in found.by_seed.items()}}
 
 
@@ -391,24 +506,25 @@ def _calibration(measured: Measured, variant: str, task: str) -> dict[str, Any] 
     }
 
 
-def _segments(plan: Plan, measured: Measured, runs: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _segments(plan: Plan, measured: Measured, runs: Mapping[str, Any], attempt: _Attempt) -> list[dict[str, Any]]:
     """The primary metrics on the rows of each value of the segment column (the largest ones); all of it exploratory."""
     if measured.segment is None:
         return []
-    values = np.array(["null" if each is None else each for each in measured.segment])
+    null = segment_name(None, set(measured.segment) - {None})
+    values = np.array([null if each is None else each for each in measured.segment])
     names, counts = np.unique(values, return_counts=True)
     order = np.argsort(-counts)[:MAX_SEGMENTS]
     found = []
     for index in order:
         keep_N = values == names[index]
         for task, metric in plan.primary.items():
-            base = measured.scores(plan.baseline, task, metric, keep_N)
-            if len(np.unique(base.label[~np.isnan(base.label)])) < 2:
+            label = measured.scores(plan.baseline, task, metric, keep_N).label
+            if len(np.unique(label[~np.isnan(label)])) < 2:
                 continue  # nothing to order
             for variant in runs:
                 if variant == plan.baseline:
                     continue
-                difference = paired_difference(metric, base, measured.scores(variant, task, metric, keep_N), bootstrap_draws=200)
+                difference = _paired(plan, measured, variant, task, metric, attempt, keep_N, bootstrap_draws=200)
                 entry = {
                     "segment": str(names[index]),
                     "rows": int(counts[index]),

@@ -34,7 +34,7 @@ from mtrec.atomic import write_atomically
 from mtrec.batch import make_batch
 from mtrec.checkpoint import Checkpoint
 from mtrec.compare.plan import Budget, Plan, dense_size, matched, search_draws, varied
-from mtrec.compare.space import active
+from mtrec.compare.space import active, at_edge
 from mtrec.config import Experiment, Source, parse_experiment, to_yaml
 from mtrec.embeddings import Embeddings
 from mtrec.evaluate import check_bad_rows, whole_reader
@@ -123,7 +123,9 @@ def check_test(run: Run, experiment: Experiment) -> NDArray[np.int64]:
 
 
 def with_budget(experiment: Experiment, rows: int, budget: Budget | None, curve_points: int) -> Experiment:
-    """The experiment with its steps set by the budget, and so many validations as a learning curve needs; `rows`: of training.
+    """The experiment with its steps set by the budget, and so many validations as a learning curve needs.
+
+    `rows`: of training, before `where`, as those of a budget are: both say how many batches there are, not how full they are.
 
     `checkpoint_storage` is that of the experiment's own run, not of these: they would take each other's checkpoints away there.
     """
@@ -188,17 +190,13 @@ def chosen(
         if all(metric is None for metric in metrics):
             raise ValueError(f"`search`: no trial of '{name}' has a defined `training.best_metric` on the validation rows.")
         best = max(range(len(draws)), key=lambda index: -np.inf if metrics[index] is None else metrics[index])
-        edges = [
-            path
-            for path, space in search.space.items()
-            if space.choice is None and draws[best][path] in (min(d[path] for d in draws), max(d[path] for d in draws))
-        ]
-        found[name] = varied(experiment, active(search.space, draws[best]), "search.space")
+        values = active(search.space, draws[best])
+        found[name] = varied(experiment, values, "search.space")
         facts[name] = {
             "trials": search.trials,
-            "chosen": active(search.space, draws[best]),
+            "chosen": values,
             "metric": metrics[best],
-            "at_edge": edges if search.trials > 2 else [],
+            "at_edge": at_edge(search.space, values),
             "tried": [{**draw, "metric": metric} for draw, metric in zip(draws, metrics, strict=True)],
         }
     return found, facts
@@ -218,34 +216,42 @@ def final_specs(plan: Plan, experiments: dict[str, Experiment]) -> list[Spec]:
 def make_folders(plan: Plan, folder: Path, specs: Sequence[Spec]) -> list[str]:
     """Prepares the folders of runs that have none; returns the names of those that are not done.
 
-    Raises ValueError where a run that is there was made from another experiment.
+    Raises ValueError where a run that is there was made from another experiment, budget of seconds or segment.
     """
     missing = []
     for spec in specs:
         place = folder_of(folder, spec.name)
         source = prepared(folder, spec.experiment)
-        comparison = plan.comparison
-        experiment = with_budget(spec.experiment, source.info["train"]["rows"], comparison.budget, comparison.curve_points)
+        comparison, budget = plan.comparison, plan.comparison.budget
+        experiment = with_budget(spec.experiment, source.info["train"]["rows"], budget, comparison.curve_points)
+        what = {"tested": spec.tested, "seconds": budget.seconds if budget else None, "segment": comparison.segment}
         if (place / "run.json").is_file():
             if open_run(place).experiment != parse_experiment(read_yaml(to_yaml(experiment), spec.name)):
                 raise ValueError(
                     f"--resume: {place} was made from another experiment than the comparison now describes for "
                     f"'{spec.variant}'. Compare in a new folder, or give the variant another name."
                 )
+            _check_same_use(place, what)
         else:
             if place.exists():
                 shutil.rmtree(place)  # cut short before its run.json, which is written last
             copy_prepared(source, experiment, place)
-        budget = plan.comparison.budget
-        what = {
-            "tested": spec.tested,
-            "seconds": budget.seconds if budget else None,
-            "segment": plan.comparison.segment,
-        }
         write_atomically(place / SPEC, json.dumps(what, indent=1))
         if not is_done(folder, spec.name):
             missing.append(spec.name)
     return missing
+
+
+def _check_same_use(place: Path, what: Mapping[str, Any]) -> None:
+    """What the experiment of a run does not say: how long it is trained, and what is kept of its predictions."""
+    before = json.loads((place / SPEC).read_text()) if (place / SPEC).is_file() else what
+    for key, shown in {"seconds": "budget.seconds", "segment": "segment"}.items():
+        if before.get(key) != what[key] and (what["tested"] or key == "seconds"):
+            found, now = (json.dumps(each.get(key)) for each in (before, what))
+            raise ValueError(
+                f"--resume: `{shown}` should be {found}, as {place} was made with. Found {now}. Set it back, or compare in a new "
+                "folder."
+            )
 
 
 def copy_prepared(source: Run, experiment: Experiment, place: Path) -> None:

@@ -20,6 +20,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 METRIC_NAMES = tuple(sorted(["auc", "xauc", *SUM_METRICS]))
+FEWEST_DEGREES = 0.9  # two equal users have 1, less what draws of a bootstrap cost; of less, a variance says nothing
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Scores:
 
 
 class Sample(NamedTuple):
-    """A metric of R runs; NaN where undefined.
+    """A metric of R runs; NaN where undefined, the variance also where nearly all rows are of one user.
 
     `value` (R,); `variance`: contrast (R,) -> variance over users of `contrast @ value`, with `degrees` of freedom; `method` in
     words; `num_users` with observed rows (None where there is no user column); `num_rows` observed.
@@ -91,11 +92,12 @@ def sample_metric(metric: str, sides: Sequence[tuple[Scores, Sequence[int]]], bo
         found = _bootstrapped(kind, runs, bootstrap_draws, seed)
     value, variance, degrees, method = found
     by = "rows taken as independent: no user column" if first.user is None else "clustered by user"
+    few = num_users < 2 or degrees < FEWEST_DEGREES
     return Sample(
         value,
-        variance if num_users > 1 else _unknown,
+        _unknown if few else variance,
         degrees,
-        f"{method}, {by}",
+        f"{method}, {by}{': too few users' if few else ''}",
         None if first.user is None else num_users,
         len(label_N),
     )

@@ -21,6 +21,7 @@ from mtrec.kinds import option_types, resolve
 Number = Annotated[float, Strict()]
 Whole = Annotated[int, Strict()]
 FORMS = ("uniform", "log_uniform", "int", "log_int", "choice")
+EDGE = 0.05  # a value within this share of a range's end lies at its edge
 
 
 class Parameter(Section):
@@ -118,6 +119,28 @@ def active(space: Mapping[str, Parameter], values: Mapping[str, Any]) -> dict[st
                 continue
         others[path] = value
     return {**kinds, **others}
+
+
+def at_edge(space: Mapping[str, Parameter], values: Mapping[str, Any]) -> list[str]:
+    """The paths of `values` whose value lies at an end of its range, so that a wider one may hold a better one.
+
+    >>> at_edge({"a": Parameter(int=(2, 8)), "b": Parameter(uniform=(0.0, 1.0))}, {"a": 8, "b": 0.9})
+    ['a']
+    """
+    ranges = {path: space[path] for path in values if space[path].choice is None}
+    return [path for path, each in ranges.items() if not EDGE < place_of(each, values[path]) < 1 - EDGE]
+
+
+def place_of(parameter: Parameter, value: float) -> float:
+    """Where a value lies in its range, 0 to 1, on a log scale where the range has one.
+
+    >>> round(place_of(Parameter(log_uniform=(1e-4, 1e-2)), 1e-3), 3)
+    0.5
+    """
+    low, high = parameter.ends
+    if parameter.log:
+        low, high, value = math.log(low), math.log(high), math.log(value)
+    return (value - low) / (high - low)
 
 
 def _options(above: str, kind: Any) -> set[str]:

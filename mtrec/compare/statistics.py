@@ -25,6 +25,7 @@ __all__ = [
     "holm",
     "paired_difference",
     "smallest_detectable",
+    "undefined_difference",
     "what_sharpens",
 ]
 
@@ -32,6 +33,7 @@ Floats = NDArray[np.float64]
 Part = tuple[float, float]  # an estimate of a variance, and its degrees of freedom
 _NODES, _WEIGHTS = (each / 2 for each in np.polynomial.legendre.leggauss(128))  # Gauss and Legendre's, of probability
 _NODES = _NODES + 0.5
+BEYOND = 1e9  # standard errors: no difference that is so large is ever met
 
 
 @dataclass(frozen=True)
@@ -257,6 +259,25 @@ def _difference(
     )
 
 
+def undefined_difference(metric: str, num_seeds: int, num_users: int | None, num_rows: int, method: str) -> Difference:
+    """One of which nothing is known; `method` says why."""
+    return _difference(
+        metric=metric,
+        value=math.nan,
+        variance_users=math.nan,
+        variance_seeds=math.nan,
+        degrees_users=math.nan,
+        degrees_seeds=math.nan,
+        confidence=0.95,
+        num_seeds=num_seeds,
+        num_users=num_users,
+        num_rows=num_rows,
+        baseline=math.nan,
+        variant=math.nan,
+        method=method,
+    )
+
+
 def holm(p_values: Sequence[float]) -> Floats:
     """Holm's (1979) adjusted p-values, in the order given; a NaN (an undefined metric) stays NaN and is not counted.
 
@@ -273,7 +294,7 @@ def holm(p_values: Sequence[float]) -> Floats:
 
 def smallest_detectable(difference: Difference, power: float = 0.8, comparisons: int = 1) -> float:
     """The true difference that a comparison like this one finds with probability `power`, in the metric's units; NaN where
-    undefined.
+    undefined, infinite where no difference would be large enough.
 
     At the level (1 - confidence) / `comparisons`: what Holm's correction over that many comparisons certainly allows. Taken for
     the true ones, the variances make the mean of a difference normal and its interval as wide as their estimates happen to be.
@@ -295,13 +316,14 @@ def _detectable(parts: Sequence[Part], level: float, power: float) -> float:
             squared = np.add.outer(squared, estimate * _quantile(degrees, level) ** 2)
             weight = np.multiply.outer(weight, _WEIGHTS if degrees < 1e6 else np.ones(1))
     half = np.sqrt(squared)
-    if not np.isfinite(half).all():
+    most = float(np.max(half)) + 10 * error
+    if not most < BEYOND * error:
         return math.inf
 
     def missed(shift: float) -> float:
         return float(np.sum(weight * special.ndtr((shift - half) / error))) - power
 
-    return float(optimize.brentq(missed, 0.0, float(np.max(half)) + 10 * error))
+    return float(optimize.brentq(missed, 0.0, most, maxiter=1000))
 
 
 def what_sharpens(difference: Difference, power: float = 0.8) -> str:

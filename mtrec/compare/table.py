@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mtrec.compare.verdict import shown
+from mtrec.compare.verdict import none_seen, shown
 from mtrec.terminal import say
 
 COLOURS = {"better": "green", "worse": "red"}
@@ -21,10 +21,14 @@ def summary(results: Mapping[str, Any]) -> list[str]:
         same = [row for row in rows if row["outcome"] == "no difference" and row["detectable"] is not None]
         folded = same if len(same) > 1 else []
         lines += [row["verdict"] for row in rows if row not in folded]
-        if folded:
-            names = ", ".join(row["variant"] + (" (once corrected)" if _excludes_0(row) else "") for row in folded)
-            least, most = (shown(extreme(row["detectable"] for row in folded)) for extreme in (min, max))
-            lines.append(f"{task}: no difference to {results['baseline']} found for {names}; {least} to {most} would be seen")
+        told: dict[str, list[Mapping[str, Any]]] = {}
+        for row in folded:
+            told.setdefault(none_seen(row["metric"], row["detectable"]), []).append(row)
+        for none, alike in told.items():
+            names = ", ".join(row["variant"] + (" (once corrected)" if _excludes_0(row) else "") for row in alike)
+            ends = dict.fromkeys(shown(extreme(row["detectable"] for row in alike)) for extreme in (min, max))
+            seen = none or f"{' to '.join(ends)} would be seen"
+            lines.append(f"{task}: no difference to {results['baseline']} found for {names}; {seen}")
     return lines
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mtrec.compare.statistics import METRIC_NAMES, Difference, smallest_detectable
 
-RANKING = ("auc", "gauc", "xauc")  # 0.5 by chance, 1 at best
+MOST = {"auc": 0.5, "gauc": 0.5, "xauc": 0.5, "accuracy": 1.0}  # differences from chance to perfect, or from 0
 # 1: more is better; -1: less is; 0: 1 is best, so that a difference is neither better nor worse by itself.
 DIRECTION: dict[str, int] = {
     "accuracy": 1,
@@ -74,20 +74,33 @@ def verdict(name: str, baseline_name: str, task: str, difference: Difference, ad
     rows = f"{difference.num_rows:,} rows, taken as independent"
     base = f"{difference.num_seeds} seeds, {rows if difference.num_users is None else f'{difference.num_users:,} users'}"
     if found == "undefined":
+        if math.isfinite(difference.baseline) and math.isfinite(difference.variant):
+            few = "users, or nearly all rows are of one" if difference.num_users is not None else "rows"
+            return f"{start} no interval for {metric}: too few {few} ({base})"
         return f"{start} {metric} is not defined on these test rows ({base})"
     decimals = _decimals(difference)
     value, low, high = (_number(each, decimals, "+") for each in (difference.value, difference.low, difference.high))
     interval = f"{metric} {value}, {low} to {high}"
     if found == "no difference":
-        seen = smallest_detectable(difference, comparisons=comparisons)
-        told = f"{_number(seen, decimals)} would be seen"
-        if seen > 0.5 and difference.metric.removesuffix("_given") in RANKING:
-            told = "not even .5 would be seen: too few seeds or rows"
+        size = smallest_detectable(difference, comparisons=comparisons)
+        told = none_seen(difference.metric, size) or f"{_number(size, decimals)} would be seen"
         excluded = difference.low > 0 or difference.high < 0
         why = f" once corrected for {comparisons} comparisons" if excluded and comparisons > 1 else ""
         return f"{start} no difference found{why} ({interval}; {base}); {told}"
     p = "p < .001" if adjusted_p < 0.001 else f"p = {_number(adjusted_p, 3)}"
     return f"{start} {found} ({interval}; {base}; {p})"
+
+
+def none_seen(metric: str, detectable: float) -> str:
+    """What to say where the smallest detectable difference is larger than any that there can be; "" where it is not.
+
+    >>> none_seen("auc_given", 0.62), none_seen("auc", 0.01), none_seen("mae", 12.0)
+    ('not even .5 would be seen: too few seeds or rows', '', '')
+    """
+    most = MOST.get(metric.removesuffix("_given"), math.inf)
+    if detectable <= most and detectable < math.inf:
+        return ""
+    return f"{f'not even {_number(most, 1)}' if most < math.inf else 'no difference'} would be seen: too few seeds or rows"
 
 
 _NAMES = {"auc": "AUC", "gauc": "GAUC", "xauc": "XAUC", "mae": "MAE", "rmse": "RMSE", "log_loss": "log loss", "r2": "R2"}

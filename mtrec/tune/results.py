@@ -11,7 +11,7 @@ import numpy as np
 
 from mtrec.atomic import write_atomically
 from mtrec.compare.plan import varied
-from mtrec.compare.space import Parameter
+from mtrec.compare.space import at_edge
 from mtrec.compare.verdict import pareto_front
 from mtrec.config import to_yaml
 from mtrec.evaluate import MAIN_METRIC
@@ -22,7 +22,6 @@ from mtrec.tune.trials import AS_WRITTEN, drawn, folder_of, read_result
 
 RESULTS, TRIALS, BEST, PARETO = "results.json", "trials.csv", "best.yaml", "pareto"
 AS_IN_TRIAL = ("validate_every", "epochs", "max_steps")  # keys of `training` that a search sets itself
-EDGE = 0.05  # a best value within this share of a range's end lies at its edge
 
 
 def compute(plan: Plan, folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,7 +51,7 @@ def compute(plan: Plan, folder: Path, facts: Mapping[str, Any]) -> dict[str, Any
         "asked": plan.trials,
         "best": best["number"],
         "front": front,
-        "at_edge": _at_edge(plan, best["values"]),
+        "at_edge": at_edge(plan.search.parameters, best["values"]),
         "asha": None if plan.asha is None else plan.asha.model_dump(),
         "budget": plan.search.budget.model_dump(exclude_none=True) if plan.search.budget else None,
         "search_seed": plan.search.seed,
@@ -74,28 +73,6 @@ def describe(plan: Plan, objective: str) -> str:
         main = [f"{name} {MAIN_METRIC[specs[name].task.family]}" for name, t in plan.experiment.tasks.items() if not t.auxiliary]
         return f"mean of {', '.join(main)}" if len(main) > 1 else main[0]
     return wish if isinstance(wish, str) else " + ".join(f"{weight:g} x {name}" for name, weight in wish.items())
-
-
-def _at_edge(plan: Plan, values: Mapping[str, Any]) -> list[str]:
-    """The parameters whose value lies at an end of its range, so that a wider one may hold a better one."""
-    found = []
-    for path, value in values.items():
-        parameter = plan.search.parameters[path]
-        if parameter.choice is None and not EDGE < place_of(parameter, value) < 1 - EDGE:
-            found.append(path)
-    return found
-
-
-def place_of(parameter: Parameter, value: float) -> float:
-    """Where a value lies in its range, 0 to 1, on a log scale where the range has one.
-
-    >>> round(place_of(Parameter(log_uniform=(1e-4, 1e-2)), 1e-3), 3)
-    0.5
-    """
-    low, high = parameter.ends
-    if parameter.log:
-        low, high, value = np.log(low), np.log(high), np.log(value)
-    return float((value - low) / (high - low))
 
 
 def write(plan: Plan, results: Mapping[str, Any], folder: Path) -> None:

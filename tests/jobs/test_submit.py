@@ -198,7 +198,12 @@ def test_train_and_score_over_http(cluster: Cluster, place: Path) -> None:
 def test_compare_over_http(cluster: Cluster, place: Path) -> None:
     comparison = {
         "base": "tiny.yaml",
-        "set": {"data.test": "data/validation", "training.max_steps": 4, "evaluation.group_by": "user_id"},
+        "set": {
+            "data.test": "data/validation",
+            "data.validation": None,
+            "training.max_steps": 4,
+            "evaluation.group_by": "user_id",
+        },
         "seeds": 2,
         "variants": {"wide": {"set": {"model.architecture.width": 12}}},
     }
@@ -356,7 +361,7 @@ def test_a_comparison_travels_with_its_base(place: Path, monkeypatch: pytest.Mon
     monkeypatch.syspath_prepend(str(place))
     comparison = {
         "base": "tiny.yaml",
-        "set": {"data.test": "data/validation"},
+        "set": {"data.test": "data/validation", "data.validation": None},
         "seeds": 2,
         "variants": {"wide": {"set": {"model.architecture.width": 12}}},
     }
