@@ -130,14 +130,16 @@ def golden_rows(sample: pa.RecordBatch) -> NDArray[np.int64]:
 
 
 def largest_difference(found: dict[str, Floats], expected: dict[str, Floats]) -> tuple[str, float]:
-    """(column, difference) where two predictions of the same rows differ most: |a - b| / max(1, |b|).
+    """(column, difference) where two predictions of the same rows differ most: |a - b| / max(1, |b|), infinite where one is NaN.
 
     >>> largest_difference({"p": np.array([0.5]), "s": np.array([202.0])}, {"p": np.array([0.4]), "s": np.array([200.0])})
     ('p', 0.09999999999999998)
+    >>> largest_difference({"p": np.array([np.nan]), "s": np.array([2.0])}, {"p": np.array([0.4]), "s": np.array([2.5])})
+    ('p', inf)
     """
     worst = ("", 0.0)
     for name, values in expected.items():
-        difference = np.abs(found[name] - values) / np.maximum(1.0, np.abs(values))
-        if len(difference) and not float(difference.max()) <= worst[1]:  # so that a NaN counts as the largest
+        difference = np.nan_to_num(np.abs(found[name] - values) / np.maximum(1.0, np.abs(values)), nan=np.inf)
+        if len(difference) and float(difference.max()) > worst[1]:
             worst = (name, float(difference.max()))
     return worst

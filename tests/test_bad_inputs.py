@@ -432,7 +432,7 @@ CONFIGURATIONS: dict[str, tuple[Change, list[str]]] = {
         put(model__architecture={"kind": "mmoe", "expert_layers": []}),
         ["`model.architecture.expert_layers` should hold at least one entry"],
     ),
-    "all dropped": (put(model__dropout=1.5), ["`model.dropout` should be less than or equal to 1. Found 1.5"]),
+    "all dropped": (put(model__dropout=1.5), ["`model.dropout` should be less than 1. Found 1.5"]),
     "layer of no units": (put(model__tower_layers=[0]), ["`model.tower_layers.0`", "Found 0"]),
     "no such module": (put(model__architecture="no_module:Net"), ["`model.architecture.kind`", "no module 'no_module'"]),
     "no such class": (put(model__architecture="pathlib:Pth"), ["`model.architecture.kind`", "no class 'Pth'"]),

@@ -10,6 +10,7 @@ from torchjd.scalarization import DWA, FAMO, IMTLL, STCH, UW, GeometricMean
 from torchjd.scalarization import Random as TorchJDRandom
 
 from mtrec.balancing import BALANCERS
+from mtrec.balancing.adam import Adam
 from mtrec.balancing.draws import generator
 from mtrec.balancing.norms import norm_gap_gradient
 
@@ -67,6 +68,32 @@ def test_uncertainty_stays_bounded_and_reaches_the_optimum() -> None:
     assert weights[2].item() == pytest.approx(0.5 * torch.e**-4, rel=1e-9)
 
 
+def test_an_entry_of_adam_goes_on_where_it_was_when_it_was_last_active() -> None:
+    both, alone = Adam(2, 0.1, 0.01), Adam(1, 0.1, 0.01)
+    gradients = torch.randn(12, 2, generator=torch.Generator().manual_seed(4))
+    value, expected = torch.ones(2, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    for step, gradient in enumerate(gradients):
+        value = both.descend(value, gradient, torch.tensor([True, step % 3 == 1]))
+        if step % 3 == 1:
+            expected = alone.descend(expected, gradient[1:], torch.tensor([True]))
+        assert torch.equal(value[1:], expected)
+
+
+def test_imtl_l_stays_bounded_and_reaches_the_optimum() -> None:
+    method = BALANCERS["imtl_l"](TASKS, learning_rate=0.1, log_scale_bound=4.0)
+    fixed = torch.tensor([0.5, 0.0, 1e9], dtype=torch.float64)
+    for step in range(500):
+        weights = method(fixed, None, step, ALL)
+    assert weights.tolist() == pytest.approx([2.0, torch.e**4, torch.e**-4], rel=1e-3)  # the optimum of e^s L - s is 1 / L
+
+
+@pytest.mark.parametrize("kind", ["rlw", "dwa"])
+def test_the_weights_of_the_active_tasks_sum_to_their_number(kind: str) -> None:
+    weights = BALANCERS[kind](TASKS)(losses(0), None, 0, torch.tensor([True, False, True]))
+    assert weights.sum().item() == pytest.approx(2.0)
+    assert weights[1] == 0.0
+
+
 def test_dwa_equals_torchjd_with_windows_as_epochs() -> None:
     method, reference = BALANCERS["dwa"](TASKS, temperature=1.5, window=7), DWA(temperature=1.5)
     for step in range(50):
@@ -93,8 +120,12 @@ def test_dwa_averages_over_steps_with_labels_only() -> None:
         [((1.0, 4.0), both), ((1.0, 9.9), first), ((1.0, 2.0), both), ((1.0, 9.9), first)]
     ):
         method(torch.tensor(values), None, step, active)
-    weights = method(torch.tensor([1.0, 2.0]), None, 4, both)
-    expected = 2.0 * torch.softmax(torch.tensor([1.0, 2.0 / 4.0], dtype=torch.float64), dim=0)
+    for step, values in ((4, (1.0, 6.0)), (5, (1.0, 4.0))):
+        weights = method(torch.tensor(values), None, step, both)
+        expected = 2.0 * torch.softmax(torch.tensor([1.0, 2.0 / 4.0], dtype=torch.float64), dim=0)
+        torch.testing.assert_close(weights, expected, rtol=1e-12, atol=0.0)
+    weights = method(torch.tensor([1.0, 2.0]), None, 6, both)
+    expected = 2.0 * torch.softmax(torch.tensor([1.0, 5.0 / 2.0], dtype=torch.float64), dim=0)
     torch.testing.assert_close(weights, expected, rtol=1e-12, atol=0.0)
 
 
@@ -108,6 +139,19 @@ def test_famo_equals_torchjd_given_the_next_batch_as_after() -> None:
         torch.testing.assert_close(
             method(losses(step), None, step, ALL), slope(reference, losses(step)), rtol=1e-10, atol=1e-12
         )
+
+
+def test_famo_compares_a_loss_with_the_last_one_of_the_task() -> None:
+    method, adam = BALANCERS["famo"](["click", "dwell"]), Adam(2, 0.025, 1e-3)
+    both, first = torch.tensor([True, True]), torch.tensor([True, False])
+    method(torch.tensor([0.5, 4.0]), None, 0, both)
+    method(torch.tensor([0.4, 99.0]), None, 1, first)
+    weights = method(torch.tensor([0.2, 1.0]), None, 2, both)
+    logit = adam.descend(torch.zeros(2), torch.zeros(2), first)  # a softmax over one task has no slope
+    fall = torch.tensor([0.4 / 0.2, 4.0 / 1.0], dtype=torch.float64).log()
+    logit = adam.descend(logit, 0.5 * (fall - fall.mean()), both)
+    expected = torch.softmax(logit, dim=0) / torch.tensor([0.2, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(weights, expected / expected.sum(), rtol=1e-6, atol=0.0)
 
 
 def test_famo_gives_more_weight_to_the_log_of_the_loss_that_falls_slower() -> None:
@@ -132,6 +176,7 @@ def test_rlw_equals_torchjd_given_the_same_draw() -> None:
     torch.manual_seed(generator(3, 17).initial_seed())
     torch.testing.assert_close(weights, 3.0 * slope(TorchJDRandom(), losses(0)), rtol=1e-12, atol=0.0)
     assert (method(losses(0), None, 18, ALL) != weights).all()
+    assert (BALANCERS["rlw"](TASKS, seed=4)(losses(0), None, 17, ALL) != weights).all()
 
 
 @pytest.mark.parametrize("distribution", ["normal", "dirichlet"])
@@ -179,6 +224,17 @@ def test_stch_after_warm_up_does_not_depend_on_the_unit_of_a_loss() -> None:
     torch.testing.assert_close(shares[0], shares[1], rtol=1e-9, atol=0.0)
 
 
+def test_stch_measures_losses_in_their_mean_over_the_warm_up() -> None:
+    method = BALANCERS["stch"](["click", "dwell"], mu=0.5, warmup_steps=2)
+    both = torch.tensor([True, True])
+    for step, (values, unit) in enumerate(
+        [((1.0, 4.0), (1.0, 4.0)), ((3.0, 8.0), (2.0, 6.0)), ((5.0, 1.0), (2.0, 6.0)), ((0.5, 9.0), (2.0, 6.0))]
+    ):
+        losses_K, unit_K = torch.tensor(values, dtype=torch.float64), torch.tensor(unit, dtype=torch.float64)
+        share_K = 0.5 if step < 2 else 0.5 * torch.softmax(0.5 * losses_K / unit_K / 0.5, dim=0)
+        torch.testing.assert_close(method(losses_K, None, step, both), share_K / unit_K, rtol=1e-12, atol=0.0)
+
+
 def test_gradnorm_closed_form_equals_autograd() -> None:
     norms = torch.tensor([2.0, 0.3, 7.0], dtype=torch.float64)
     ratio = torch.tensor([0.9, 1.0, 0.4], dtype=torch.float64)
@@ -220,3 +276,25 @@ def test_gradnorm_brings_weighted_norms_together_when_all_losses_fall_alike() ->
         method.observe(values, step, ALL)
         weights = method(values, torch.diag(norms.square()), step, ALL)
     assert (weights * norms / (weights * norms).mean()).tolist() == pytest.approx([1.0] * 3, abs=0.05)
+
+
+def test_gradnorm_keeps_its_sum_and_the_weights_of_tasks_without_labels() -> None:
+    method, gramian = BALANCERS["gradnorm"](TASKS, learning_rate=0.1, warmup_steps=2), torch.diag(torch.tensor([1.0, 9.0, 0.04]))
+    before = torch.ones(3, dtype=torch.float64)
+    for step in range(12):
+        active = torch.tensor([True, step % 3 != 2, True])
+        method.observe(losses(step), step, active)
+        weights = method(losses(step), gramian, step, active)
+        assert weights.sum().item() == pytest.approx(3.0)
+        assert torch.equal(weights[~active], before[~active])
+        before = weights
+    assert weights[2] > 1.2 > 0.8 > weights[1]
+
+
+def test_gradnorm_compares_losses_with_their_mean_over_the_warm_up() -> None:
+    method, both = BALANCERS["gradnorm"](["click", "dwell"], warmup_steps=2, alpha=1.0), torch.tensor([True, True])
+    for step, values in enumerate(((1.0, 4.0), (3.0, 8.0), (2.0, 3.0))):
+        method.observe(torch.tensor(values), step, both)
+    assert (method.initial_sum_K / method.initial_count_K).tolist() == [2.0, 6.0]
+    weights = method(torch.tensor([2.0, 3.0]), torch.eye(2), 2, both)  # dwell has halved: click is to move faster
+    assert weights[0] > 1.0 > weights[1]

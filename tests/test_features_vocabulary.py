@@ -36,6 +36,22 @@ def test_integer_index_finds_every_word_and_nothing_else(words: np.ndarray) -> N
     assert index.rows(queries).tolist() == [known.get(int(query), UNSEEN_ROW) for query in queries]
 
 
+def test_integer_index_finds_words_that_no_multiplier_brings_near_their_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary_module, "_NEAR", 0)
+    words = np.unique(np.random.default_rng(3).integers(-(2**63), 2**63 - 1, 2000))
+    assert IntegerIndex(words).rows(words).tolist() == list(range(FIRST_ROW, FIRST_ROW + 2000))
+
+
+def test_a_slice_of_strings_is_looked_up_as_its_own_rows() -> None:
+    texts = pa.array([b"other", b"a", None, b"bcd", b"", b"a"], pa.large_binary())
+    for index in (TextIndex(pa.array([b"bcd", b"a", b""], pa.large_binary())), TextIndex(texts[3:])):
+        whole = index.rows(texts)
+        for start in range(len(texts)):
+            known = [place for place in range(start, len(texts)) if texts[place].is_valid]
+            assert index.rows(texts[start:])[[place - start for place in known]].tolist() == whole[known].tolist()
+    assert whole[[0, 1, 3, 4]].tolist() == [UNSEEN_ROW, 4, 2, 3]
+
+
 def test_strings_with_one_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vocabulary_module, "hash_strings", lambda offsets, data: np.diff(offsets).astype(np.uint64))
     words = pa.array([b"aa", b"b", b"cc", b"dd"], pa.large_binary())

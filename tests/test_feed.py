@@ -197,4 +197,27 @@ def test_parts_whose_keys_hold_one_value_in_one_and_lists_in_another_are_joined(
     joined = join([(lists, 0, 2), (nothing, 0, 1), (lists, 1, 2)])
     assert joined.values.tolist() == [3, 4, 7, 4, 5, 6, 0]
     assert joined.lengths_KB.tolist() == [[1, 1, 1, 1], [2, 0, 1, 0]]
+    assert joined.single == (True, False)
     assert joined.values.dtype == np.int32
+
+
+def test_weights_of_joined_parts_stay_with_their_keys() -> None:
+    rows = pa.record_batch(
+        {
+            **{"a": [1, 2, 5], "a_weight": [0.5, 0.25, 2.0], "c": [7, 8, 9], "c_weight": [3.0, 4.0, 5.0]},
+            **{"b": [[3, 4], [], None], "b_weight": [[1.0, 2.0], [], None]},
+        }
+    )
+    features = [
+        Categorical(key, weights=f"{key}_weight", encoding="identity", num_embeddings=40, pooling="sum") for key in "abc"
+    ]
+    encoder = Encoder.fit(features, [rows], schema=rows.schema, embedding_dim=4)
+    (lists,) = encoder.encode_rows(rows.slice(0, 2), [slice(0, 2)])
+    last = {name: pa.nulls(1) if name.startswith("b") else rows[name][2:] for name in rows.schema.names}
+    (nothing,) = encoder.encode_rows(pa.record_batch(last), [np.array([0])])
+    assert lists.weighted.single == (True, False, True)
+    assert nothing.weighted.single == (True, True, True)
+    joined, wanted = join([(lists, 0, 2), (nothing, 0, 1)]), encoder.encode(rows)
+    assert wanted.weights.tolist() == [0.5, 0.25, 2.0, 1.0, 2.0, 1.0, 3.0, 4.0, 5.0]
+    for name in ("weighted_values", "weighted_lengths_KB", "weights"):
+        np.testing.assert_array_equal(getattr(joined, name), getattr(wanted, name), err_msg=name)

@@ -178,6 +178,16 @@ def test_a_step_with_a_gramian_is_the_step_of_the_weighted_losses(run: Run, at: 
         assert float(plain_table.abs().max()) > 1e-5
 
 
+def test_sampled_rows_are_drawn_anew_for_every_seed_step_and_stream() -> None:
+    draws = [
+        tuple(index.tolist())
+        for seed, step in ((1, 0), (2, 0), (1, 1), (1, 2))
+        for index in (sampled_rows(0.5, [40], [0], seed, step)[0], sampled_rows(0.5, [40], [3], seed, step)[0])
+    ]
+    assert len(set(draws)) == len(draws) == 8
+    assert all(len(set(rows)) == 20 and list(rows) == sorted(rows) for rows in draws)
+
+
 def test_only_shared_parameters_count() -> None:
     shared, own = nn.Parameter(torch.tensor([1.0, 2.0])), nn.Parameter(torch.tensor([3.0]))
     leaf_BD = torch.ones(1, 1, requires_grad=True)

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+import mtrec.labels
 from mtrec.batch import Label
 from mtrec.labels import SAMPLE_ROWS, LabelFit, LabelStatistics
 from mtrec.tasks import Binary, Dwell, Objectives, Regression, TaskSpec
@@ -42,6 +43,28 @@ def fitted(columns: dict[str, Any], weight: str | None) -> dict[str, LabelStatis
     return fit.statistics()
 
 
+def test_statistics_are_those_of_the_rows_that_count() -> None:
+    columns = log()
+    click, conversion, dwell = columns["click"], columns["conversion"], columns["dwell"]
+    clicked, free = click == 1, np.flatnonzero(click == 0)
+    conversion[free[:7]] = 1.0  # not without a click
+    click[free[5:9]] = np.nan  # unknown: the conversions of two of the seven may be right
+    conversion[free[7:9]] = 1.0, 0.0
+    found = fitted(columns, None)
+    joint = np.where(clicked, conversion, 0.0)
+    settled = ~np.isnan(click) | (conversion == 0)
+    for name, observed, trained, mean, target_mean, broken in (
+        ("click", ~np.isnan(click), ~np.isnan(click), np.nanmean(click), np.nanmean(click), 0),
+        ("conversion", ~np.isnan(conversion), settled, conversion[clicked].mean(), joint[settled].mean(), 5),
+        ("dwell", clicked, clicked, dwell[clicked].mean(), dwell[clicked].mean(), 0),
+    ):
+        each = found[name]
+        assert (each.rows, each.observed, each.trained, each.broken_given) == (3_000, observed.sum(), trained.sum(), broken)
+        assert (each.mean, each.target_mean) == pytest.approx((mean, target_mean), rel=1e-6)
+        assert each.density == pytest.approx(trained.mean())
+    assert np.array_equal(found["dwell"].sample, dwell[clicked].astype(np.float32))
+
+
 def test_a_weight_is_so_many_rows() -> None:
     columns = log()
     repeated = {name: np.repeat(values, columns["weight"]) for name, values in columns.items()}
@@ -71,6 +94,16 @@ def test_equal_weights_change_nothing_and_no_weight_is_no_rate() -> None:
         assert (found.mean, found.target_mean, found.density) == (0.0, 0.0, 0.0)
         assert np.isfinite(float(OBJECTIVES.base_loss(name, found.target_mean, found.sample_tensor())))
         assert OBJECTIVES.initial_bias(name, found.mean, found.sample_tensor()).isfinite().all()
+
+
+def test_the_sample_is_every_second_row_however_rows_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mtrec.labels, "SAMPLE_ROWS", 100)
+    price = np.arange(150, dtype=np.float64)
+    for size in (150, 7, 1):
+        fit = LabelFit({"price": Label("price")}, Objectives({"price": TaskSpec(Regression("price"))}), None)
+        for start in range(0, 150, size):
+            fit.add(pa.record_batch({"price": price[start : start + size]}))
+        assert fit.statistics()["price"].sample.tolist() == price[::2].tolist()
 
 
 def test_the_sample_is_spread_over_all_rows() -> None:

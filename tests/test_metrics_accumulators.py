@@ -98,6 +98,20 @@ def test_pieces_and_arrays_carry_everything(kind, spilled):
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "binned"])
+def test_a_part_sent_in_pieces_weighs_no_more_than_one_sent_whole(kind):
+    accumulator, update = make("binary" if kind == "binned" else kind, 23, 600)
+    options = {"bins": 64} if kind == "binned" else {}
+    whole, small, large = (accumulator(**options) for _ in range(3))
+    update(whole, np.arange(600))
+    update(small, np.arange(200))
+    update(large, np.arange(200, 600))
+    merged = accumulator(**options)
+    for piece in (*small.pieces(), *large.pieces(50)):
+        merged.merge(type(merged).from_arrays(piece))
+    assert merged.compute() == pytest.approx(whole.compute(), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "binned"])
 def test_nothing_seen_is_nan_and_merges(kind):
     accumulator, update = make("binary" if kind == "binned" else kind, 11, 200)
     options = {"bins": 64} if kind == "binned" else {}
@@ -176,6 +190,15 @@ def test_multiclass_against_scikit_learn():
     assert found["rows"] == 2_000
 
 
+def test_a_weight_of_a_multiclass_row_is_so_many_rows():
+    rng = np.random.default_rng(22)
+    probability, label, weight = rng.dirichlet(np.ones(3), 300), rng.integers(0, 3, 300), rng.integers(0, 4, 300)
+    weighted, repeated = MulticlassMetrics(3), MulticlassMetrics(3)
+    weighted.update(probability, label, weight)
+    repeated.update(np.repeat(probability, weight, axis=0), np.repeat(label, weight))
+    assert weighted.compute() == pytest.approx({**repeated.compute(), "rows": 300}, **TIGHT)
+
+
 def test_one_class_only():
     metrics = BinaryMetrics()
     metrics.update([0.2, 0.4], [0, 0], np.array([1, 1]))
@@ -209,6 +232,18 @@ def test_binned_auc_keeps_its_bound(bins, weighted):
     for name in ("gauc", "gauc_coverage", "log_loss", "normalized_entropy", "calibration", "positives", "rows"):
         assert found[name] == pytest.approx(wanted[name], **TIGHT), name
     assert bins < 4_096 or found["ece"] == pytest.approx(wanted["ece"], rel=0.05)
+
+
+def test_binned_auc_tells_rare_events_apart():
+    rng = np.random.default_rng(24)
+    prediction = np.exp(rng.uniform(math.log(1e-7), math.log(1e-5), 20_000))
+    label = rng.random(20_000) < prediction * 2e4
+    for p in (prediction, 1 - prediction):
+        binned, exact = BinaryMetrics(bins=4_096), BinaryMetrics()
+        for into in (binned, exact):
+            into.update(p, label)
+        assert binned.compute()["auc_error_bound"] < 0.002
+        assert binned.compute()["auc"] == pytest.approx(exact.compute()["auc"], abs=0.002)
 
 
 def test_update_errors_name_the_row():

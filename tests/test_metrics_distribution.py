@@ -36,7 +36,11 @@ def test_summary_agrees_with_numpy_and_merges_exactly():
         other.update(part)
         state = json.loads(json.dumps({name: array.tolist() for name, array in other.arrays().items()}))
         merged.merge(DistributionSummary.from_arrays(state))
-    assert (whole.minimum, whole.maximum, whole.count) == (values.min(), values.max(), 36_001)
+    several = DistributionSummary()
+    for part in (values, values[:100], np.zeros(0)):
+        several.update(part)
+    for each, count in ((whole, 36_001), (merged, 36_001), (several, 36_101)):
+        assert (each.minimum, each.maximum, each.count) == (values.min(), values.max(), count)
     assert whole.mean == pytest.approx(values.mean(), **TIGHT)
     assert whole.sd == pytest.approx(values.std(), **TIGHT)
     assert merged.mean == pytest.approx(whole.mean, **TIGHT)

@@ -1,6 +1,7 @@
 """The reader: every row once an epoch, the same batches for every number of workers, exact positions, clean ends."""
 
 import collections
+import dataclasses
 import os
 import threading
 import time
@@ -444,6 +445,19 @@ def test_what_is_prepared_of_several_windows_is_cut_into_the_same_rows(
     assert 77 in declined
     assert len(declined) <= 10
     assert max(asked) == 4
+
+
+def test_the_rows_of_a_piece_are_those_of_all_its_windows_or_refused(tmp_path: Path) -> None:
+    dataset = write_files(tmp_path, [[10] * 4])
+    reader = Reader(dataset, COLUMNS, batch_size=25, num_streams=1, shuffle=False, shuffle_window=10)
+    piece = next(iter(reader))
+    assert piece.cuts is not None
+    assert len(piece.cuts) == 3
+    assert rows(piece) == list(range(25))
+    for missing in range(3):
+        cuts = [cut._replace(rows=None) if number == missing else cut for number, cut in enumerate(piece.cuts)]
+        with pytest.raises(ValueError, match="`keep_rows` should be set"):
+            rows(dataclasses.replace(piece, cuts=tuple(cuts)))
 
 
 def test_a_file_replaced_during_the_epoch_is_named(tmp_path: Path) -> None:

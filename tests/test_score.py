@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
-from logs import write_log
+from logs import experiment_tree, write_log
 from runs import small_run, train_on
 from sklearn.metrics import roc_auc_score
 from typer.testing import CliRunner
@@ -27,11 +27,13 @@ from mtrec.config import load_experiment, parse_experiment
 from mtrec.dataset import Source
 from mtrec.formula import prediction_columns, ranking_formula
 from mtrec.launch import evaluate_run
+from mtrec.model import task_specs
 from mtrec.predictions import load_model
 from mtrec.run import Run, open_run, prepare
-from mtrec.score import Scorer, Tally, check_memory, open_scorer
+from mtrec.score import LabelledSums, Scorer, Tally, check_memory, open_scorer
 from mtrec.scored_files import Asked, inputs, output, pieces, score_files
 from mtrec.scored_files.job import score_here
+from mtrec.tasks import Objectives
 
 CPU = torch.device("cpu")
 PREDICTIONS = ["p_click", "p_conversion", "p_conversion_and_click", "dwell_seconds", "dwell_seconds_expected"]
@@ -440,6 +442,32 @@ def test_a_tally_goes_through_json(run: Run, log: Path) -> None:
     both.merge(restored)
     assert both.labelled.compute()["click"]["rows"] == 2 * tally.labelled.compute()["click"]["rows"]
     assert both.counts.null_share() == tally.counts.null_share()
+
+
+def test_sums_leave_out_rows_without_a_label_and_tasks_whose_labels_are_not_all_there(tmp_path: Path) -> None:
+    tree: dict[str, Any] = experiment_tree(tmp_path)
+    tree["tasks"]["spent"] = {"kind": "regression", "label": "dwell_seconds"}
+    experiment = parse_experiment(tree)
+    objectives = Objectives(task_specs(experiment))
+    rows = pa.record_batch(
+        {
+            "click": pa.array([1, 1, 0, None], pa.int8()),
+            "conversion": pa.array([1, 0, None, 1], pa.int8()),
+            "dwell_seconds": pa.array([4.0, None, 6.0, None]),
+        }
+    )
+    predictions = {name: np.full(4, 0.5) for name in ("p_click", "p_conversion_and_click")}
+    predictions |= {"dwell_seconds_expected": np.array([1.0, 2.0, 3.0, 9.0]), "spent": np.array([5.0, 99.0, 7.0, 99.0])}
+    sums = LabelledSums(experiment, objectives)
+    assert sums.known(["click", "conversion"]) == ("click", "conversion")
+    assert sums.known(["conversion", "dwell_seconds"]) == ("spent",)
+    for _ in range(2):
+        sums.update(["click", "conversion", "dwell", "spent"], rows, predictions)
+    found = sums.compute()
+    assert {name: each["rows"] for name, each in found.items()} == {"click": 6, "conversion": 6, "dwell": 4, "spent": 4}
+    assert {name: each["calibration"] for name, each in found.items()} == pytest.approx(
+        {"click": 1.5 / 2, "conversion": 1.5 / 1, "dwell": (1.0 + 3.0) / 4.0, "spent": 12.0 / 10.0}
+    )
 
 
 def test_what_is_read_ahead_comes_in_order_and_errors_at_their_place() -> None:

@@ -18,7 +18,7 @@ from mtrec.formula import ranking_formula
 from mtrec.locking import LockedError
 from mtrec.run import Run, open_run
 from mtrec.score import open_scorer
-from mtrec.scored_files import Asked, inputs, job, output, score_files
+from mtrec.scored_files import Asked, inputs, job, output, pieces, score_files
 from mtrec.scored_files.job import score_here
 
 
@@ -84,6 +84,17 @@ def test_what_goes_wrong_before_a_file_is_at_its_place_leaves_the_old_one_and_no
     assert place.read("day/a.parquet") == b"old"
 
 
+def test_a_record_that_came_before_its_file_is_not_taken_for_that_of_the_old_one(tmp_path: Path) -> None:
+    place = output.Output(str(tmp_path))
+    place.write("day/a.parquet", b"old")
+    record = {"identity": "asked", "bytes": 3, "seconds": {"writing": 1.0}}
+    pieces._make_way(place, "day/a.parquet", record)
+    assert output.read_record(place, "day/a.parquet", "asked") is None  # as where the process died here
+    place.write("day/a.parquet", b"new")
+    assert output.read_record(place, "day/a.parquet", "asked") == {"identity": "asked", "bytes": 3}  # the same at every run
+    assert output.read_record(place, "day/a.parquet", "another") is None
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """With a feature that refuses some rows: its weights may not be negative."""
@@ -129,6 +140,57 @@ def test_the_best_rows_of_all_files_are_chosen_anew_where_a_job_was_cut_short(
     assert (tmp_path / "again" / "0.parquet").exists()
     assert score_files(again, score_here)["session"]["rows"] == 0  # all pieces were there
     assert contents(tmp_path / "again") == whole
+
+
+def test_what_another_job_wrote_is_neither_taken_for_finished_nor_replaced(
+    run: Run, rows: pa.RecordBatch, tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(2):
+        pq.write_table(pa.table(rows).slice(number * 40, 40), tmp_path / "in" / f"{number}.parquet")
+    columns = ("row_id", "item_id", "click")
+    asked = Asked(str(run.folder), Source(str(tmp_path / "in")), str(tmp_path / "out"), columns=columns)
+    score_files(asked, score_here)
+    before = contents(tmp_path / "out")
+    assert score_files(asked, score_here)["session"]["rows"] == 0
+    others: list[dict[str, Any]] = [
+        {"columns": ("row_id", "click")},
+        {"columns": ("item_id", "row_id", "click")},
+        {"columns": None},
+        {"top": 1, "by": "item_id"},
+        {"batch_rows": 7},
+        {"formula": "p_click + 1"},
+        {"source": Source(str(tmp_path / "in"), "row_id > 3")},
+    ]
+    for other in others:
+        with pytest.raises(ValueError, match=r"holds '0.parquet' and 1 other file already, made by another job"):
+            score_files(dataclasses.replace(asked, **other), score_here)
+    assert contents(tmp_path / "out") == before
+    (tmp_path / "out" / "1.parquet").write_bytes(before["1.parquet"][:-1])
+    with pytest.raises(ValueError, match=r"holds '1.parquet' already"):
+        score_files(asked, score_here)
+    score_files(dataclasses.replace(asked, overwrite=True), score_here)
+    assert contents(tmp_path / "out") == before
+
+
+def test_the_best_rows_of_some_files_are_not_those_of_others(run: Run, rows: pa.RecordBatch, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(2):
+        pq.write_table(pa.table(rows).slice(number * 40, 40), tmp_path / "in" / f"{number}.parquet")
+    out = tmp_path / "out"
+    first = Asked(str(run.folder), Source(str(tmp_path / "in")), str(out), columns=("row_id",), top=2, by="click")
+    score_files(first, score_here)
+    for other in ({"top": 3}, {"by": "item_id"}, {"source": Source([str(tmp_path / "in" / "0.parquet")])}):
+        with pytest.raises(ValueError, match=r"holds '0.parquet'.* already, made by another job"):
+            score_files(dataclasses.replace(first, **other), score_here)
+    pq.write_table(pa.table(rows).slice(80, 40), tmp_path / "in" / "2.parquet")
+    with pytest.raises(ValueError, match=r"holds '0.parquet' and 1 other file already, made by another job"):
+        score_files(first, score_here)
+    score_files(dataclasses.replace(first, overwrite=True), score_here)
+    assert pq.read_table(out).num_rows == 4
+    (tmp_path / "in" / "2.parquet").unlink()
+    with pytest.raises(ValueError, match=r"holds '0.parquet' and 1 other file already, made by another job"):
+        score_files(first, score_here)
 
 
 @pytest.mark.parametrize(

@@ -107,9 +107,8 @@ def test_no_rows(task: Task):
 
 def test_initial_bias_of_the_others():
     binary = Binary("click")
-    assert binary.predict(binary.initial_bias(0.03, torch.zeros(5)).reshape(1, 1)).item() == pytest.approx(
-        0.03, rel=1e-5
-    )
+    for rate in (0.03, 1e-5, 1 - 1e-4):
+        assert binary.predict(binary.initial_bias(rate, torch.zeros(5)).reshape(1, 1)).item() == pytest.approx(rate, rel=1e-5)
     assert binary.initial_bias(0.0, torch.zeros(5)).isfinite().all()
     multiclass = Multiclass("reaction", num_classes=3)
     p_C = multiclass.predict(multiclass.initial_bias(0.0, torch.tensor([0.0, 0.0, 1.0, 0.0])).reshape(1, 3))[0]

@@ -196,6 +196,24 @@ def test_initial_bias_is_finite_for_odd_samples(form: str | dict[str, Any], samp
     assert task.initial_bias(float(np.mean(sample)), torch.tensor(sample)).isfinite().all()
 
 
+@pytest.mark.parametrize("form", LOSS_FORMS, ids=str)
+def test_initial_bias_is_that_of_the_capped_labels(form: str | dict[str, Any]):
+    sample_N = skewed_seconds()
+    capped_N = sample_N.clamp(max=10.0)
+    found_C = Dwell("dwell", loss=form, cap_seconds=10.0).initial_bias(sample_N.mean().item(), sample_N)
+    torch.testing.assert_close(found_C, Dwell("dwell", loss=form).initial_bias(capped_N.mean().item(), capped_N))
+
+
+def test_ziln_begins_at_the_spread_of_the_sample_and_off_the_bounds_of_sigma():
+    ziln = build_loss({"kind": "ziln", "max_sigma": 2.0}, "x")
+    sample_N = torch.tensor([0.0, 2.0, 6.0], dtype=torch.float64)
+    assert ziln.initial_bias(3.0, sample_N)[2].sigmoid() * 1.95 + 0.05 == pytest.approx(math.log(3) / 2)
+    for sample, share in (([5.0, 5.0], 0.02), ([1e-3, 1e5], 0.98)):
+        bias_C = ziln.initial_bias(7.0, torch.tensor(sample, dtype=torch.float64))
+        assert bias_C[2].sigmoid().item() == pytest.approx(share)
+        assert ziln.seconds(bias_C.reshape(1, 3)).item() == pytest.approx(7.0, rel=1e-5)
+
+
 def test_units_and_cap_of_dwell():
     assert [Dwell("d", unit=unit).label_scale for unit in ("seconds", "milliseconds", "minutes")] == [1.0, 0.001, 60.0]
     capped = Dwell("d", loss="poisson", cap_seconds=10.0)

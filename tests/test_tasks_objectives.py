@@ -73,7 +73,7 @@ def test_heads_and_losses_see_the_rows_that_count():
 
 
 def test_automatic_weight_is_clipped():
-    assert [automatic_weight(loss) for loss in (0.5, 0.05, 0.0, -3.0, 100.0)] == [1.0, 5.0, 5.0, 5.0, 0.2]
+    assert [automatic_weight(loss) for loss in (0.5, 0.08, 0.05, 0.0, -3.0, 100.0)] == [1.0, 5.0, 5.0, 5.0, 5.0, 0.2]
 
 
 # --- masks, given, the entire space ----------------------------------------------------------------------------------

@@ -394,6 +394,66 @@ def test_auc_of_a_whole_evaluation_is_scikit_learns(tmp_path: Path) -> None:
     assert tasks["conversion"]["auc_given"] == pytest.approx(given, abs=1e-6)
 
 
+def test_segments_weights_groups_and_rows_of_another_task_are_those_of_scikit_learn(tmp_path: Path) -> None:
+    from oracles import brute_gauc
+
+    from mtrec import parallel
+    from mtrec.batch import make_batch
+    from mtrec.evaluate import evaluate
+    from mtrec.metrics import group_keys
+    from mtrec.model import MultiTaskModel
+    from mtrec.run import open_source
+
+    table = pa.concat_tables([pq.read_table(path) for path in sorted(write_log(tmp_path / "plain", 1_500).glob("*"))])
+    rng = np.random.default_rng(3)
+    weight, country = rng.integers(1, 5, 1_500), rng.choice(["DE", "FR", "PL"], 1_500)
+    table = table.append_column("weight", pa.array(weight)).append_column("country", pa.array(country.tolist()))
+    (tmp_path / "log").mkdir()
+    pq.write_table(table, tmp_path / "log" / "a.parquet", row_group_size=400)
+    tree: dict[str, Any] = experiment_tree(tmp_path / "log", tmp_path / "log")
+    tree["data"]["sample_weight"] = "weight"
+    tree["evaluation"] = {"group_by": "item_id", "batch_size": 256}
+    tree["tasks"]["late"] = {"kind": "binary", "label": "conversion", "also_on": "click"}
+    run = small_run(tmp_path, tree=tree)
+    validation = run.experiment.data.validation
+    assert validation is not None
+    with parallel.process_group(CPU), torch.no_grad():
+        model = MultiTaskModel(run.experiment, run.encoder, run.labels, CPU)
+        build_state(run.experiment, model, run.labels, batch_size=128, total_steps=1, device=CPU)
+        for parameter in model.dense.parameters():
+            parameter.normal_(0.0, 0.5, generator=torch.Generator().manual_seed(1))
+        data = open_source(run.experiment, validation, "data.validation", ["weight", "country"])
+        metrics = evaluate(model, data, run.experiment, run.encoder, device=CPU, by="country")
+        model.eval()
+        logits = model(make_batch(table.combine_chunks().to_batches()[0], run.encoder, {}, None))
+        predictions = model.objectives.predictions({name: each.double() for name, each in logits.items()})
+        found = {name: each.numpy() for name, each in predictions.items()}
+    click, conversion = table["click"].to_numpy(), table["conversion"].to_numpy()
+    seconds = np.where(click == 1, table["dwell_seconds"].fill_null(0).to_numpy(), 0.0)
+    groups = group_keys(table["item_id"])
+
+    def assert_metrics(tasks: dict[str, Any], rows: np.ndarray) -> None:
+        clicked = rows & (click == 1)
+        gauc, coverage = brute_gauc(found["p_click"][rows], click[rows].astype(float), groups[rows], weight[rows])
+        for path, wanted in {
+            "click/auc": roc_auc_score(click[rows], found["p_click"][rows], sample_weight=weight[rows]),
+            "click/gauc": gauc,
+            "click/gauc_coverage": coverage,
+            "late/auc": roc_auc_score(conversion[rows], found["p_late"][rows], sample_weight=weight[rows]),
+            "late/auc_given": roc_auc_score(conversion[clicked], found["p_late"][clicked], sample_weight=weight[clicked]),
+            "dwell/mae": np.average(np.abs(found["dwell_seconds_expected"] - seconds)[rows], weights=weight[rows]),
+            "dwell/mae_given": np.average(np.abs(found["dwell_seconds"] - seconds)[clicked], weights=weight[clicked]),
+        }.items():
+            name, metric = path.split("/")
+            assert tasks[name][metric] == pytest.approx(wanted, rel=1e-5), path
+
+    assert_metrics(metrics["tasks"], np.ones(1_500, np.bool_))
+    assert list(metrics["by"]["country"]) == ["DE", "FR", "PL"]
+    for name, segment in metrics["by"]["country"].items():
+        assert segment["rows"] == (country == name).sum()
+        assert_metrics(segment["tasks"], country == name)
+
+
 @pytest.mark.parametrize("sharding", ["table_wise", "data_parallel"])
 def test_a_table_may_have_any_name(tmp_path: Path, sharding: str) -> None:
     names = ("user.id", "items", "50%_forward")  # a module of torch is named none of these

@@ -209,6 +209,25 @@ def test_where_keeps_the_rows_that_brute_force_keeps(
     assert rows_of(dataset, "row") == expected
 
 
+@pytest.mark.parametrize(
+    ("column", "text", "expected"),
+    [
+        (pa.array([0.1, 0.25], pa.float32()), "x > 0.1", [True, True]),  # the float32 next to 0.1 is larger
+        (pa.array([0.1, 0.25], pa.float32()), "x in [0.1, 0.25]", [False, True]),
+        (pa.array([0.1, 0.25], pa.float16()), "x < 0.1", [True, False]),
+        (pa.array([-3, 100], pa.int8()), "x < 300", [True, True]),
+        (pa.array([200, 100], pa.uint8()), "x > -1 and x != 456", [True, True]),
+        (pa.array([2**63 + 5, 7], pa.uint64()), "x > 9223372036854775808", [True, False]),
+        (pa.array([0, 1], pa.timestamp("s")), "x >= 1970-01-01T00:00:00.5", [False, True]),
+        (pa.array([0, 86_400_000], pa.date64()), "x == 1970-01-02", [False, True]),
+    ],
+    ids=str,
+)
+def test_a_column_is_compared_in_a_type_that_holds_it_and_the_value(column: pa.Array, text: str, expected: list[bool]) -> None:
+    condition = where.bind(where.parse(text, "where"), {"x": column.type}, "where")
+    assert where.mask(condition, pa.record_batch({"x": column})).to_pylist() == expected
+
+
 def test_where_prunes_row_groups_and_knows_when_all_rows_stay(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", row_group_size=10, x=list(range(100)))
     dataset = open_dataset(Source(str(tmp_path), where="x >= 35 and not x >= 60"), ["x"], place="data.train")

@@ -1,8 +1,10 @@
 """Warm start: yesterday's weights under tomorrow's vocabularies, features and tasks, on any number of ranks."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from mtrec import parallel, warm
 from mtrec.batch import make_batch
 from mtrec.checkpoint import read
 from mtrec.events import Ended
-from mtrec.features import FIRST_ROW
+from mtrec.features import FIRST_ROW, Table
 from mtrec.model import MultiTaskModel
 from mtrec.predictions import load_model
 from mtrec.run import Run
@@ -221,6 +223,33 @@ def test_state_of_another_kind_of_optimizer_begins_anew(
     assert "table user_id: optimizer state 'momentum1' begins anew" in notes
     assert not any(state[key].any() for key in state if key.startswith("tables_state."))
     assert torch.equal(state["tables.user_id"], read(before.best().folder)["tables.user_id"])
+
+
+BUCKETS = Table("price", 6, 2, ("price",), "sum", False, "auto", 1, 0.01, vocabulary_size=4, encoding="bucketized")
+HASHED = dataclasses.replace(BUCKETS, encoding="hash")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "boundaries", "anew"),
+    [
+        (BUCKETS, BUCKETS, (1.0, 2.0, 3.0), False),
+        (BUCKETS, BUCKETS, (1.0, 2.0, 3.5), True),
+        (BUCKETS, dataclasses.replace(BUCKETS, num_embeddings=7, vocabulary_size=5), (1.0, 2.0, 3.0, 4.0), True),
+        (HASHED, HASHED, (), False),
+        (HASHED, dataclasses.replace(HASHED, num_embeddings=7, vocabulary_size=5), (), True),
+        (HASHED, dataclasses.replace(HASHED, encoding="identity"), (), True),
+    ],
+)
+def test_rows_that_now_mean_other_values_begin_anew(
+    old: Table, new: Table, boundaries: tuple[float, ...], anew: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = SimpleNamespace(tables=[old], states={"price": {"boundaries": (1.0, 2.0, 3.0)}})
+    now = SimpleNamespace(tables=[new], states={"price": {"boundaries": boundaries}})
+    stored, weight = torch.arange(12.0).view(6, 2), torch.zeros(new.num_embeddings, 2)
+    monkeypatch.setattr(warm.checkpoint, "read_keys", lambda folder, keys: dict.fromkeys(keys, stored))
+    notes = warm._tables({"tables.price": weight}, now, before, tmp_path, {}, keep_state=True)  # type: ignore[arg-type]
+    assert notes == (["table price: begins anew"] if anew else [])
+    assert torch.equal(weight, torch.zeros_like(weight) if anew else stored)
 
 
 def test_a_rank_without_a_shard_holds_no_part() -> None:
