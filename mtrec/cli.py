@@ -155,14 +155,18 @@ def evaluate(
     json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the metrics here")] = None,
 ) -> None:
     """Evaluate a run's best checkpoint on labelled Parquet files."""
+    from mtrec.atomic import check_file
     from mtrec.display import show_metrics
     from mtrec.launch import evaluate_run
 
+    check_file(json_, "--json")
     metrics = evaluate_run(run, data, where=where, by=by)
-    if json_ is not None:
-        json_.parent.mkdir(parents=True, exist_ok=True)
-        json_.write_text(json.dumps(metrics, indent=1) + "\n")
-    show_metrics(metrics, title=f"{run} on {data}")
+    try:
+        show_metrics(metrics, title=f"{run} on {data}")
+    finally:  # also where nobody reads what is shown (`| head`)
+        if json_ is not None:
+            json_.parent.mkdir(parents=True, exist_ok=True)
+            json_.write_text(json.dumps(metrics, indent=1) + "\n")
 
 
 @app.command()
