@@ -155,14 +155,18 @@ def evaluate(
     json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the metrics here")] = None,
 ) -> None:
     """Evaluate a run's best checkpoint on labelled Parquet files."""
+    from mtrec.atomic import check_file
     from mtrec.display import show_metrics
     from mtrec.launch import evaluate_run
 
+    check_file(json_, "--json")
     metrics = evaluate_run(run, data, where=where, by=by)
-    if json_ is not None:
-        json_.parent.mkdir(parents=True, exist_ok=True)
-        json_.write_text(json.dumps(metrics, indent=1) + "\n")
-    show_metrics(metrics, title=f"{run} on {data}")
+    try:
+        show_metrics(metrics, title=f"{run} on {data}")
+    finally:  # also where nobody reads what is shown (`| head`)
+        if json_ is not None:
+            json_.parent.mkdir(parents=True, exist_ok=True)
+            json_.write_text(json.dumps(metrics, indent=1) + "\n")
 
 
 @app.command()
@@ -178,7 +182,9 @@ def score(
     top: Annotated[int | None, typer.Option(min=1, metavar="K", help="write only the K best rows of each group ...")] = None,
     by: Annotated[str | None, typer.Option(metavar="COLUMN", help="... of this column")] = None,
     where: Annotated[str | None, typer.Option(help="only rows that fulfil this condition")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace files that another job wrote")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace files that another job wrote, and delete those of no file of INPUT")
+    ] = False,
     allow_null_jump: Annotated[
         bool, typer.Option("--allow-null-jump", help="score although a feature has many more nulls than in training")
     ] = False,
@@ -190,7 +196,8 @@ def score(
     from mtrec.launch import score_run
     from mtrec.scored_files import Asked
 
-    kept = None if columns is None else () if columns == "none" else tuple(filter(None, columns.split(",")))
+    names = () if columns in (None, "none") else tuple(dict.fromkeys(filter(None, map(str.strip, columns.split(",")))))
+    kept = None if columns is None else names
     asked = Asked(
         str(run), Source(input_, where), output, kept, formula, top, by, overwrite=overwrite, allow_null_jump=allow_null_jump
     )

@@ -19,6 +19,7 @@ from pydantic import BeforeValidator, Field
 from mtrec.architectures import ARCHITECTURES
 from mtrec.balancing import BALANCERS, Balancer, make_balancer
 from mtrec.features import FEATURES
+from mtrec.files import check_not_empty
 from mtrec.interactions import INTERACTIONS
 from mtrec.kinds import (
     Fraction,
@@ -81,6 +82,12 @@ class Source(Section):
     )
     window: tuple[str, str] | None = Field(None, description="first and last value of `window_column`, both included")
     window_column: str = Field("dt", description="as a rule the key of date partitions")
+
+    @pydantic.field_validator("path")
+    @classmethod
+    def _not_empty(cls, value: str | list[str]) -> str | list[str]:
+        check_not_empty(value)  # or the current folder would be read
+        return value
 
     @pydantic.field_validator("window", mode="before")
     @classmethod

@@ -282,7 +282,8 @@ def _open(
     for name in named:
         if name in optional and not any(name in file.schema.names for file in files) and name not in partition_types:
             continue
-        check_column(name, files, partition_types, f"{place}.where" if name != source.window_column else f"{place}.window_column")
+        asks = "window_column" if source.window is not None and name == source.window_column else "where"
+        check_column(name, files, partition_types, f"{place}.{asks}")
     needed = list(dict.fromkeys([*columns, *named]))
     types, notes = unify(needed, files, partition_types, optional, place, asked_by)
     condition = _bound_condition(source, condition, types, place)

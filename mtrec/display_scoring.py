@@ -68,7 +68,7 @@ def show_scoring(manifest: Mapping[str, Any], output: str) -> None:
     to.print(predictions)
     if manifest["labels"]:
         labels = Table(title="against the labels in the input", title_justify="left", box=None, pad_edge=False)
-        for name in ("task", "rows", "AUC", "sum p / sum y"):
+        for name in ("task", "rows", "AUC (binned)", "sum p / sum y"):
             labels.add_column(name, justify="left" if name == "task" else "right")
         for task, found in manifest["labels"].items():
             labels.add_row(task, f"{found['rows']:,}", _number(found.get("auc")), _number(found["calibration"]))
@@ -88,6 +88,11 @@ def show_scoring(manifest: Mapping[str, Any], output: str) -> None:
         say(to, jump, word="warning", style="yellow")
     for note in manifest["notes"]:
         say(to, note, word="note", style="yellow")
+    removed = manifest["session"]["removed"]
+    if removed:
+        listed = ", ".join(removed[:3]) + (", ..." if len(removed) > 3 else "")
+        deleted = f"{counted(len(removed), 'file')} of an earlier job deleted, of no file of INPUT: {listed}"
+        say(to, deleted, word="note", style="yellow")
     _show_session(manifest["session"], to)
     if not manifest["rows"] and manifest["where"] is not None:
         say(to, f"no row of the input fulfils --where {manifest['where']}", word="warning", style="yellow")

@@ -217,8 +217,7 @@ def evaluate(
     if by:
         every = {value for part in parallel.gather_objects(list(segments)) or [] for value in part}
         found: dict[str, Any] = {}
-        # null last, under a name that no value has
-        for value in parallel.broadcast_object(sorted(every, key=lambda value: (value is None, str(value)))):
+        for value in parallel.broadcast_object(_in_order(every)):
             measures = segments.get(value) or Measures(experiment, model.objectives, spill_folder)
             measures.merge_ranks()
             found[segment_name(value, found)] = measures.compute()
@@ -249,8 +248,18 @@ def _split(column: pa.Array) -> Iterator[tuple[Any, NDArray[np.int64]]]:
         yield value, np.concatenate(rows)
 
 
+def _in_order(values: Collection[Any]) -> list[Any]:
+    """The values of a column (`_split`) by size; NaN and then null last.
+
+    >>> _in_order({10, 9, None}), _in_order({"nan", 10.5, 9.0, None})
+    ([9, 10, None], [9.0, 10.5, 'nan', None])
+    """
+    floats = any(isinstance(value, float) for value in values)  # beside which a text stands for NaN
+    return sorted(values, key=lambda value: (value is None, floats and isinstance(value, str), value))
+
+
 def segment_name(value: Any, taken: Collection[str]) -> str:
-    """Of a value of the column of `by`; null stands apart from a text "null"."""
+    """Of a value of the column of `by`; null, which is last, stands apart from a text "null"."""
     name = "null" if value is None else str(value)
     while value is None and name in taken:
         name = f"({name})"

@@ -53,6 +53,7 @@ def find_files(paths: str | Sequence[str], place: str) -> tuple[list[Location], 
     entries = [paths] if isinstance(paths, str) else list(paths)
     if not entries:
         raise ValueError(f"`{place}.path` should name at least one Parquet file. Found an empty list.")
+    check_not_empty(entries, f"`{place}.path` ")
     found: dict[str, Location] = {}
     twice: list[str] = []
     for entry in entries:
@@ -62,6 +63,12 @@ def find_files(paths: str | Sequence[str], place: str) -> tuple[list[Location], 
                 twice.append(file.shown)
             found.setdefault(identity, file)
     return list(found.values()), twice
+
+
+def check_not_empty(paths: str | Sequence[str], what: str = "") -> None:
+    """Raises ValueError for an empty path, which would mean the current folder; the message begins with `what`."""
+    if not all(path.strip() for path in ([paths] if isinstance(paths, str) else paths)):
+        raise ValueError(f"{what}should name files or a folder. Found an empty path: is a variable in it (${{DATA}}) empty?")
 
 
 def _local_files(entry: str, place: str) -> list[Location]:

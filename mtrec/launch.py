@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 
 from mtrec import checkpoint, parallel
-from mtrec.atomic import write_atomically
+from mtrec.atomic import check_file, check_folder, write_atomically
 from mtrec.config import Experiment, Source
 from mtrec.display import TrainDisplay
 from mtrec.display_scoring import ScoreDisplay
@@ -61,6 +61,11 @@ def launch(
     """
     from mtrec.jobs.connection import cluster_address
 
+    check_file(json_file, "--json")
+    check_folder(warm_start, "--warm-start")
+    if output is None and experiment.output is not None:
+        check_folder(Path(experiment.output), "output")
+    check_folder(output, "--output")
     count = _workers(workers, experiment, local)
     here = local or cluster_address() is None
     if here:  # a remote cluster may have what this machine lacks
@@ -97,6 +102,9 @@ def launch(
     if json_file is not None and metrics_file.is_file():
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(metrics_file.read_text())
+    elif json_file is not None:
+        why = "nothing was validated yet" if run.experiment.data.validation else "there is no `data.validation`"
+        display.say(f"--json {json_file} is not written: there are no metrics ({why})")
     if display.ended == "stopped":
         raise Stopped(f"asked to stop: the checkpoint is written. The same command with --output {run.folder} --resume goes on.")
     return run
@@ -180,6 +188,7 @@ def _train_here(run: Run, resume_from: checkpoint.Checkpoint | None, display: Tr
 
 def evaluate_run(folder: Path, data: str, *, where: str | None = None, by: str | None = None) -> dict[str, Any]:
     """Metrics of a run's best checkpoint over labelled Parquet files."""
+    check_folder(folder, "RUN")
     run = open_run(folder)
     experiment = run.experiment
     device = local_device()
@@ -197,6 +206,7 @@ def score_run(asked: Asked, workers: str, local: bool) -> dict[str, Any]:
 
     Raises ValueError for a mistake in run, input, formula or arguments, before any file is scored.
     """
+    check_folder(Path(asked.run), "RUN")
     if workers != "auto" and not (workers.isdigit() and int(workers) > 0):
         raise ValueError(f"--workers should be a positive number. Found '{workers}'.")
     if local and workers not in ("auto", "1"):
@@ -214,6 +224,7 @@ def score_run(asked: Asked, workers: str, local: bool) -> dict[str, Any]:
 
 def inspect_run(folder: Path) -> dict[str, Any]:
     """What a run holds, every checkpoint verified."""
+    check_folder(folder, "RUN")
     run = open_run(folder)
     found = []
     for path in sorted(run.checkpoints.glob("step-*")):

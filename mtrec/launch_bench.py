@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from mtrec.architectures.products import emulates_bf16
-from mtrec.atomic import write_atomically
+from mtrec.atomic import check_file, write_atomically
 from mtrec.bench import Asked, bench
 from mtrec.bench.environment import check_experiment
 from mtrec.bench.launches import STAGE_NAMES
@@ -40,6 +40,8 @@ def launch_bench(
     precisions: Sequence[str] = (),
 ) -> None:
     """Raises ValueError naming the option for a stage, a device or a number that is not there or makes no sense."""
+    check_file(json_file, "--json")
+    check_file(page_file, "--html")
     for stage in stages:
         if stage not in STAGE_NAMES:
             raise ValueError(f"--stage should be one of {', '.join(STAGE_NAMES)}. Found '{stage}'.{nearest(stage, STAGE_NAMES)}")
@@ -89,8 +91,10 @@ def launch_bench(
         found = bench(asked, status.update if to.is_terminal else to.print)
     show(found, to)
     if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(json_file, json.dumps(found, indent=1) + "\n")
         to.print(f"written: {json_file}", soft_wrap=True)
     if page_file is not None:
+        page_file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(page_file, page(found))
         to.print(f"written: {page_file}", soft_wrap=True)

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from mtrec import terminal
-from mtrec.atomic import write_atomically
+from mtrec.atomic import check_file, check_folder, write_atomically
 from mtrec.compare.plan import load_plan
 from mtrec.compare.report import comparison_report, run_report
 from mtrec.compare.results import compute, write
@@ -19,6 +19,7 @@ def launch_comparison(path: Path, *, workers: int, parallel: int | None, resume:
 
     Raises ValueError for a mistake in the comparison file, before anything runs.
     """
+    check_folder(output, "--output")
     plan = load_plan(path)
     if plan.comparison.budget is not None and plan.comparison.budget.seconds is not None and workers > 1:
         raise ValueError("`budget.seconds` is for runs on one worker. Give steps or rows, or leave out --workers.")
@@ -38,6 +39,8 @@ def launch_comparison(path: Path, *, workers: int, parallel: int | None, resume:
 
 def write_report(folder: Path, output: Path | None = None) -> Path:
     """report.html of a run, or of a comparison from what its runs saved; returns where it was written."""
+    check_folder(folder, "RUN")
+    check_file(output, "--output")
     target = output or folder / REPORT
     if (folder / PLAN).is_file():
         facts = json.loads((folder / PLAN).read_text())

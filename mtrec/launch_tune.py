@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from mtrec import terminal
+from mtrec.atomic import check_file, check_folder
 from mtrec.config import Experiment
 from mtrec.run import dated_folder
 from mtrec.tune.plan import load_plan
@@ -26,6 +27,7 @@ def launch_search(
 
     Raises ValueError for a mistake in experiment, space or arguments, before anything runs.
     """
+    check_folder(output, "--output")
     plan = load_plan(experiment, space, trials)
     folder = (output or dated_folder(f"{experiment.name}-tune", PLAN, "search", resume)).absolute()
     to = terminal.console()
@@ -47,6 +49,7 @@ def is_search(folder: Path) -> bool:
 
 def write_search_report(folder: Path, output: Path | None = None) -> Path:
     """tune.html and the other files of a search, again from what its trials left; returns where the page was written."""
+    check_file(output, "--output")
     facts = json.loads((folder / PLAN).read_text())
     write_all(read_plan(facts), folder, facts)
     target = output or folder / REPORT

@@ -106,6 +106,57 @@ def test_from_log_to_evaluation(tmp_path: Path) -> None:
     assert "--resume: `seed` differs" in str(other.exception)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "run", "--data", "log", "--json", "folder"],
+        ["train", "e.yaml", "--local", "--json", "folder"],
+        ["report", "run", "--output", "folder"],
+        ["bench", "--json", "folder"],
+        ["bench", "--html", "folder"],
+        ["train", "e.yaml", "--local", "--output", "s3://bucket/run"],
+        ["train", "e.yaml", "--local", "--warm-start", "s3://bucket/run"],
+        ["train", "e.yaml", "--local", "--set", "output=s3://bucket/run"],
+        ["compare", "c.yaml", "--output", "file:///tmp/x"],
+        ["tune", "e.yaml", "--space", "s.yaml", "--trials", "1", "--output", "file:///tmp/x"],
+        ["evaluate", "s3://bucket/run", "--data", "log"],
+        ["score", "s3://bucket/run", "log", "out", "--local"],
+        ["inspect", "s3://bucket/run"],
+        ["report", "s3://bucket/run"],
+    ],
+)
+def test_a_place_that_cannot_be_written_or_read_is_refused_before_the_work(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "e.yaml").write_text(yaml.safe_dump(experiment_tree(tmp_path / "log")))
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, ValueError), result.output
+    found = str(result.exception)
+    wanted = r"`[\w-]+` should be a (file\. Found the folder 'folder'|local or mounted folder\. Found '\w+://)"
+    assert re.search(wanted, found), found
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.yaml", "folder"]
+
+
+def test_metrics_that_are_asked_for_are_written_or_said_to_be_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, run = write_log(tmp_path / "log", rows=600), tmp_path / "run"
+    (tmp_path / "e.yaml").write_text(yaml.safe_dump(experiment_tree(log)))
+    metrics = tmp_path / "metrics.json"
+    arguments = ["train", str(tmp_path / "e.yaml"), "--local", "--output", str(run), "--json", str(metrics)]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert f"--json {metrics} is not written: there are no metrics (there is no `data.validation`)" in result.output
+
+    def no_room(path: Path, text: str) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", no_room)
+    result = CliRunner().invoke(app, ["evaluate", str(run), "--data", str(log), "--json", str(metrics)])
+    assert str(result.exception) == "no space left"
+    assert f"{run} on {log}" in result.output  # what was computed is shown all the same
+
+
 def test_a_mistake_ends_with_one_line_and_exit_code_1(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "mtrec.cli", "check", str(tmp_path / "none.yaml")],

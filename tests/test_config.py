@@ -80,6 +80,8 @@ def test_another_kind_keeps_the_options_that_it_has_too() -> None:
         ),
         (["balancing.kind=unknown"], "`balancing.kind` should be one of"),
         (["balancing.evry=3"], "`balancing.evry` is not a known key. Did you mean 'every'?"),
+        (["data.train=''"], "`data.train.path`: should name files or a folder. Found an empty path: is a variable in it"),
+        (["data.validation=[a.parquet, ' ']"], "`data.validation.path`: should name files or a folder. Found an empty path"),
         (["data.train=${NOT_SET_ANYWHERE}/x"], "the environment variable NOT_SET_ANYWHERE is not set"),
         (["training.best_metric=7"], "`training.best_metric"),
         (["seed"], "--set should be key.path=value"),

@@ -137,6 +137,8 @@ def test_missing_columns_name_the_nearest(tmp_path: Path) -> None:
     assert "Other files have it." in found
     for source in (Source(first, where="user_ids > 3"), Source(first, window=(1, 2), window_column="user_ids")):
         assert "Did you mean 'user_id'?" in message(source, ["item_id"])
+    for source, key in ((Source(first, where="dt > 3"), "where"), (Source(first, window=(1, 2)), "window_column")):
+        assert message(source, ["item_id"]).startswith(f"`data.train.{key}` should name a column of the data. Found 'dt'.")
 
 
 def test_no_rows(tmp_path: Path) -> None:

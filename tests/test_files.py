@@ -104,6 +104,8 @@ def test_missing_paths(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "at least one file named *.parquet" in message(Source(str(tmp_path / "empty")), ["x"])
     assert "empty list" in message(Source([]), ["x"])
+    for empty in ("", [str(tmp_path), ""]):
+        assert message(Source(empty), ["x"]).startswith("`data.train.path` should name files or a folder. Found an empty path")
     assert "should be a URI that pyarrow can open" in message(Source("nowhere://a/b"), ["x"])
 
 

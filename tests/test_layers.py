@@ -18,8 +18,8 @@ PACKAGE = Path(__file__).parents[1] / "mtrec"
 
 # From the bottom to the top; the modules of one line do not import each other. A new module is written in here.
 LAYERS = [
-    ["versions", "kinds", "yaml_tree", "stopping", "locking", "mirror", "atomic", "hang", "allocator", "shared_memory"],
-    ["flags", "events", "terminal"],
+    ["versions", "kinds", "yaml_tree", "stopping", "locking", "atomic", "hang", "allocator", "shared_memory"],
+    ["flags", "events", "terminal", "mirror"],
     ["recorder"],
     ["synthetic"],
     ["features"],

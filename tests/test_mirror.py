@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from mtrec import parallel
 from mtrec.checkpoint import Saver, find, read
 from mtrec.cli import app
-from mtrec.mirror import StorageError
+from mtrec.mirror import Mirror, StorageError
 from mtrec.run import Run
 
 
@@ -129,3 +129,12 @@ def test_a_store_that_fails_is_named(tmp_path: Path, command: list[str], store: 
         assert "`training.checkpoint_storage`" in said
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
     assert issubclass(StorageError, ValueError)
+
+
+def test_what_a_killed_writer_left_is_not_copied(tmp_path: Path) -> None:
+    here, there = tmp_path / "run", tmp_path / "store"
+    here.mkdir()
+    for name in ("run.json", ".run.json.4711", ".metadata"):
+        (here / name).write_text(name)
+    Mirror(there.as_uri(), here).put(".run.json.4711", ".metadata", "run.json")
+    assert sorted(path.name for path in there.iterdir()) == [".metadata", "run.json"]

@@ -1,6 +1,7 @@
 """Batch scoring: the same numbers as `mtrec evaluate`, whole files or none, and every refusal that makes it safe to trust."""
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -25,6 +26,7 @@ from mtrec.checkpoint import CheckpointError
 from mtrec.cli import app
 from mtrec.config import load_experiment, parse_experiment
 from mtrec.dataset import Source
+from mtrec.display_scoring import show_scoring
 from mtrec.formula import prediction_columns, ranking_formula
 from mtrec.launch import evaluate_run
 from mtrec.model import task_specs
@@ -122,6 +124,28 @@ def test_types_of_kept_columns_stay(run: Run, log: Path, tmp_path: Path) -> None
     assert pq.read_schema(tmp_path / "few" / "odd.parquet").names == ["user_id", "money", *PREDICTIONS, "score"]
 
 
+def test_names_of_columns_may_have_blanks_and_stand_twice(run: Run, log: Path, tmp_path: Path) -> None:
+    asked = ["score", str(run.folder), str(log), str(tmp_path / "out"), "--local", "--columns", "user_id, item_id,,user_id"]
+    result = CliRunner().invoke(app, asked, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert pq.read_schema(tmp_path / "out" / "part-0.parquet").names == ["user_id", "item_id", *PREDICTIONS, "score"]
+
+
+def test_groups_of_an_evaluation_are_in_the_order_of_their_values(run: Run, log: Path, tmp_path: Path) -> None:
+    table = pq.read_table(log).slice(0, 300)
+    hours = [number % 12 for number in range(300)]
+    hour = pa.array([None if each == 3 else each for each in hours], pa.int32())
+    size = pa.array([None if each == 3 else math.nan if each == 4 else each / 1 for each in hours])
+    pq.write_table(table.append_column("hour", hour).append_column("size", size), tmp_path / "a.parquet")
+    others = [0, 1, 2, *range(5, 12)]
+    wanted = {
+        "hour": [*map(str, [0, 1, 2, *range(4, 12)]), "null"],
+        "size": [*(f"{each}.0" for each in others), "nan", "null"],
+    }
+    for column, order in wanted.items():
+        assert list(evaluate_run(run.folder, str(tmp_path / "a.parquet"), by=column)["by"][column]) == order
+
+
 def test_any_batch_size_gives_the_same_numbers(run: Run, log: Path, tmp_path: Path) -> None:
     score(run, log, tmp_path / "one", batch_rows=8_192)
     score(run, log, tmp_path / "other", batch_rows=37)
@@ -168,8 +192,13 @@ def test_labels_may_be_absent_and_unseen_ids_are_counted(run: Run, log: Path, tm
     assert manifest["features"]["item_id"]["unseen_share"] == 0
 
 
-def test_labels_that_are_there_are_compared(run: Run, log: Path, tmp_path: Path) -> None:
-    found = score(run, log, tmp_path / "out")["labels"]
+def test_labels_that_are_there_are_compared(
+    run: Run, log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = score(run, log, tmp_path / "out")
+    found = manifest["labels"]
+    show_scoring(manifest, "out")
+    assert "AUC (binned)" in capsys.readouterr().out  # `evaluate` shows another number as AUC
     metrics = evaluate_run(run.folder, str(log))["tasks"]
     for task in ("click", "conversion"):
         assert found[task]["calibration"] == pytest.approx(metrics[task]["calibration"], rel=1e-6)
@@ -273,10 +302,12 @@ def test_bad_files_are_named_and_the_others_scored(run: Run, log: Path, tmp_path
     assert "should have a column 'age'" in problems["part-3.parquet"]
     assert "features.user_id" in problems["part-4.parquet"]
     assert "has a column 'p_click' as the output will" in problems["part-6.parquet"]
-    shutil.copy(log / "part-1.parquet", tmp_path / "in" / "part-1.parquet")
-    again = score(run, tmp_path / "in" / "part-1.parquet", tmp_path / "out")  # mended
+    shutil.copy(log / "part-1.parquet", tmp_path / "in" / "part-1.parquet")  # mended
+    for number in (3, 4, 5, 6):
+        (tmp_path / "in" / f"part-{number}.parquet").unlink()
+    again = score(run, tmp_path / "in", tmp_path / "out")
     assert again["complete"]
-    assert again["rows"] == 333
+    assert (again["rows"], again["session"]["rows"]) == (1_000, 333)
 
 
 def test_only_bad_files_is_an_error_before_anything_starts(run: Run, tmp_path: Path) -> None:

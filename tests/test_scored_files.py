@@ -14,6 +14,7 @@ import torch
 from runs import small_run, train_on
 
 from mtrec.dataset import Source, open_dataset
+from mtrec.display_scoring import show_scoring
 from mtrec.formula import ranking_formula
 from mtrec.locking import LockedError
 from mtrec.run import Run, open_run
@@ -268,3 +269,116 @@ def test_columns_of_text_views_are_kept_and_chosen_by(run: Run, rows: pa.RecordB
     score_files(Asked(str(run.folder), source, str(tmp_path / "out"), columns=("note",), top=1, by="note"), score_here)
     found = pq.read_table(tmp_path / "out" / "a.parquet")["note"].to_pylist()
     assert sorted(found) == sorted(set(rows["item_id"].to_pylist()[:100]))
+
+
+NUMBERS = pa.array([number % 3 for number in range(60)])
+TIMES, DAYS = NUMBERS.cast(pa.timestamp("ms")), NUMBERS.cast(pa.int32()).cast(pa.date32())
+
+
+def score_groups(run: Run, rows: pa.RecordBatch, folder: Path, one: pa.Array, other: pa.Array) -> dict[str, Any]:
+    """The best five rows of each group of two files whose groups are these."""
+    (folder / "in").mkdir()
+    for name, groups in (("a", one), ("b", other)):
+        pq.write_table(pa.table(rows).slice(0, len(groups)).append_column("g", groups), folder / "in" / f"{name}.parquet")
+    source = Source(str(folder / "in"))
+    asked = Asked(str(run.folder), source, str(folder / "out"), columns=("row_id",), top=5, by="g")
+    return score_files(asked, score_here)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (TIMES, TIMES.cast(pa.timestamp("us"))),
+        (DAYS.cast(pa.date64()), DAYS),
+        (NUMBERS.cast(pa.int32()), NUMBERS.dictionary_encode()),
+        (NUMBERS.cast(pa.string()).dictionary_encode(), NUMBERS.cast(pa.large_string())),
+    ],
+)
+def test_groups_are_those_of_all_files_whatever_type_each_has(
+    one: pa.Array, other: pa.Array, run: Run, rows: pa.RecordBatch, tmp_path: Path
+) -> None:
+    assert score_groups(run, rows, tmp_path, one, other)["rows"] == 15
+    for name in ("a.parquet", "b.parquet"):
+        given, made = (pq.read_schema(tmp_path / folder / name).field("g").type for folder in ("in", "out"))
+        assert made == given
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [(NUMBERS.cast(pa.string()), NUMBERS), (TIMES, TIMES.cast(pa.timestamp("us", "UTC")))]
+)
+def test_groups_whose_types_do_not_go_together_are_refused(
+    one: pa.Array, other: pa.Array, run: Run, rows: pa.RecordBatch, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="`INPUT` should have one type for column 'g'") as error:
+        score_groups(run, rows, tmp_path, one, other)
+    for part in ("a.parquet", "b.parquet", str(one.type), str(other.type)):
+        assert part in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_group_that_the_type_of_all_files_cannot_hold_is_an_error(run: Run, rows: pa.RecordBatch, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"b\.parquet', column 'g': uint64 should become int64, the type that suits all files"):
+        score_groups(run, rows, tmp_path, pa.array([-1, 1]), pa.array([2**63, 1], pa.uint64()))
+
+
+def three_files(run: Run, rows: pa.RecordBatch, folder: Path) -> Asked:
+    """Three input files, scored into out."""
+    (folder / "in").mkdir()
+    for number, name in enumerate("abc"):
+        pq.write_table(pa.table(rows).slice(number * 50, 50), folder / "in" / f"{name}.parquet")
+    asked = Asked(str(run.folder), Source(str(folder / "in")), str(folder / "out"))
+    score_files(asked, score_here)
+    return asked
+
+
+def test_scores_of_a_file_that_is_gone_do_not_stay(
+    run: Run, rows: pa.RecordBatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = three_files(run, rows, tmp_path)
+    (tmp_path / "in" / "c.parquet").unlink()
+    with pytest.raises(ValueError, match=r"Found 'c\.parquet' of an earlier job, .* Add --overwrite to delete what is not of"):
+        score_files(asked, score_here)
+    assert (tmp_path / "out" / "c.parquet").exists()
+    manifest = score_files(dataclasses.replace(asked, overwrite=True), score_here)
+    assert manifest["session"]["removed"] == ["c.parquet"]
+    assert (manifest["rows"], manifest["session"]["rows"]) == (100, 0)
+    assert pq.read_table(tmp_path / "out").num_rows == 100
+    assert not (tmp_path / "out" / "_records" / "c.parquet.json").exists()
+    show_scoring(manifest, "out")
+    assert "note: 1 file of an earlier job deleted, of no file of INPUT: c.parquet" in capsys.readouterr().out
+    assert score_files(asked, score_here)["session"]["removed"] == []
+
+
+def test_what_an_earlier_job_made_of_a_file_that_is_damaged_now_does_not_stop_the_others(
+    run: Run, rows: pa.RecordBatch, tmp_path: Path
+) -> None:
+    asked = three_files(run, rows, tmp_path)
+    damaged = tmp_path / "in" / "b.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    pq.write_table(pa.table(rows).slice(150, 50), tmp_path / "in" / "d.parquet")
+    manifest = score_files(asked, score_here)
+    assert list(manifest["failed"]) == [str(damaged)]
+    assert manifest["session"]["rows"] == 50
+
+
+@pytest.mark.parametrize("garbled", ["{}", "[]", '{"identity": "x", ', "\xff"])
+def test_a_file_with_a_garbled_record_is_scored_anew(garbled: str, run: Run, rows: pa.RecordBatch, tmp_path: Path) -> None:
+    asked = three_files(run, rows, tmp_path)
+    record = tmp_path / "out" / "_records" / "b.parquet.json"
+    sound, made = record.read_text(), contents(tmp_path / "out")
+    record.write_text(garbled, encoding="latin-1")
+    assert score_files(asked, score_here)["session"]["rows"] == 50
+    assert contents(tmp_path / "out") == made
+    assert record.read_text() == sound
+
+
+def test_an_empty_path_is_not_the_current_folder(
+    run: Run, rows: pa.RecordBatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table(rows), tmp_path / "in" / "a.parquet")
+    monkeypatch.chdir(tmp_path / "in")
+    with pytest.raises(ValueError, match=r"INPUT should name files or a folder\. Found an empty path"):
+        score_files(Asked(str(run.folder), Source(""), str(tmp_path / "out")), score_here)
+    with pytest.raises(ValueError, match=r"OUTPUT should name files or a folder\. Found an empty path"):
+        score_files(Asked(str(run.folder), Source(str(tmp_path / "in")), ""), score_here)

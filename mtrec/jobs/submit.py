@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from mtrec.allocator import KEPT
+from mtrec.atomic import check_folder
 from mtrec.check import check_experiment
 from mtrec.compare.plan import Plan, load_plan
 from mtrec.config import Experiment, load_experiment
-from mtrec.files import find_files
+from mtrec.files import check_not_empty, find_files
 from mtrec.jobs import packing
 from mtrec.jobs.cluster import Cluster, check_versions, check_workers, choose_address, connect_client, describe
 from mtrec.jobs.follow import ACTIVE, follow
@@ -111,6 +112,8 @@ def train_job(values: Mapping[str, Any], write: Callable[[Mapping[str, Any]], Se
 def score_job(values: Mapping[str, Any], write: Callable[[Mapping[str, Any]], Sequence[str]], with_code: bool) -> Job:
     """The job of `mtrec score`: its paths made absolute, what this machine sees of them checked."""
     _check_not_local(values)
+    check_folder(values["run"], "RUN")
+    check_not_empty([values["input_"], values["output"]], "INPUT and OUTPUT ")
     run, data, output = values["run"].expanduser().absolute(), _place(values["input_"]), _place(values["output"])
     facts, modules = list[str](), dict[str, bytes]()
     if run.exists():

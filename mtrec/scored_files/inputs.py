@@ -17,6 +17,7 @@ from mtrec.features import Encoder, FeatureCounts, check_schema
 from mtrec.files import Location
 from mtrec.metrics import group_keys
 from mtrec.row_groups import RowGroup
+from mtrec.schema import unify
 from mtrec.score import LabelledSums
 
 DECODED_ROWS = 65_536  # at once
@@ -35,7 +36,7 @@ class Request:
         columns: input columns that are kept; None keeps all but the labels.
         top, by: keep only the `top` best rows by `score` for each value of the column `by`.
         batch_rows: rows that the model sees together.
-        overwrite: replace what another job has written.
+        overwrite: replace what another job has written, delete what it has of files that are not in the input now.
         provenance: run, checkpoint, its hash, formula, version: into every footer and the manifest.
     """
 
@@ -322,8 +323,27 @@ def _names_folder(paths: str | Sequence[str], found: Location) -> bool:
     return not glob.has_magic(address) and address.endswith(f"/{found.root.rpartition('/')[2]}")
 
 
-def check_group_column(request: Request, files: Sequence[InputFile]) -> None:
-    """Raises ValueError where --by is no column that groups: not of integers, strings, dates or times."""
-    if request.by is not None:
-        for file in files:
-            group_keys(pa.array([], file.data.schema.field(request.by).type), f"--by {request.by}")
+def group_type(by: str, files: Sequence[InputFile]) -> pa.DataType:
+    """The one type for all files of the column `by`, in which equal values have equal keys.
+
+    Raises ValueError where it is no column that groups (not of integers, strings, dates or times), or naming two files whose
+    types do not go together.
+    """
+    for file in files:
+        group_keys(pa.array([], file.data.schema.field(by).type), f"--by {by}")
+    types, _ = unify([by], [file.data.files[0] for file in files], files[0].data.partition_types, (), INPUT, {})
+    group_keys(pa.array([], types[by]), f"--by {by}")
+    return types[by]
+
+
+def group_column(column: pa.ChunkedArray, common: pa.DataType, by: str, file: InputFile) -> pa.ChunkedArray:
+    """The column `by` of a file in the type for all files. Raises ValueError naming the file for a value that it cannot hold."""
+    if pa.types.is_dictionary(column.type) and column.type.value_type == common:
+        return column  # hashed by its dictionary, which is shorter
+    try:
+        return column.cast(common)
+    except pa.ArrowException as error:
+        raise ValueError(
+            f"'{file.shown}', column '{by}': {column.type} should become {common}, the type that suits all files of `{INPUT}`, "
+            f"but: {error}"
+        ) from error

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 
 from mtrec.checkpoint import Checkpoint
 from mtrec.dataset import Source
+from mtrec.files import check_not_empty
 from mtrec.formula import ranking_formula
 from mtrec.kinds import counted
 from mtrec.metrics import DistributionSummary
@@ -30,17 +31,18 @@ from mtrec.score import (
     training_summaries,
 )
 from mtrec.scored_files.inputs import (
+    INPUT,
     PIECES,
     InputFile,
     Piece,
     Request,
-    check_group_column,
     check_output,
+    group_type,
     open_inputs,
     plan_pieces,
     sampled_counts,
 )
-from mtrec.scored_files.output import RECORDS, Output, read_record
+from mtrec.scored_files.output import RECORDS, Output, read_record, recorded_files, stored_record
 from mtrec.scored_files.pieces import FileError, best_rows, join, score_piece
 
 MANIFEST = "_manifest.json"
@@ -172,6 +174,7 @@ def _score_files(
     request, output = work.request, Output(work.request.output)
     finished = {file.relative for file in files if read_record(output, file.relative, file.identity) is not None}
     _check_nothing_is_replaced(request, output, [file for file in files if file.relative not in finished])
+    others = _files_of_others(request, output, files, failed)
     if request.top is not None and len(finished) < len(files):
         finished = set()  # the best rows are chosen among those of all files: a file is only done when all are
     pending = [file for file in files if file.relative not in finished]
@@ -194,6 +197,9 @@ def _score_files(
     failed.update(told.problems)
     _join_pieces(pieces, failed, request)
     records = _records(output, [file for file in files if file.shown not in failed])
+    for target in others:
+        output.delete(f"{RECORDS}/{target}.json")
+        output.delete(target)
     manifest = _manifest(run, work, records, failed)
     output.write(MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     if not failed:
@@ -203,6 +209,7 @@ def _score_files(
         "rows": sum(piece.rows for piece in left if piece.file.shown not in failed),
         "golden": told.golden,
         "seconds": told.seconds,
+        "removed": others,
     }
     return manifest, session
 
@@ -212,6 +219,8 @@ def _work(asked: Asked, run: Run) -> Work:
     formula = ranking_formula(run.experiment, asked.formula)
     if (asked.top is None) != (asked.by is None):
         raise ValueError("--top K and --by COLUMN should come together: the best K rows of each value of the column.")
+    check_not_empty(asked.source.path, f"{INPUT} ")
+    check_not_empty(asked.output, "OUTPUT ")
     found = run.best()
     request = Request(
         source=dataclasses.replace(asked.source, path=_absolute_paths(asked.source.path)),
@@ -248,7 +257,8 @@ def _inputs(request: Request, run: Run) -> tuple[list[InputFile], dict[str, str]
     if not files:
         shown = list(failed.values())[:3]
         raise ValueError("\n".join([*shown, *([f"... and {counted(len(failed) - 3, 'more file')}"] if len(failed) > 3 else [])]))
-    check_group_column(request, files)
+    if request.by is not None:
+        group_type(request.by, files)
     return files if request.top is None else _one_identity(files), failed
 
 
@@ -260,12 +270,34 @@ def _one_identity(files: Sequence[InputFile]) -> list[InputFile]:
 
 def _check_nothing_is_replaced(request: Request, output: Output, pending: Sequence[InputFile]) -> None:
     there = [file.relative for file in pending if output.exists(file.relative)]
+    there = [target for target in there if stored_record(output, target) != {}]  # a damaged record: the file is scored anew
     if there and not request.overwrite:
-        more = f" and {counted(len(there) - 1, 'other file')}" if len(there) > 1 else ""
         raise ValueError(
-            f"OUTPUT {request.output} holds '{there[0]}'{more} already, made by another job: another checkpoint, formula, choice "
+            f"OUTPUT {request.output} holds {_several(there)} already, made by another job: another checkpoint, formula, choice "
             "of columns or rows, mtrec, or other input. Add --overwrite to replace them, or choose another folder."
         )
+
+
+def _files_of_others(
+    request: Request, output: Output, files: Sequence[InputFile], failed: Mapping[str, str]
+) -> list[str]:
+    """The scored files in the output whose input is none of this job's: it is gone, or was named by an earlier job.
+
+    Raises ValueError where there are some and --overwrite is not asked for.
+    """
+    own = {file.relative for file in files}
+    others = [target for target in recorded_files(output) if target not in own and output.exists(target)]
+    others = [target for target in others if (stored_record(output, target) or {}).get("input") not in failed]
+    if others and not request.overwrite:
+        raise ValueError(
+            f"OUTPUT {request.output} should hold the files of one INPUT. Found {_several(others)} of an earlier job, from files "
+            "that are gone or not in INPUT now. Add --overwrite to delete what is not of this INPUT, or choose another folder."
+        )
+    return others
+
+
+def _several(targets: Sequence[str]) -> str:
+    return f"'{targets[0]}'" + (f" and {counted(len(targets) - 1, 'other file')}" if len(targets) > 1 else "")
 
 
 def _check_rows(run: Run, files: Sequence[InputFile], allow_null_jump: bool) -> dict[str, str]:

@@ -17,7 +17,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from mtrec.locking import locked
-from mtrec.scored_files.inputs import UNIT_ROWS
+from mtrec.scored_files.inputs import PIECES, UNIT_ROWS
 
 RECORDS, LOCK = "_records", "score.lock"
 PLAIN_BYTES = {"INT32": 4, "INT64": 8, "FLOAT": 4, "DOUBLE": 8}
@@ -248,10 +248,30 @@ def _leaves(field: pa.Field) -> list[str]:
     return [] if pa.types.is_nested(field.type) else [field.name]
 
 
-def read_record(output: Output, target: str, identity: str) -> dict[str, Any] | None:
-    """The record of a finished piece or file with this identity, None where it is not finished or another."""
+def stored_record(output: Output, target: str) -> dict[str, Any] | None:
+    """What the record of a piece or file says, {} where it cannot be read; None where there is none."""
     path = f"{RECORDS}/{target}.json"
     if not output.exists(path):
         return None
-    record: dict[str, Any] = json.loads(output.read(path))
-    return record if record["identity"] == identity and record["bytes"] == output.size(target) else None
+    try:
+        record = json.loads(output.read(path))
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def read_record(output: Output, target: str, identity: str) -> dict[str, Any] | None:
+    """The record of a finished piece or file with this identity, None where it is not finished, another, or cannot be read."""
+    record = stored_record(output, target)
+    if not record or record.get("identity") != identity or record.get("bytes") != output.size(target):
+        return None
+    return record
+
+
+def recorded_files(output: Output) -> list[str]:
+    """The files, not pieces, that have a record: those of earlier jobs, too."""
+    folder = output.path(RECORDS)
+    found = output.filesystem.get_file_info(pa.fs.FileSelector(folder, allow_not_found=True, recursive=True))
+    names = [info.path.removeprefix(f"{folder}/") for info in found if info.type == pa.fs.FileType.File]
+    records = [name for name in names if name.endswith(".json") and not name.startswith(f"{PIECES}/")]
+    return sorted(name.removesuffix(".json") for name in records)

@@ -22,7 +22,16 @@ from mtrec.files import open_file
 from mtrec.formula import SCORE
 from mtrec.metrics import group_keys
 from mtrec.score import NonFiniteError, Scorer, Tally
-from mtrec.scored_files.inputs import InputFile, Piece, Request, batches, named, without_view
+from mtrec.scored_files.inputs import (
+    InputFile,
+    Piece,
+    Request,
+    batches,
+    group_column,
+    group_type,
+    named,
+    without_view,
+)
 from mtrec.scored_files.output import RECORDS, HashedSink, Output, ParquetSink
 
 T = TypeVar("T")
@@ -207,12 +216,13 @@ def best_rows(pieces: Sequence[Piece], request: Request) -> list[NDArray[np.int6
     assert request.top is not None
     assert request.by is not None
     output = Output(request.output)
+    common = group_type(request.by, [piece.file for piece in pieces])
     keys, scores, places, owners = [], [], [], []
     for number, piece in enumerate(pieces):
         table = pq.read_table(
             output.path(piece.target), columns=[request.by, SCORE], filesystem=output.filesystem, partitioning=None
         )
-        key_N = group_keys(table[request.by], f"--by {request.by}")
+        key_N = group_keys(group_column(table[request.by], common, request.by, piece.file), f"--by {request.by}")
         score_N = table[SCORE].to_numpy()
         row_N = _best(key_N, score_N, request.top)
         keys.append(key_N[row_N])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -405,6 +406,19 @@ def test_what_is_refused_before_sending(place: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.syspath_prepend(str(place))
     with pytest.raises(ValueError, match=message):
         make_job("train", "tiny.yaml", *typed)
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (("s3://bucket/run", "data", "out"), "`RUN` should be a local or mounted folder. Found 's3://bucket/run'"),
+        (("runs/x", "", "out"), "INPUT and OUTPUT should name files or a folder. Found an empty path"),
+        (("runs/x", "data", ""), "INPUT and OUTPUT should name files or a folder. Found an empty path"),
+    ],
+)
+def test_scoring_of_no_place_is_refused_before_sending(typed: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_job("score", *typed)
 
 
 def test_a_run_goes_on_with_the_files_it_was_made_from(tmp_path: Path) -> None:
