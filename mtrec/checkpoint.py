@@ -152,8 +152,10 @@ def check(folder: Path) -> str | None:
     return None
 
 
-def newest_validation(resumed: Checkpoint) -> dict[str, Any] | None:
+def newest_validation(resumed: Checkpoint | None) -> dict[str, Any] | None:
     """The event of the newest validation up to a checkpoint; None where there was none, or only an earlier mtrec's."""
+    if resumed is None:
+        return None
     folders = [each for each in resumed.folder.parent.glob("step-*") if each <= resumed.folder]
     for folder in sorted(folders, reverse=True):
         with suppress(OSError, ValueError, KeyError, TypeError):  # of a damaged one

@@ -183,7 +183,7 @@ def score(
     by: Annotated[str | None, typer.Option(metavar="COLUMN", help="... of this column")] = None,
     where: Annotated[str | None, typer.Option(help="only rows that fulfil this condition")] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="replace files that another job wrote, and delete those of no file of INPUT")
+        bool, typer.Option("--overwrite", help="replace what another job wrote, delete what it made of files now gone from INPUT")
     ] = False,
     allow_null_jump: Annotated[
         bool, typer.Option("--allow-null-jump", help="score although a feature has many more nulls than in training")

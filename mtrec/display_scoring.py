@@ -91,7 +91,7 @@ def show_scoring(manifest: Mapping[str, Any], output: str) -> None:
     removed = manifest["session"]["removed"]
     if removed:
         listed = ", ".join(removed[:3]) + (", ..." if len(removed) > 3 else "")
-        deleted = f"{counted(len(removed), 'file')} of an earlier job deleted, of no file of INPUT: {listed}"
+        deleted = f"{counted(len(removed), 'file')} deleted, made of files that are not in INPUT any more: {listed}"
         say(to, deleted, word="note", style="yellow")
     _show_session(manifest["session"], to)
     if not manifest["rows"] and manifest["where"] is not None:

@@ -175,7 +175,7 @@ def _train_here(run: Run, resume_from: checkpoint.Checkpoint | None, display: Tr
     asked = threading.Event()
     recorder = Recorder(run.folder)
     try:
-        recorder.catch_up(resume_from)
+        recorder.catch_up(checkpoint.newest_validation(resume_from))
         with listening(asked.set):
             training = train(run, device=local_device(), resume_from=resume_from, stop_requested=asked.is_set)
             with closing(training) as events:  # ends it here where an event cannot be written: its own error says more

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from mtrec.atomic import write_atomically
-from mtrec.checkpoint import Checkpoint, newest_validation
 from mtrec.events import Event, Step, Validation
 
 log = logging.getLogger(__name__)
@@ -44,9 +43,8 @@ class Recorder:
             ) from error
         self._board.add(event.step, dict(_scalars(event)))
 
-    def catch_up(self, resumed: Checkpoint | None) -> None:
-        """Writes the newest validation of the checkpoints up to this one where a kill, or a new machine, left it out here."""
-        found = None if resumed is None else newest_validation(resumed)
+    def catch_up(self, found: Mapping[str, Any] | None) -> None:
+        """Writes the newest validation of the checkpoints where a kill, or a new machine, left it out here."""
         if found is None:
             return
         if not self._has(found):

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "mtrec"
 
 # From the bottom to the top; the modules of one line do not import each other. A new module is written in here.
 LAYERS = [
-    ["versions", "kinds", "yaml_tree", "stopping", "locking", "atomic", "hang", "allocator", "shared_memory"],
+    ["versions", "kinds", "yaml_tree", "stopping", "locking", "atomic", "hang", "allocator", "shared_memory", "written"],
     ["flags", "events", "terminal", "mirror"],
     ["recorder"],
     ["synthetic"],
@@ -66,10 +66,10 @@ LEAVES = {
     "versions": set[str](),
     "events": set[str](),
     "terminal": {"rich"},
-    "recorder": {"torch", "mtrec.atomic", "mtrec.events"},  # torch: TensorBoard
+    "recorder": {"tensorboard", "mtrec.atomic", "mtrec.events"},
     "kinds": {"pydantic", "pydantic_core", "annotated_types"},
     "synthetic": {"numpy", "pyarrow"},
-    "features": {"numpy", "pyarrow", "annotated_types", "mtrec.kinds"},
+    "features": {"numpy", "pyarrow", "annotated_types", "mtrec.kinds", "mtrec.written"},
     "where": {"pyarrow", "mtrec.kinds"},
     "files": {"pyarrow", "mtrec.kinds"},
     "schema": {"pyarrow", "mtrec.kinds", "mtrec.files"},

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import mtrec.events
 import mtrec.launch
 import mtrec.train
-from mtrec.checkpoint import VALIDATION, CheckpointError, Saver, check, find, folder_of, newest, read
+from mtrec.checkpoint import VALIDATION, CheckpointError, Saver, check, find, folder_of, newest, newest_validation, read
 from mtrec.cli import app
 from mtrec.config import parse_experiment
 from mtrec.display import TrainDisplay
@@ -146,7 +146,7 @@ def test_the_metrics_of_a_checkpoint_are_those_of_the_run_that_goes_on_from_it(t
     older = find(run.checkpoints)[1]
     assert older.step == 30
     recorder = Recorder(run.folder)
-    recorder.catch_up(older)  # that of step 32 is damaged, say
+    recorder.catch_up(newest_validation(older))  # that of step 32 is damaged, say
     recorder.close()
     assert json.loads((run.folder / "metrics.json").read_text()) == logged(run, "validation")[2]["metrics"]
     assert len(logged(run, "validation")) == 4

@@ -3,6 +3,7 @@ fail at the last moment.
 """
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -336,7 +337,7 @@ def test_scores_of_a_file_that_is_gone_do_not_stay(
 ) -> None:
     asked = three_files(run, rows, tmp_path)
     (tmp_path / "in" / "c.parquet").unlink()
-    with pytest.raises(ValueError, match=r"Found 'c\.parquet' of an earlier job, .* Add --overwrite to delete what is not of"):
+    with pytest.raises(ValueError, match=r"holds 'c\.parquet', made by an earlier job .* Add --overwrite to delete"):
         score_files(asked, score_here)
     assert (tmp_path / "out" / "c.parquet").exists()
     manifest = score_files(dataclasses.replace(asked, overwrite=True), score_here)
@@ -345,8 +346,22 @@ def test_scores_of_a_file_that_is_gone_do_not_stay(
     assert pq.read_table(tmp_path / "out").num_rows == 100
     assert not (tmp_path / "out" / "_records" / "c.parquet.json").exists()
     show_scoring(manifest, "out")
-    assert "note: 1 file of an earlier job deleted, of no file of INPUT: c.parquet" in capsys.readouterr().out
+    assert "note: 1 file deleted, made of files that are not in INPUT any more: c.parquet" in capsys.readouterr().out
     assert score_files(asked, score_here)["session"]["removed"] == []
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_scores_of_another_input_stay(gone: bool, run: Run, rows: pa.RecordBatch, tmp_path: Path) -> None:
+    asked = three_files(run, rows, tmp_path)
+    (tmp_path / "tomorrow").mkdir()
+    pq.write_table(pa.table(rows).slice(150, 50), tmp_path / "tomorrow" / "d.parquet")
+    if gone:
+        shutil.rmtree(tmp_path / "in")
+    later = dataclasses.replace(asked, source=Source(str(tmp_path / "tomorrow")))
+    assert score_files(later, score_here)["session"]["removed"] == []
+    alone = dataclasses.replace(asked, source=Source(str(tmp_path / "tomorrow" / "d.parquet")), overwrite=True)
+    assert score_files(alone, score_here)["session"]["removed"] == []
+    assert pq.read_table(tmp_path / "out").num_rows == 200
 
 
 def test_what_an_earlier_job_made_of_a_file_that_is_damaged_now_does_not_stop_the_others(

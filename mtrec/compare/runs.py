@@ -300,7 +300,7 @@ def train_here(
     recorder = Recorder(run.folder)
     try:
         resume_from = checkpoint.to_resume(run.checkpoints)
-        recorder.catch_up(resume_from)
+        recorder.catch_up(checkpoint.newest_validation(resume_from))
         asked = train(run, device=device, resume_from=resume_from, stop_requested=lambda: time.monotonic() > until)
         with contextlib.closing(asked) as events:  # ends it here also where `watch` raises
             for event in events:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mtrec import hang, parallel
-from mtrec.checkpoint import to_resume
+from mtrec.checkpoint import newest_validation, to_resume
 from mtrec.events import TrainingFailed
 from mtrec.jobs.connection import connect, set_environment
 from mtrec.locking import LockedError, locked
@@ -202,7 +202,7 @@ def _train(run: Run, rank: int) -> None:
             again = recovery.restarted(run.folder, resume_from.step if resume_from else 0, world_size)
             if again is not None:
                 recorder(again)
-            recorder.catch_up(resume_from)
+            recorder.catch_up(newest_validation(resume_from))
         stop_requested = recovery.StopRequest(run.folder, rank)
         device = ray.train.torch.get_device()
         with closing(train(run, device=device, resume_from=resume_from, stop_requested=stop_requested)) as events:

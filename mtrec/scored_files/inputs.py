@@ -36,7 +36,7 @@ class Request:
         columns: input columns that are kept; None keeps all but the labels.
         top, by: keep only the `top` best rows by `score` for each value of the column `by`.
         batch_rows: rows that the model sees together.
-        overwrite: replace what another job has written, delete what it has of files that are not in the input now.
+        overwrite: replace what another job has written, delete what it has made of files that are not in the input any more.
         provenance: run, checkpoint, its hash, formula, version: into every footer and the manifest.
     """
 

@@ -6,10 +6,12 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.fs
 import torch
 
 from mtrec.checkpoint import Checkpoint
@@ -174,7 +176,7 @@ def _score_files(
     request, output = work.request, Output(work.request.output)
     finished = {file.relative for file in files if read_record(output, file.relative, file.identity) is not None}
     _check_nothing_is_replaced(request, output, [file for file in files if file.relative not in finished])
-    others = _files_of_others(request, output, files, failed)
+    lost = _outputs_of_lost_inputs(request, output, files)
     if request.top is not None and len(finished) < len(files):
         finished = set()  # the best rows are chosen among those of all files: a file is only done when all are
     pending = [file for file in files if file.relative not in finished]
@@ -197,7 +199,7 @@ def _score_files(
     failed.update(told.problems)
     _join_pieces(pieces, failed, request)
     records = _records(output, [file for file in files if file.shown not in failed])
-    for target in others:
+    for target in lost:
         output.delete(f"{RECORDS}/{target}.json")
         output.delete(target)
     manifest = _manifest(run, work, records, failed)
@@ -209,7 +211,7 @@ def _score_files(
         "rows": sum(piece.rows for piece in left if piece.file.shown not in failed),
         "golden": told.golden,
         "seconds": told.seconds,
-        "removed": others,
+        "removed": lost,
     }
     return manifest, session
 
@@ -278,22 +280,29 @@ def _check_nothing_is_replaced(request: Request, output: Output, pending: Sequen
         )
 
 
-def _files_of_others(
-    request: Request, output: Output, files: Sequence[InputFile], failed: Mapping[str, str]
-) -> list[str]:
-    """The scored files in the output whose input is none of this job's: it is gone, or was named by an earlier job.
+def _outputs_of_lost_inputs(request: Request, output: Output, files: Sequence[InputFile]) -> list[str]:
+    """The scored files in the output whose input lay in INPUT, and is not there any more; those of other inputs stay.
 
     Raises ValueError where there are some and --overwrite is not asked for.
     """
     own = {file.relative for file in files}
     others = [target for target in recorded_files(output) if target not in own and output.exists(target)]
-    others = [target for target in others if (stored_record(output, target) or {}).get("input") not in failed]
-    if others and not request.overwrite:
+    lost = [target for target in others if _is_lost(str((stored_record(output, target) or {}).get("input")), files)]
+    if lost and not request.overwrite:
         raise ValueError(
-            f"OUTPUT {request.output} should hold the files of one INPUT. Found {_several(others)} of an earlier job, from files "
-            "that are gone or not in INPUT now. Add --overwrite to delete what is not of this INPUT, or choose another folder."
+            f"OUTPUT {request.output} holds {_several(lost)}, made by an earlier job of files that are not in INPUT any more. "
+            "Add --overwrite to delete what was made of them, or choose another folder."
         )
-    return others
+    return lost
+
+
+def _is_lost(shown: str, files: Sequence[InputFile]) -> bool:
+    """Whether the file of this name lay where this job's files lie, and is not there now."""
+    for location in {file.data.files[0].location.root: file.data.files[0].location for file in files}.values():
+        path = shown.removeprefix(location.shown.removesuffix(location.path))
+        if path.startswith(f"{location.root}/"):
+            return bool(location.filesystem.get_file_info(path).type == pa.fs.FileType.NotFound)
+    return False
 
 
 def _several(targets: Sequence[str]) -> str:
