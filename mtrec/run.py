@@ -431,8 +431,6 @@ def check_resumable(run: Run, experiment: Experiment) -> None:
             f"--resume: `{path}` differs from that of {run.folder}. A resumed run keeps its experiment (training.* may change); "
             "for another experiment start a new run, with --warm-start to begin from this one's weights."
         )
-
-
     _check_compared_alike(run, experiment)
 
 
@@ -440,7 +438,7 @@ def _check_compared_alike(run: Run, given: Experiment) -> None:
     """The best checkpoint is chosen, and training stops early, by values of one metric, measured in one way."""
     before = run.experiment
     wish = before.training.best_metric
-    metrics = {path.partition("/")[2].removesuffix("_given") for path in ([wish] if isinstance(wish, str) else wish or ["/auc"])}
+    metrics = {path.rpartition("/")[2].removesuffix("_given") for path in ([wish] if isinstance(wish, str) else wish or ["/auc"])}
     keys: dict[str, tuple[object, object]] = {"training.best_metric": (wish, given.training.best_metric)}
     if "gauc" in metrics:
         keys["evaluation.group_by"] = before.evaluation.group_by, given.evaluation.group_by

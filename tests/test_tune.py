@@ -98,6 +98,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
         ({"parameters": RATE, "objectives": []}, r"`objectives` should"),
         ({"parameters": RATE, "budget": {"seconds": 5}}, r"`budget` of a search should be steps or rows"),
         ({"parameters": {"training.epochs": {"int": [1, 3]}}, "budget": {"steps": 5}}, r"both say how long a trial is"),
+        ({"parameters": {"data.train.where": {"choice": ["age > 1", "age > 2"]}}, "budget": {"rows": 500}}, "counts rows before"),
         (
             {"parameters": RATE, "objectives": ["click/auc", "dwell/xauc"], "asha": {"grace": 0.5}},
             r"`asha` should be left out with several `objectives`",

@@ -196,6 +196,11 @@ def _check_paths(search: SearchFile) -> None:
             raise ValueError(f"`{place}`: `{kept}` stays as it is, or the trials could not be compared.")
         if search.budget is not None and path in LENGTHS:
             raise ValueError(f"`{place}` and `budget` both say how long a trial is. Leave out one of them.")
+        if search.budget is not None and search.budget.rows is not None and f"{path}.".startswith("data.train."):
+            raise ValueError(
+                f"`{place}`: `budget.rows` counts rows before `where` and `window`, so that trials would be trained on different "
+                "numbers of them. Use `budget.steps`, or leave one of them out."
+            )
         inside = next((other for other in paths if other != path and path.startswith(f"{other}.")), None)
         if inside is not None:
             raise ValueError(f"`{place}` lies inside of `parameters.{inside}`: one of them would undo the other.")
