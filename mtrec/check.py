@@ -4,6 +4,7 @@ Everything that `prepare` would refuse is refused here, from footers and a sampl
 sizes, rates, drift from training to validation, and features that give a label away.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from mtrec.batch import Label, label_values
 from mtrec.config import Experiment, Source
-from mtrec.dataset import Dataset
+from mtrec.dataset import Dataset, common_files
 from mtrec.evaluate import check_best_metric
 from mtrec.features import BadRowsError, Encoder, Feature, psi
 from mtrec.feed import bad_row, bad_rows, check_encodes, label_looks, usable_rows, without_bad_rows
@@ -111,6 +112,7 @@ def check_experiment(experiment: Experiment, sample_rows: int = 100_000, device:
             *_infinite_warnings(sample, features),
             *_given_warnings(experiment, statistics),
             *_unlearned_warnings(encoder, statistics),
+            *_shared_warnings(experiment, [train, *held_out]),
         ],
     }
 
@@ -317,6 +319,14 @@ def _unlearned_warnings(encoder: Encoder, statistics: Mapping[str, LabelStatisti
     for name, each in statistics.items():
         if each.trained and not each.density:
             yield f"`data.sample_weight`: all sampled rows that `tasks.{name}` learns from have the weight 0."
+
+
+def _shared_warnings(experiment: Experiment, sources: Sequence[Dataset]) -> Iterator[str]:
+    data = {f"data.{key}": getattr(experiment.data, key) for key in ("train", "validation", "test")}
+    for one, other in itertools.combinations(sources, 2):
+        shared = common_files(one, other)
+        if shared and data[one.place].limits == data[other.place].limits:
+            yield f"`{one.place}` and `{other.place}` read the same rows, as those of '{shared[0]}': nothing is held out there."
 
 
 def _codes(batches: Sequence[pa.RecordBatch], encoder: Encoder) -> dict[str, NDArray[np.int64]]:

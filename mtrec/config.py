@@ -83,6 +83,11 @@ class Source(Section):
     window: tuple[str, str] | None = Field(None, description="first and last value of `window_column`, both included")
     window_column: str = Field("dt", description="as a rule the key of date partitions")
 
+    @property
+    def limits(self) -> tuple[object, ...]:
+        """What leaves rows of the files out: `where`, `window` and, with it, `window_column`."""
+        return self.where, self.window, None if self.window is None else self.window_column
+
     @pydantic.field_validator("path")
     @classmethod
     def _not_empty(cls, value: str | list[str]) -> str | list[str]:

@@ -169,6 +169,16 @@ def _cut(log: Path, out: Path) -> str:
     return str(out)
 
 
+def test_check_tells_where_nothing_is_held_out(log: Path, tmp_path: Path) -> None:
+    tree = experiment_tree(log / "train", log / "train")
+    tree["data"]["test"] = str(log / "validation")  # type: ignore[index]
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    text = " ".join(CliRunner().invoke(app, ["check", str(path)]).output.split())
+    assert "`data.train` and `data.validation` read the same rows, as those of '" in text
+    assert text.count("nothing is held out there") == 1
+
+
 @pytest.mark.parametrize("name", list(CASES))
 @pytest.mark.parametrize("command", ["check", "train"])
 def test_a_mistake_is_named_before_a_worker_starts(name: str, command: str, log: Path, tmp_path: Path) -> None:
@@ -241,6 +251,7 @@ def test_check_shows_sizes_rates_drift_leaks_and_broken_funnels(log: Path, tmp_p
     assert "`features.vector`: 1,000 of 2,000 sampled values" in text
     assert text.count("are infinite") == 2
     assert "have a label above 0 in column 'conversion' although click is 0" in text
+    assert "nothing is held out" not in text
     assert "table once (once): no id came `min_count` times in the sample: all are unseen." in text
     assert "`data.sample_weight`: all sampled rows that `tasks.dwell` learns from have the weight 0." in text
     assert "dense part:" in text

@@ -383,9 +383,9 @@ def _check_budget(experiment: Experiment, base: Experiment, budget: Budget | Non
     if budget is None or budget.rows is None:
         return
     ours, theirs = experiment.data.train, base.data.train
-    for key, found, wanted in zip(("where", "window", "window_column"), _limits(ours), _limits(theirs), strict=True):
+    for key, found, wanted in zip(("where", "window", "window_column"), ours.limits, theirs.limits, strict=True):
         _check_same_rows(key, found, wanted)
-    if _limits(ours) != (None, None, None):  # of other files, conditions leave other shares
+    if ours.limits != (None, None, None):  # of other files, conditions leave other shares
         _check_same_rows("path", ours.path, theirs.path)
 
 
@@ -398,15 +398,11 @@ def _check_same_rows(key: str, found: object, wanted: object) -> None:
         )
 
 
-def _limits(source: Source) -> tuple[object, ...]:
-    return source.where, source.window, None if source.window is None else source.window_column
-
-
 def _check_unseen(data: Dataset, source: Source, test: Dataset, test_source: Source) -> None:
     """Raises ValueError where both read rows of one file, and the same of them."""
     last = " With `data.validation: null` the last checkpoint is tested." if data.place == "data.validation" else ""
     shared = common_files(test, data)
-    if shared and _limits(source) == _limits(test_source):
+    if shared and source.limits == test_source.limits:
         raise ValueError(
             f"`data.test` should name other rows than `{data.place}`. Found '{shared[0]}' in both: models would be tested on "
             f"rows that they were trained or chosen on. Name other files, or tell the rows of one file apart by `where`.{last}"
