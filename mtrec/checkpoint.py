@@ -239,6 +239,7 @@ class Saver:
         mirror: Mirror | None = None,
     ) -> None:
         self._checkpoints, self._keep_last, self._keep_best, self._mirror = checkpoints, keep_last, keep_best, mirror
+        checkpoints.mkdir(parents=True, exist_ok=True)  # once: where it vanishes later, the run has gone with it
         self._timeout = timeout_seconds
         # saving beside the training needs collectives of its own: shared with the training's they would be mixed up
         self._group = parallel.new_group(timeout_seconds) if in_background else None
@@ -260,7 +261,7 @@ class Saver:
             if parallel.rank() == 0:
                 if folder.exists():
                     discard(folder)  # a run that died left it here, or this step is made again
-                folder.mkdir(parents=True)
+                folder.mkdir()
                 for name, content in (files or {}).items():
                     (folder / name).write_bytes(content)
             parallel.barrier()

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,19 @@ def test_what_the_save_under_way_met_is_told_where_the_log_cannot_be_written(
     monkeypatch.setattr(Recorder, "__call__", refused)
     with pytest.raises(CheckpointError, match=r"step-00000010 could not be written: .*No space left"):
         mtrec.launch._train_here(run, None, TrainDisplay(run.folder))
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_a_run_that_is_moved_away_is_not_gone_on_with_in_half_a_folder(tmp_path: Path, background: str) -> None:
+    run = small_run(tmp_path, *OVERRIDES, f"training.checkpoint_async={background}")
+    events = train(run, device=CPU)
+    assert next(event for event in events if isinstance(event, Validation)).step == 10
+    while not any(each.metric is not None for each in find(run.checkpoints)):
+        time.sleep(0.01)  # until it is written
+    run.folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"step-00000020 could not be written: .*No such file"):
+        list(events)
+    assert not run.folder.exists()
 
 
 def logged(run: Run, event: str) -> list[dict[str, Any]]:
