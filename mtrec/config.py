@@ -173,7 +173,9 @@ class Balancing(Kind):
 class Model(Section):
     """From ids and numbers to the tasks' representations."""
 
-    embedding_dim: PositiveInt | Literal["auto"] = Field("auto", description="auto: 8 below 1 M training rows, else 16")
+    embedding_dim: PositiveInt | Literal["auto"] = Field(
+        "auto", description="a multiple of 4; auto: 8 below 1 M training rows, else 16"
+    )
     interaction: InteractionKind = Kind(kind="dcn_v2")
     architecture: ArchitectureKind = Kind(kind="mmoe")
     tower_layers: Widths = (32,)

@@ -29,7 +29,7 @@ class Bucketized:
         boundaries: ascending; null: quantiles of the training data, so that buckets hold about as many rows each
             (values that come very often leave fewer buckets).
         num_buckets: without `boundaries`.
-        dim: width of the table (default: `model.embedding_dim`).
+        dim: width of the table, a multiple of 4 (any with `sharding: data_parallel`; default: `model.embedding_dim`).
         sharding, num_column_shards: how the table is spread over workers.
         optional: the column may be missing from a file; all of its values are null then.
         init_std: standard deviation of the initial values (default 0.01).

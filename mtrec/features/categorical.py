@@ -48,7 +48,7 @@ class Categorical:
         num_embeddings: rows of the table, the two for null and unseen included; `auto` (with `vocabulary` only) is 1.2
             times what the fit needs. With a number the most frequent ids get the rows.
         min_count: ids that came less often in the training data count as unseen (default 2).
-        dim: width of the table (default: `model.embedding_dim`).
+        dim: width of the table, a multiple of 4 (any with `sharding: data_parallel`; default: `model.embedding_dim`).
         pooling: how the vectors of a list become one (default mean).
         max_length: of a list only the last so many values are used: lists are expected oldest first.
         weights: column with a weight for each value, not negative; null counts as 1. `mean` is then the weighted mean.
