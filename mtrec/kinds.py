@@ -70,19 +70,17 @@ class Kinds(dict[str, type]):
         self.members = members
 
 
-def check_members(found: Any, members: Iterable[str], place: str) -> None:
-    """Raises ValueError naming `place` where a class, or an object of it, lacks some of the members that are needed.
+def check_members(found: Any, members: Iterable[str], kind: str, place: str) -> None:
+    """Raises ValueError naming `place` where the class of a kind, or an object of it, lacks some of the members it needs.
 
-    >>> check_members(int, ["to_bytes", "forward"], "model.architecture.kind")
+    >>> check_members(int, ["to_bytes", "forward"], "builtins:int", "model.architecture.kind")
     Traceback (most recent call last):
     ValueError: `model.architecture.kind` should name a class with to_bytes, forward. Found 'builtins:int' without forward.
     """
     missing = [name for name in members if not hasattr(found, name)]
     if missing:
-        cls = found if isinstance(found, type) else type(found)
         raise ValueError(
-            f"`{place}` should name a class with {', '.join(members)}. "
-            f"Found '{cls.__module__}:{cls.__qualname__}' without {', '.join(missing)}."
+            f"`{place}` should name a class with {', '.join(members)}. Found '{kind}' without {', '.join(missing)}."
         )
 
 
@@ -118,7 +116,7 @@ def resolve(kind: str, known: Mapping[str, type], place: str) -> type:
         raise ValueError(
             f"`{place}` should name a class. Found '{kind}', but '{module_name}' has no class '{class_name}'."
         )
-    check_members(found, known.members if isinstance(known, Kinds) else (), place)
+    check_members(found, known.members if isinstance(known, Kinds) else (), kind, place)
     return found
 
 

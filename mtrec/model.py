@@ -30,7 +30,7 @@ def task_specs(experiment: Experiment) -> dict[str, TaskSpec]:
         task_class = resolve(task.kind, TASKS, f"tasks.{name}.kind")
         options = check_options(task_class, task.options, f"tasks.{name}")
         made = task_class(name, **options)
-        check_members(made, TASK_ATTRIBUTES, f"tasks.{name}.kind")
+        check_members(made, TASK_ATTRIBUTES, task.kind, f"tasks.{name}.kind")
         specs[name] = TaskSpec(made, given=task.given, space=task.space)
     return specs
 
@@ -62,11 +62,11 @@ class DensePart(nn.Module):
         options = check_options(interaction, config.interaction.options, "model.interaction")
         self.dropout = Dropout(config.dropout)
         self.interaction = interaction(input_dim, **options)
-        check_members(self.interaction, ["output_dim"], "model.interaction.kind")
+        check_members(self.interaction, ["output_dim"], config.interaction.kind, "model.interaction.kind")
         architecture = resolve(config.architecture.kind, ARCHITECTURES, "model.architecture.kind")
         options = check_options(architecture, config.architecture.options, "model.architecture")
         self.architecture = architecture(self.interaction.output_dim, names, **options)
-        check_members(self.architecture, ["output_dim"], "model.architecture.kind")
+        check_members(self.architecture, ["output_dim"], config.architecture.kind, "model.architecture.kind")
         self.towers = Towers(names, self.architecture.output_dim, config.tower_layers)
         self.heads = nn.ModuleDict(
             {
