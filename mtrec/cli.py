@@ -161,12 +161,10 @@ def evaluate(
 
     check_file(json_, "--json")
     metrics = evaluate_run(run, data, where=where, by=by)
-    try:
-        show_metrics(metrics, title=f"{run} on {data}")
-    finally:  # also where nobody reads what is shown (`| head`)
-        if json_ is not None:
-            json_.parent.mkdir(parents=True, exist_ok=True)
-            json_.write_text(json.dumps(metrics, indent=1) + "\n")
+    show_metrics(metrics, title=f"{run} on {data}")
+    if json_ is not None:
+        json_.parent.mkdir(parents=True, exist_ok=True)
+        json_.write_text(json.dumps(metrics, indent=1) + "\n")
 
 
 @app.command()

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
-from annotated_types import Gt, Le
-from pydantic import BeforeValidator, Field
+from annotated_types import Gt, Le, MinLen
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from mtrec.architectures import ARCHITECTURES
 from mtrec.balancing import BALANCERS, Balancer, make_balancer
@@ -283,10 +283,19 @@ class Scoring(Section):
 AnyBalancing = Annotated[Balancing, BeforeValidator(_from_word("kind"), json_schema_input_type=str | Balancing)]
 
 
+def _usable_as_folder(value: str) -> str:
+    if "/" in value or "\0" in value:
+        raise ValueError(f"should be usable as the name of a folder, without '/'. Found '{value}'.")
+    return value
+
+
+FolderName = Annotated[str, MinLen(1), AfterValidator(_usable_as_folder)]
+
+
 class Experiment(Section):
     """Everything that a run depends on but the data itself and the number of workers."""
 
-    name: str = Field("experiment", min_length=1, description="of its runs' folders: no '/' in it")
+    name: FolderName = Field("experiment", description="of its runs' folders: no '/' in it")
     seed: NonNegativeInt = 0
     data: Data
     features: dict[str, AnyKind] = Field(min_length=1)
@@ -298,13 +307,6 @@ class Experiment(Section):
     evaluation: Evaluation = Evaluation()
     scoring: Scoring = Scoring()
     output: str | None = Field(None, description="folder of the run; default: runs/<name>-<date>-<time>")
-
-    @pydantic.field_validator("name")
-    @classmethod
-    def _a_folder(cls, value: str) -> str:
-        if "/" in value or "\0" in value:
-            raise ValueError(f"should be usable as the name of a folder, without '/'. Found '{value}'.")
-        return value
 
     def label_column(self, task: str) -> str:
         """The column with the task's label."""

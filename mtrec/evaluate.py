@@ -98,7 +98,7 @@ class Measures:
                     label_B = np.where(_array(labels[also_on]) == 1.0, label_B, np.nan)
                 log_B = log_scale.get(name)
             prediction = columns[chosen[0]] if len(chosen) == 1 else np.stack([columns[c] for c in chosen], axis=1)
-            _check_finite(name, prediction[~np.isnan(label_B)])
+            _check_finite(name, prediction, label_B)
             if isinstance(accumulator, BinaryMetrics):
                 accumulator.update(prediction, label_B, group_B, weight_B)
             elif isinstance(accumulator, DwellMetrics):
@@ -136,11 +136,15 @@ class Measures:
         return {"rows": self.rows, "tasks": tasks}
 
 
-def _check_finite(task: str, prediction: NDArray[Any]) -> None:
-    bad = prediction[~np.isfinite(prediction)]
+def _check_finite(task: str, prediction: NDArray[Any], label_B: NDArray[Any]) -> None:
+    """Raises NotFiniteError where an output on a row with a label is not."""
+    if np.isfinite(prediction).all():
+        return
+    counted = prediction[~np.isnan(label_B)]
+    bad = counted[~np.isfinite(counted)]
     if len(bad):
         raise NotFiniteError(
-            f"The model's outputs of task '{task}' should be finite. Found {bad[0]} for {len(bad):,} of {prediction.size:,} "
+            f"The model's outputs of task '{task}' should be finite. Found {bad[0]} for {len(bad):,} of {counted.size:,} "
             f"values of a batch: {DIVERGED}"
         )
 
@@ -246,6 +250,13 @@ def _split(column: pa.Array) -> Iterator[tuple[Any, NDArray[np.int64]]]:
         seen.setdefault(value, []).append(np.flatnonzero(codes == code))
     for value, rows in seen.items():
         yield value, np.concatenate(rows)
+
+
+def check_one_value(data: Dataset, column: str, option: str) -> None:
+    """Raises ValueError naming the option where rows cannot be told apart by a column: it holds lists or structs."""
+    type_ = data.schema.field(column).type
+    if pa.types.is_nested(type_):
+        raise ValueError(f"{option} should name a column with one value a row. Found '{column}' of type {type_}.")
 
 
 def _in_order(values: Collection[Any]) -> list[Any]:

@@ -6,7 +6,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 
 from mtrec import checkpoint, parallel
@@ -14,7 +13,7 @@ from mtrec.atomic import check_file, check_folder, write_atomically
 from mtrec.config import Experiment, Source
 from mtrec.display import TrainDisplay
 from mtrec.display_scoring import ScoreDisplay
-from mtrec.evaluate import check_best_metric, evaluate
+from mtrec.evaluate import check_best_metric, check_one_value, evaluate
 from mtrec.locking import locked
 from mtrec.model import task_specs
 from mtrec.predictions import load_model
@@ -194,8 +193,8 @@ def evaluate_run(folder: Path, data: str, *, where: str | None = None, by: str |
     device = local_device()
     extra = [*evaluation_columns(experiment), *([by] if by else [])]
     dataset = open_source(experiment, Source(path=data, where=where), "--data", extra)
-    if by is not None and pa.types.is_nested(dataset.schema.field(by).type):
-        raise ValueError(f"--by should name a column with one value a row. Found '{by}' of type {dataset.schema.field(by).type}.")
+    if by is not None:
+        check_one_value(dataset, by, "--by")
     with parallel.process_group(device):
         model = load_model(run, run.best(), device)
         return evaluate(model, dataset, experiment, run.encoder, device=device, by=by)

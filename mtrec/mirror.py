@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pyarrow.fs
 
-from mtrec.atomic import is_unfinished
-
 KEY = "training.checkpoint_storage"
 
 
@@ -54,12 +52,10 @@ class Mirror:
             raise StorageError(f"{what} {self.uri} (`{KEY}`) failed: {error}") from error
 
     def put(self, *names: str) -> None:
-        """Copies files there, in this order; what a killed writer left unfinished beside them is passed over."""
+        """Copies files there, in this order."""
         here = pyarrow.fs.LocalFileSystem()
         with self._named("the copy to"):
             for name in names:
-                if is_unfinished(Path(name).name):
-                    continue
                 far = self._far(name)
                 self._files.create_dir(far.rpartition("/")[0], recursive=True)
                 pyarrow.fs.copy_files(str(self._local / name), far, source_filesystem=here, destination_filesystem=self._files)

@@ -26,7 +26,7 @@ import yaml
 from mtrec import checkpoint, dataset
 from mtrec import labels as label_fit
 from mtrec.architectures.products import emulates_bf16
-from mtrec.atomic import write_atomically
+from mtrec.atomic import is_unfinished, write_atomically
 from mtrec.batch import Label
 from mtrec.checkpoint import Checkpoint
 from mtrec.config import Experiment, Source, Task, parse_experiment, to_yaml
@@ -137,7 +137,8 @@ def copy_to_mirror(run: Run) -> None:
         return
     check_mirror(run.experiment, run.folder)
     apart = {"checkpoints", "tensorboard", "ray", "run.json"}
-    files = [path.relative_to(run.folder) for path in sorted(run.folder.rglob("*")) if path.is_file()]
+    there = [path for path in sorted(run.folder.rglob("*")) if path.is_file() and not is_unfinished(path.name)]
+    files = [path.relative_to(run.folder) for path in there]
     names = [str(path) for path in files if path.parts[0] not in apart and path.suffix not in (".lock", ".jsonl")]
     mirror.put(*names, "run.json")
     checkpoint.copy_missing(run.checkpoints, mirror)

@@ -62,7 +62,7 @@ def read_yaml(text: str, place: str, keys: Iterable[str] = ("data", "features", 
         raise ValueError(f"{place}: {where}not readable as YAML: {getattr(error, 'problem', None) or error}.") from None
     except RecursionError:
         raise ValueError(f"{place}: the YAML is nested too deeply.") from None
-    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+    if not isinstance(tree, dict):
         raise ValueError(
             f"{place}: should be a YAML mapping with keys such as {', '.join(keys)}. Found {type(tree).__name__}."
         )

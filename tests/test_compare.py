@@ -23,9 +23,10 @@ from typer.testing import CliRunner
 from mtrec.cli import app
 from mtrec.compare import figures
 from mtrec.compare import results as compare_results
+from mtrec.compare.measured import Measured
 from mtrec.compare.plan import Budget, Comparison, Plan, Search, dense_size, load_plan, matched, search_draws
 from mtrec.compare.report import comparison_report
-from mtrec.compare.results import Measured, compute, finished_runs
+from mtrec.compare.results import compute, finished_runs
 from mtrec.compare.runs import Spec, chosen, conduct, folder_of, gate_shares, has_ended, make_folders, read_done, with_budget
 from mtrec.compare.table import show_results
 from mtrec.compare.whole import compare

@@ -10,13 +10,14 @@ import pytest
 import torch
 import yaml
 from logs import experiment_tree, write_log
+from runs import small_run
 from typer.testing import CliRunner
 
 from mtrec import parallel
 from mtrec.checkpoint import Saver, find, read
 from mtrec.cli import app
-from mtrec.mirror import Mirror, StorageError
-from mtrec.run import Run
+from mtrec.mirror import StorageError
+from mtrec.run import Run, copy_to_mirror
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +133,11 @@ def test_a_store_that_fails_is_named(tmp_path: Path, command: list[str], store: 
 
 
 def test_what_a_killed_writer_left_is_not_copied(tmp_path: Path) -> None:
-    here, there = tmp_path / "run", tmp_path / "store"
-    here.mkdir()
-    for name in ("run.json", ".run.json.4711", ".metadata"):
-        (here / name).write_text(name)
-    Mirror(there.as_uri(), here).put(".run.json.4711", ".metadata", "run.json")
-    assert sorted(path.name for path in there.iterdir()) == [".metadata", "run.json"]
+    there = tmp_path / "store"
+    run = small_run(tmp_path, f"training.checkpoint_storage={there.as_uri()}", rows=400)
+    (run.folder / ".run.json.4711").write_text("{")
+    (run.folder / "encoder" / ".encoder.json.4711").write_text("{")
+    copy_to_mirror(run)
+    copied = {path.relative_to(there).as_posix() for path in there.rglob("*") if path.is_file()}
+    assert {"run.json", "encoder/encoder.json"} <= copied
+    assert not [name for name in copied if "4711" in name]

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 import pydantic
 import torch
 from pydantic import Field
@@ -28,6 +27,7 @@ from mtrec.compare.sweep import points
 from mtrec.config import (
     DIALECT,
     Experiment,
+    FolderName,
     Section,
     Source,
     apply_overrides,
@@ -36,7 +36,7 @@ from mtrec.config import (
     with_absolute_paths,
 )
 from mtrec.dataset import Dataset, common_files
-from mtrec.evaluate import MAIN_METRIC, Measures, check_best_metric
+from mtrec.evaluate import MAIN_METRIC, Measures, check_best_metric, check_one_value
 from mtrec.formula import ranking_formula
 from mtrec.gradients import check_place
 from mtrec.kinds import PositiveFloat, PositiveInt, check_options, explain, nearest, resolve
@@ -89,7 +89,7 @@ class Variant(Section):
 class Comparison(Section):
     """A comparison file."""
 
-    name: str = "comparison"
+    name: FolderName = "comparison"
     base: str = Field(description="the experiment file, relative to the comparison file")
     note: str | None = Field(None, description="a remark for the head of the report")
     set: dict[str, Any] = Field(default_factory=dict, description="changes of the base itself, for all variants")
@@ -105,11 +105,6 @@ class Comparison(Section):
     single_task: str | None = Field(None, description="the variant that the MTL gain is measured against")
     curve_points: PositiveInt = Field(8, description="validations a run where the base sets no validate_every")
     search: Search | None = None
-
-    @pydantic.field_validator("name")
-    @classmethod
-    def _a_folder(cls, value: str) -> str:
-        return Experiment._a_folder(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,7 +310,7 @@ def _check(plan: Plan) -> None:
     with naming("The base"):
         test = open_source(base, base.data.test, "data.test", [*evaluation_columns(base), *segment])
         if comparison.segment:
-            _check_segment(comparison.segment, test.schema.field(comparison.segment).type)
+            check_one_value(test, comparison.segment, "`segment`")
         if base.data.on_bad_rows == "error":
             check_footers(test, task_specs(base), base)
     for name, experiment in plan.experiments.items():
@@ -407,11 +402,6 @@ def _check_unseen(data: Dataset, source: Source, test: Dataset, test_source: Sou
             f"`data.test` should name other rows than `{data.place}`. Found '{shared[0]}' in both: models would be tested on "
             f"rows that they were trained or chosen on. Name other files, or tell the rows of one file apart by `where`.{last}"
         )
-
-
-def _check_segment(column: str, type_: pa.DataType) -> None:
-    if pa.types.is_nested(type_):
-        raise ValueError(f"`segment` should name a column with one value a row. Found '{column}' of type {type_}.")
 
 
 def _check_comparable(experiment: Experiment, base: Experiment, primary: Mapping[str, str]) -> None:

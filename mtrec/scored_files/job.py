@@ -286,8 +286,14 @@ def _outputs_of_lost_inputs(request: Request, output: Output, files: Sequence[In
     Raises ValueError where there are some and --overwrite is not asked for.
     """
     own = {file.relative for file in files}
-    others = [target for target in recorded_files(output) if target not in own and output.exists(target)]
-    lost = [target for target in others if _is_lost(str((stored_record(output, target) or {}).get("input")), files)]
+    others = [target for target in recorded_files(output) if target not in own]
+
+    def is_lost(target: str) -> bool:
+        record = stored_record(output, target) or {}
+        return _is_lost(str(record.get("input")), files) and output.exists(target)
+
+    with ThreadPoolExecutor(JOINERS) as pool:  # a folder of years of days on an object store has many
+        lost = [target for target, gone in zip(others, pool.map(is_lost, others), strict=True) if gone]
     if lost and not request.overwrite:
         raise ValueError(
             f"OUTPUT {request.output} holds {_several(lost)}, made by an earlier job of files that are not in INPUT any more. "

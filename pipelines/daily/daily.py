@@ -36,8 +36,8 @@ import yaml
 from mtrec.atomic import write_atomically
 from mtrec.compare.gate import NonInferiority, non_inferiority
 from mtrec.compare.interval import metric_interval
+from mtrec.compare.measured import Measured
 from mtrec.compare.plan import primary_metrics
-from mtrec.compare.results import Measured
 from mtrec.compare.runs import folder_of, predict_test
 from mtrec.config import Experiment, Source, load_experiment
 from mtrec.files import find_files
