@@ -42,6 +42,18 @@ def test_integer_index_finds_words_that_no_multiplier_brings_near_their_home(mon
     assert IntegerIndex(words).rows(words).tolist() == list(range(FIRST_ROW, FIRST_ROW + 2000))
 
 
+def test_words_that_come_most_often_are_the_nearest_to_their_home() -> None:
+    words = np.unique(np.random.default_rng(4).integers(-(2**63), 2**63 - 1, 3000))
+    counts = np.random.default_rng(5).permutation(len(words))
+    index = Vocabulary("int64", words, counts)._index
+    assert isinstance(index, IntegerIndex)
+    assert index.rows(words).tolist() == list(range(FIRST_ROW, FIRST_ROW + len(words)))
+    at_home = index._keys[index._home(words)]
+    count_of = dict(zip(words.tolist(), counts.tolist(), strict=True))
+    assert all(count_of[there] >= count_of[word] for there, word in zip(at_home.tolist(), words.tolist(), strict=True))
+    assert np.count_nonzero(at_home == words) > 2000
+
+
 def test_a_slice_of_strings_is_looked_up_as_its_own_rows() -> None:
     texts = pa.array([b"other", b"a", None, b"bcd", b"", b"a"], pa.large_binary())
     for index in (TextIndex(pa.array([b"bcd", b"a", b""], pa.large_binary())), TextIndex(texts[3:])):

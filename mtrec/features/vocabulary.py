@@ -44,14 +44,15 @@ class IntegerIndex:
 
     Where the words lie close together (range at most 8 V or 65,536) it is an array addressed by the id; else a hash
     table with open addressing and linear probing (Knuth, 1973), at most half full, 12 bytes a slot, which probes a
-    whole batch at a time: of an id's home and the slots after it, until the id or an empty slot is found.
+    whole batch at a time: of an id's home and the slots after it, until the id or an empty slot is found. The words that
+    come most often, as `counts_V` says, are nearest to their homes.
 
     >>> index = IntegerIndex(np.array([10**18, -5, 7]))
     >>> index.rows(np.array([7, 8, 10**18])).tolist()
     [4, 1, 2]
     """
 
-    def __init__(self, words_V: npt.NDArray[np.int64]) -> None:
+    def __init__(self, words_V: npt.NDArray[np.int64], counts_V: npt.NDArray[np.int64] | None = None) -> None:
         dtype = row_type(FIRST_ROW + len(words_V))
         rows_V = np.arange(FIRST_ROW, FIRST_ROW + len(words_V), dtype=dtype)
         self._low = int(words_V.min()) if len(words_V) else 0
@@ -61,7 +62,8 @@ class IntegerIndex:
             self._direct = np.full(span + 1, UNSEEN_ROW, dtype)  # the last place answers for all that lie outside
             self._direct[words_V - self._low] = rows_V
         else:
-            self._build(words_V, rows_V)
+            first = slice(None) if counts_V is None else np.argsort(-counts_V, kind="stable")
+            self._build(words_V[first], rows_V[first])
 
     def rows(self, ids_n: npt.NDArray[np.int64]) -> Rows:
         """(n,) rows of the ids."""
@@ -71,9 +73,10 @@ class IntegerIndex:
             np.minimum(place, np.uint64(len(self._direct) - 1), out=place)
             return self._direct[place.view(np.int64)]
         slot_n = self._home(ids_n)
-        found_n = self._keys[slot_n]
-        rows_n = self._slot_rows[slot_n]
-        missed = np.flatnonzero((found_n != ids_n) & (found_n != self._empty))
+        found_n = self._keys.take(slot_n, mode="wrap")  # as in [slot_n], without a check
+        rows_n: Rows = self._slot_rows.take(slot_n, mode="wrap")
+        missed = np.flatnonzero(found_n != ids_n)  # few: ids that came often are in their home
+        missed = missed[found_n[missed] != self._empty]
         slot, wanted = slot_n[missed], ids_n[missed]
         while missed.size:
             slot = (slot + 1) & self._mask
@@ -111,8 +114,8 @@ class IntegerIndex:
         while words.size:
             if give_up and distance > _NEAR:
                 return False
-            free = self._keys[slot] == self._empty
-            self._keys[slot[free]] = words[free]  # of several words for one slot the last one written stays
+            free = np.flatnonzero(self._keys[slot] == self._empty)[::-1]
+            self._keys[slot[free]] = words[free]  # of several for one slot the last one written stays: the first word
             settled = self._keys[slot] == words
             self._slot_rows[slot[settled]] = rows[settled]
             slot, words, rows = (slot[~settled] + 1) & self._mask, words[~settled], rows[~settled]
@@ -130,7 +133,7 @@ class TextIndex:
     [3, 1, 1]
     """
 
-    def __init__(self, words_V: pa.LargeBinaryArray) -> None:
+    def __init__(self, words_V: pa.LargeBinaryArray, counts_V: npt.NDArray[np.int64] | None = None) -> None:
         hashes = hash_array(words_V).view(np.int64)
         unique, first = np.unique(hashes, return_index=True)
         self._others: dict[bytes, int] = {}  # words whose hash another word has as well
@@ -140,7 +143,7 @@ class TextIndex:
                 self._others[words_V[int(place)].as_py()] = FIRST_ROW + int(place)
         else:
             first = np.arange(len(hashes))
-        self._index = IntegerIndex(hashes[first])
+        self._index = IntegerIndex(hashes[first], None if counts_V is None else counts_V[first])
         self._words = words_V if len(first) == len(hashes) else words_V.take(pa.array(first))
         self._rows = (first + FIRST_ROW).astype(row_type(FIRST_ROW + len(hashes)))
 
@@ -184,7 +187,7 @@ class Vocabulary:
         self.key: Key = key
         self.words = words
         self.counts_V = counts_V
-        self._index = TextIndex(words) if key == "string" else IntegerIndex(words)
+        self._index = TextIndex(words, counts_V) if key == "string" else IntegerIndex(words, counts_V)
 
     def __len__(self) -> int:
         return len(self.words)
