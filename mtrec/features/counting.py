@@ -3,6 +3,7 @@
 Shapes: n values of a batch, U distinct keys.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,7 @@ class KeyCounter:
         self._missed_U = np.zeros(0, np.int64)  # how often a key may have come before it was (again) held
         self._pending: list[tuple[Any, npt.NDArray[np.int64] | None]] = []
         self._num_pending = 0
+        self._ascending = True
 
     def update(self, keys_n: Any, counts_n: npt.NDArray[np.int64] | None = None) -> None:
         """Adds keys (int64 array, or large_binary array without nulls), each once or `counts_n` times."""
@@ -57,6 +59,10 @@ class KeyCounter:
     def result(self) -> tuple[Any, npt.NDArray[np.int64]]:
         """(keys, counts_U): ascending keys."""
         self._merge()
+        if not self._ascending:
+            order = pc.array_sort_indices(self._keys).to_numpy()
+            self._keys, self._ascending = self._keys.take(pa.array(order)), True
+            self._counts_U, self._missed_U = self._counts_U[order], self._missed_U[order]
         return self._keys, self._counts_U
 
     def _merge(self) -> None:
@@ -88,17 +94,12 @@ class KeyCounter:
         self._missed_U = missed[order][first]
 
     def _merge_texts(self) -> None:
-        keys = pa.chunked_array([self._keys, *(keys for keys, _ in self._pending)])
         counts = [counts for _, counts in self._pending if counts is not None]
-        missed = np.full(len(keys), self.error, np.int64)
+        every = np.concatenate([self._counts_U, *counts])
+        self._keys, self._counts_U = _summed([self._keys, *(keys for keys, _ in self._pending)], every)
+        missed = np.full(len(self._keys), self.error, np.int64)
         missed[: len(self._missed_U)] = self._missed_U
-        table = pa.table({"key": keys, "count": np.concatenate([self._counts_U, *counts]), "missed": missed})
-        grouped = (
-            table.group_by("key", use_threads=False).aggregate([("count", "sum"), ("missed", "min")]).sort_by("key")
-        )
-        self._keys = grouped["key"].combine_chunks()
-        self._counts_U = grouped["count_sum"].to_numpy()
-        self._missed_U = grouped["missed_min"].to_numpy()
+        self._missed_U, self._ascending = missed, False
 
     def _drop(self) -> None:
         bound_U = self._counts_U + self._missed_U  # no key came more often than this
@@ -107,6 +108,18 @@ class KeyCounter:
         held = np.flatnonzero(bound_U > self.error)
         self._keys = self._keys.take(pa.array(held)) if self._text else self._keys[held]
         self._counts_U, self._missed_U = self._counts_U[held], self._missed_U[held]
+
+
+def _summed(keys: Sequence[Any], counts_n: npt.NDArray[np.int64]) -> tuple[Any, npt.NDArray[np.int64]]:
+    """(distinct keys, the sum of the counts of each) of arrays of strings; in the order in which the keys come first.
+
+    >>> keys, counts_U = _summed([pa.array(["b"]), pa.array(["a", "b"])], np.array([1, 1, 5]))
+    >>> keys.to_pylist(), counts_U.tolist()
+    (['b', 'a'], [6, 1])
+    """
+    encoded = pa.concat_arrays(keys).dictionary_encode()  # several times as fast as Arrow's group_by
+    sums_U = np.bincount(encoded.indices, counts_n, len(encoded.dictionary))  # in float64, exact below 2^53
+    return encoded.dictionary, sums_U.astype(np.int64)
 
 
 class Sample:

@@ -1,5 +1,6 @@
 """The fit: one streaming pass over the training data, bounded in memory, that decides vocabularies, scales, buckets."""
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from pyarrow import types
 
 from mtrec.features.arrays import id_key, is_list, plain
 from mtrec.features.categorical import Categorical, CategoricalFit, HashRows, IdentityRows
+from mtrec.features.counting import KeyCounter
 from mtrec.features.profile import TOP, FeatureProfile
 from mtrec.features.tables import Feature, Table, TablePlan, auto_rows, check_schema, plan_tables
 from mtrec.features.vocabulary import FIRST_ROW, UNSEEN_ROW, Key, Rows, Vocabulary
@@ -240,21 +242,14 @@ def _kept_state(feature: Any, state: dict[str, Any], previous: Fitted) -> dict[s
 
 def _grow(plan: TablePlan, key: Key, fits: list[CategoricalFit], old: Vocabulary | None) -> Vocabulary:
     """The old words, then the new ones that came min_count times: most frequent first, ties in the order of the ids."""
-    parts = [each.counter.result() for each in fits]
-    words: Any
-    if key == "string":
-        table = pa.table(
-            {"key": pa.chunked_array([part[0] for part in parts]), "count": np.concatenate([part[1] for part in parts])}
-        )
-        merged = table.group_by("key", use_threads=False).aggregate([("count", "sum")])
-        merged = merged.sort_by([("count_sum", "descending"), ("key", "ascending")]).combine_chunks()
-        words, counts = plain(merged["key"]), merged["count_sum"].to_numpy()
-    else:
-        all_words = np.concatenate([part[0] for part in parts])
-        words, places = np.unique(all_words, return_inverse=True)
-        counts = np.bincount(places, np.concatenate([part[1] for part in parts]), len(words)).astype(np.int64)
-        order = np.argsort(-counts, kind="stable")
-        words, counts = words[order], counts[order]
+    counter = fits[0].counter
+    if len(fits) > 1:  # of features that share the table
+        counter = KeyCounter(text=key == "string", limit=sys.maxsize)
+        for each in fits:
+            counter.update(*each.counter.result())
+    words, counts = counter.result()
+    order = np.argsort(-counts, kind="stable")
+    words, counts = words.take(pa.array(order)) if key == "string" else words[order], counts[order]
     if old is None:
         old_counts: npt.NDArray[np.int64] = np.zeros(0, np.int64)
         fresh = counts >= plan.min_count
