@@ -20,12 +20,15 @@ import pyarrow as pa
 from mtrec import where as conditions
 from mtrec.files import File, Location, find_files, open_file, read_footer, several
 from mtrec.kinds import counted
-from mtrec.row_groups import RowGroup, footer_bounds, look_at, prune, unstored_bounds
-from mtrec.schema import check_column, key_types, key_value, unify
+from mtrec.row_groups import Look, RowGroup, Stored, footer_bounds, look_at, prune, unstored_bounds
+from mtrec.schema import as_dictionary, check_column, holds_dictionary, is_text, key_types, key_value, unify
 from mtrec.where import Bounds, Condition
 
 _FOOTER_THREADS = 16  # latency, not work: most of the time is spent waiting for a disk or an object store
 _SAMPLE_ROW_GROUPS = 16
+# A value of text in full takes 4 bytes and its length. Writers give up dictionaries that grow large and write the other values in
+# full, which Arrow would put into its dictionary one by one: that costs more than it saves.
+_DICTIONARY_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Dataset:
         condition: `where` and `window`, bound to the types; None keeps every row.
         condition_schema: the columns that the condition reads.
         partition_types: of the keys of folders such as `dt=2026-01-01`.
+        dictionaries: columns of text that the files hold as dictionaries and numbers in them, and the condition does not read.
         fingerprint: changes when the files' contents, their order or the condition change; not when they are moved.
         notes: what a user should know: other types in some files, missing optional columns, days without files.
     """
@@ -68,6 +72,7 @@ class Dataset:
     condition: Condition | None
     condition_schema: pa.Schema
     partition_types: Mapping[str, pa.DataType]
+    dictionaries: frozenset[str]
     fingerprint: str
     notes: tuple[str, ...]
 
@@ -80,6 +85,16 @@ class Dataset:
     def filtered(self) -> bool:
         """Whether `where` may drop rows inside of row groups."""
         return any(group.filtered for group in self.row_groups)
+
+    def with_dictionaries(self) -> "Dataset":
+        """The same rows, whose `dictionaries` come as dictionary arrays: a value is decoded, and looked up, once a row group."""
+        fields = [
+            field.with_type(as_dictionary(field.type))
+            if field.name in self.dictionaries and not holds_dictionary(field.type)
+            else field
+            for field in self.schema
+        ]
+        return dataclasses.replace(self, schema=pa.schema(fields))
 
     def chunks(
         self, row_group: RowGroup, columns: Sequence[str], rows: int
@@ -95,12 +110,15 @@ class Dataset:
         fields += [field for field in extra if field.name not in columns]
         schema, keys, stored = pa.schema(fields), dict(file.location.keys), file.schema.names
         read = [field.name for field in fields if field.name not in keys and field.name in stored]
-        # the common case, without a Python step for each column: all there, in the dataset's types
-        as_stored = all(name not in keys and name in stored for name in schema.names) and all(
-            file.schema.field(field.name).type == field.type for field in fields
-        )
-        with open_file(file) as parquet:
+        dictionaries = [name for name in read if holds_dictionary(schema.field(name).type)]
+        dictionaries = [name for name in dictionaries if is_text(file.schema.field(name).type)]
+        with open_file(file, dictionaries) as parquet:
             batches = parquet.iter_batches(rows, row_groups=[row_group.index], columns=read, use_threads=False)
+            # the common case, without a Python step for each column: all there, in the dataset's types
+            found = parquet.schema_arrow if dictionaries else file.schema
+            as_stored = all(name not in keys and name in stored for name in schema.names) and all(
+                found.field(field.name).type == field.type for field in fields
+            )
 
             def next_chunk() -> tuple[pa.RecordBatch, pa.BooleanArray | None] | None:
                 """The next rows in the dataset's types and which of them stay; None at the end."""
@@ -277,7 +295,7 @@ def _open(
     named = () if condition is None else conditions.columns_of(condition)
     named += (source.window_column,) if source.window is not None else ()
     with ThreadPoolExecutor(min(_FOOTER_THREADS, len(locations))) as pool:
-        looks = list(pool.map(lambda location: look_at(location, named), locations))
+        looks = list(pool.map(lambda location: look_at(location, columns, named), locations))
     files = _with_shared_schemas([look.file for look in looks])
     for name in named:
         if name in optional and not any(name in file.schema.names for file in files) and name not in partition_types:
@@ -296,9 +314,25 @@ def _open(
         condition=condition,
         condition_schema=pa.schema([(name, types[name]) for name in dict.fromkeys(named)]),
         partition_types=partition_types,
+        dictionaries=frozenset(_repeating(looks, partition_types) - {*named}),
         fingerprint=_fingerprint(files, row_groups, condition),
         notes=(*notes, *_absent_days(source, locations, partition_types, place)),
     )
+
+
+def _repeating(looks: Sequence[Look], partition_types: Mapping[str, pa.DataType]) -> set[str]:
+    """The columns of text that all files hold as dictionaries, of which a value takes little."""
+    found: dict[str, list[Stored]] = {}
+    for look in looks:
+        for name, stored in look.texts.items():
+            found.setdefault(name, []).append(stored)
+    return {
+        name
+        for name, chunks in found.items()
+        if name not in partition_types
+        and all(chunk.repeats for chunk in chunks)
+        and sum(chunk.num_bytes for chunk in chunks) <= _DICTIONARY_BYTES * sum(chunk.num_values for chunk in chunks)
+    }
 
 
 def common_files(one: Dataset, other: Dataset) -> list[str]:

@@ -157,7 +157,7 @@ def whole_reader(dataset: Dataset, columns: Sequence[str], batch_size: int) -> R
     """Reads every row of a data set once, in contiguous parts for the ranks; all ranks get the same number of pieces."""
     world = parallel.world_size()
     return Reader(
-        dataset,
+        dataset.with_dictionaries(),
         columns,
         batch_size=-(-batch_size // world) * world,
         num_streams=world,

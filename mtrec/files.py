@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -232,9 +232,22 @@ class ChangedFile(ValueError):
     """A file is not the one that was there when the data was opened."""
 
 
+def leaves_of(metadata: pq.FileMetaData) -> dict[str, list[int]]:
+    """{column: numbers of the columns of plain values that it consists of in the file}: one, but for structs."""
+    names = set(metadata.schema.to_arrow_schema().names)
+    leaves: dict[str, list[int]] = {}
+    for number in range(metadata.num_columns):
+        path = metadata.schema.column(number).path
+        leaves.setdefault(path if path in names else path.split(".")[0], []).append(number)
+    return leaves
+
+
 @contextlib.contextmanager
-def open_file(file: File) -> Iterator[pq.ParquetFile]:
-    """The file, open until the context ends. Raises ChangedFile naming the file where it is not the one first read."""
+def open_file(file: File, dictionaries: Collection[str] = ()) -> Iterator[pq.ParquetFile]:
+    """The file, open until the context ends. Raises ChangedFile naming the file where it is not the one first read.
+
+    `dictionaries`: columns of text, or of lists of it, that are read as dictionary arrays.
+    """
     location, identity = file.location, file.identity
     with _handle(location) as handle:
         if handle.size() != identity.size:
@@ -242,10 +255,12 @@ def open_file(file: File) -> Iterator[pq.ParquetFile]:
         footer = _footer(handle, location, identity.footer_bytes)
         if hashlib.blake2b(footer, digest_size=16).digest() != identity.digest:
             raise ChangedFile(_changed(location, "its footer is another"))
-        remote = location.filesystem.type_name != "local"
+        remote, metadata = location.filesystem.type_name != "local", _parsed(footer, location)
+        leaves = leaves_of(metadata) if dictionaries else {}
         yield pq.ParquetFile(
             handle,
-            metadata=_parsed(footer, location),
+            metadata=metadata,
+            read_dictionary=[metadata.schema.column(leaves[name][0]).path for name in dictionaries],
             pre_buffer=remote,  # fetches the column chunks of a row group together: one round trip, not one a column
             buffer_size=0 if remote else _BUFFER_BYTES,
         )

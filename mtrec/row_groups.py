@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mtrec.files import File, Location, read_footer
-from mtrec.schema import key_value
+from mtrec.files import File, Location, leaves_of, read_footer
+from mtrec.schema import is_text, key_value
 from mtrec.where import TRUE, Bounds, Condition, columns_of, outcomes
 
 _COMPARABLE = (bool, int, float, str, datetime.date)
@@ -27,27 +27,50 @@ class RowGroup:
     filtered: bool = False
 
 
+class Stored(NamedTuple):
+    """What a column of text takes in a row group, before compression; `repeats`: written as a dictionary and numbers in it."""
+
+    num_bytes: int
+    num_values: int
+    repeats: bool
+
+
 class Look(NamedTuple):
-    """A file as its footer tells of it: the rows of each row group, and {column: its bounds in each}."""
+    """A file as its footer tells of it: the rows of each row group, {column: its bounds in each}, {column of text: its size}."""
 
     file: File
     rows: tuple[int, ...]
     bounds: dict[str, list[Bounds | None]]
+    texts: dict[str, Stored]
 
 
-def look_at(location: Location, columns: Collection[str]) -> Look:
-    """Reads the footer of a file, for the bounds of `columns`. Raises as `read_footer`."""
+def look_at(location: Location, columns: Collection[str], bounded: Collection[str]) -> Look:
+    """Reads the footer of a file: what the text among `columns` takes, and the bounds of `bounded`. Raises as `read_footer`."""
     file, metadata = read_footer(location)
     rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
-    return Look(file, rows, footer_bounds(metadata, columns))
+    return Look(file, rows, footer_bounds(metadata, bounded), _stored_texts(file, metadata, columns))
+
+
+def _stored_texts(file: File, metadata: pq.FileMetaData, columns: Collection[str]) -> dict[str, Stored]:
+    """Of the first row group, which stands for the others."""
+    texts = [name for name in columns if name in file.schema.names and is_text(file.schema.field(name).type)]
+    if not texts or not metadata.num_row_groups:
+        return {}
+    leaves, group = leaves_of(metadata), metadata.row_group(0)
+    chunks = {name: group.column(leaves[name][0]) for name in texts}
+    return {
+        name: Stored(chunk.total_uncompressed_size, chunk.num_values, chunk.has_dictionary_page)
+        for name, chunk in chunks.items()
+    }
 
 
 def prune(looks: Sequence[Look], condition: Condition | None, partition_types: Mapping[str, pa.DataType]) -> list[RowGroup]:
     """The row groups in which the condition can be true for a row; None keeps all that are not empty."""
     kept = []
-    for file_index, (file, counts, bounds) in enumerate(looks):
+    for file_index, look in enumerate(looks):
+        file, bounds = look.file, look.bounds
         keys = dict(file.location.keys)
-        for index, num_rows in enumerate(counts):
+        for index, num_rows in enumerate(look.rows):
             group = RowGroup(file_index, index, num_rows)
             if num_rows == 0:
                 continue
@@ -80,12 +103,7 @@ def footer_bounds(metadata: pq.FileMetaData, columns: Collection[str]) -> dict[s
     """
     if not columns:
         return {}
-    names = set(metadata.schema.to_arrow_schema().names)
-    leaves: dict[str, list[int]] = {}
-    for number in range(metadata.num_columns):
-        path = metadata.schema.column(number).path
-        leaves.setdefault(path if path in names else path.split(".")[0], []).append(number)
-    groups = range(metadata.num_row_groups)
+    leaves, groups = leaves_of(metadata), range(metadata.num_row_groups)
     return {
         name: [_chunk_bounds(metadata, i, leaves[name][0]) if len(leaves[name]) == 1 else None for i in groups]
         for name in columns

@@ -322,7 +322,7 @@ def _fitted(
     fit = LabelFit(labels, objectives, weight)
     read = list(dict.fromkeys([*feature_columns(features)[0], *label_columns(experiment)]))
     bad = bad_rows(experiment.data, train.num_rows)
-    batches = without_bad_rows(train.batches(read, FIT_ROWS), labels, weight, features, bad)
+    batches = without_bad_rows(train.with_dictionaries().batches(read, FIT_ROWS), labels, weight, features, bad)
     assert isinstance(experiment.model.embedding_dim, int)
     try:
         encoder = Encoder.fit(

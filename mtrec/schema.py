@@ -39,6 +39,39 @@ def plain(type_: pa.DataType) -> pa.DataType:
     return type_
 
 
+def is_text(type_: pa.DataType) -> bool:
+    """Whether a column holds text or bytes, or lists of them, as dictionaries or not.
+
+    >>> is_text(pa.list_(pa.string())), is_text(pa.dictionary(pa.int32(), pa.string())), is_text(pa.int64())
+    (True, True, False)
+    """
+    type_ = plain(type_)
+    if _is_list(type_):
+        type_ = type_.value_type
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+    return any(test(type_) for test in tests)
+
+
+def as_dictionary(type_: pa.DataType) -> pa.DataType:
+    """The type of a column of text that is read as dictionary arrays.
+
+    >>> as_dictionary(pa.list_(pa.string()))
+    ListType(list<item: dictionary<values=string, indices=int32, ordered=0>>)
+    """
+    if pa.types.is_fixed_size_list(type_):
+        return pa.list_(as_dictionary(type_.value_type), type_.list_size)
+    if pa.types.is_large_list(type_):
+        return pa.large_list(as_dictionary(type_.value_type))
+    if pa.types.is_list(type_):
+        return pa.list_(as_dictionary(type_.value_type))
+    return pa.dictionary(pa.int32(), type_)
+
+
+def holds_dictionary(type_: pa.DataType) -> bool:
+    """Whether it is the type of dictionary arrays, or of lists of them."""
+    return bool(pa.types.is_dictionary(type_.value_type if _is_list(type_) else type_))
+
+
 def common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
     """The narrowest type that holds the values of two `plain` types exactly, or None where there is no such type.
 

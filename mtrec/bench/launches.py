@@ -401,14 +401,21 @@ def _floor(each: Measurement, run_folder: Path, ceilings: Mapping[str, float], a
     return one * each.workers
 
 
-def about(asked: Asked) -> dict[str, Any]:
-    """Hardware, versions and sizes of a measurement."""
+def processor() -> dict[str, Any]:
+    """What the numbers of a CPU were measured on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
-    gpu = torch.cuda.get_device_name() if asked.device == "cuda" else None
     return {
         "processor": ", ".join(sorted(names)) or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+
+
+def about(asked: Asked) -> dict[str, Any]:
+    """Hardware, versions and sizes of a measurement."""
+    gpu = torch.cuda.get_device_name() if asked.device == "cuda" else None
+    return {
+        **processor(),
         "gpu": gpu,
         "bf16_instructions": gpu is not None or not emulates_bf16(),
         "versions": {**versions(), **(versions_of_peers() if asked.peers else {})},

@@ -124,17 +124,50 @@ def integers(array: Any, key: Key) -> tuple[npt.NDArray[np.int64], Mask | None]:
     return ids, outside if outside is not None and outside.any() else None
 
 
-def look_up(array: Any, key: Key, rows_of: Callable[[Any], Rows]) -> Rows:
-    """(n,) rows of the ids in a (not list) array: NULL_ROW for nulls, else `rows_of` keys (int64 or large_binary)."""
+class Words:
+    """The rows of the newest dictionary: batches of a row group share it, and look it up once. Safe in threads."""
+
+    def __init__(self, rows_of: Callable[[Any], Rows]) -> None:
+        self._rows_of = rows_of
+        self._newest: tuple[Any, Rows] | None = None
+
+    def rows(self, dictionary: Any, key: Key) -> Rows:
+        """(n,) rows of its words, not to be written to."""
+        newest = self._newest
+        if newest is None or not (_same_memory(newest[0], dictionary) or newest[0].equals(dictionary)):
+            newest = self._newest = dictionary, look_up(plain(dictionary), key, self._rows_of)
+        return newest[1]
+
+
+def _whole_length(indices: Any) -> int:
+    """How many values the array has that this one may be cut from."""
+    data = indices.buffers()[1]
+    return 0 if data is None else data.size * 8 // int(indices.type.bit_width)
+
+
+def _same_memory(one: Any, other: Any) -> bool:
+    if one.type != other.type or len(one) != len(other) or one.offset != other.offset:
+        return False
+    places = ([None if part is None else part.address for part in each.buffers()] for each in (one, other))
+    return next(places) == next(places)
+
+
+def look_up(array: Any, key: Key, rows_of: Callable[[Any], Rows], words: Words | None = None) -> Rows:
+    """(n,) rows of the ids in a (not list) array: NULL_ROW for nulls, else `rows_of` keys (int64 or large_binary).
+
+    `words`: remembers the rows of a dictionary.
+    """
     if types.is_null(array.type):
         return np.full(len(array), NULL_ROW, np.int32)
     if types.is_dictionary(array.type):
-        if len(array.dictionary) > len(array):  # a slice of a big dictionary: look up what is there
+        if len(array.dictionary) > _whole_length(array.indices):  # look up what is there
             return look_up(plain(array.dictionary).take(array.indices), key, rows_of)
         if not len(array.dictionary):
             return np.full(len(array), NULL_ROW, np.int32)
-        rows_n: Rows = look_up(plain(array.dictionary), key, rows_of)[pc.fill_null(array.indices, 0).to_numpy()]
+        rows_U = (words or Words(rows_of)).rows(array.dictionary, key)
         null_n = nulls(array.indices)
+        indices = array.indices if null_n is None else pc.fill_null(array.indices, 0)
+        rows_n: Rows = rows_U.take(indices.to_numpy())
     else:
         outside = None
         if key == "string":
@@ -150,15 +183,16 @@ def look_up(array: Any, key: Key, rows_of: Callable[[Any], Rows]) -> Rows:
     return rows_n
 
 
-def known_keys(array: Any, key: Key, place: str) -> Any:
-    """The keys (int64 array or large_binary array) of what is not null, for counting."""
+def known_keys(array: Any, key: Key, place: str) -> tuple[Any, npt.NDArray[np.int64] | None]:
+    """(keys, how often each is there, or None: once) of what is not null: int64 or large_binary, for counting."""
+    counts = None
+    if types.is_dictionary(array.type):
+        array, counts = _used_words(array)
     array = array.drop_null()
     if types.is_null(array.type):
-        return pa.array([], pa.large_binary()) if key == "string" else np.zeros(0, np.int64)
-    if types.is_dictionary(array.type):
-        array = plain(array.dictionary).take(array.indices).drop_null()
+        return pa.array([], pa.large_binary()) if key == "string" else np.zeros(0, np.int64), counts
     if key == "string":
-        return texts(array)
+        return texts(array), counts
     keys_n, outside = integers(array, key)
     if outside is not None:
         wish = {
@@ -166,7 +200,18 @@ def known_keys(array: Any, key: Key, place: str) -> Any:
             "uint64": "of 0 or more, as the table's others",
         }[key]
         raise ValueError(f"`{place}` should hold ids {wish}. Found {array[int(np.flatnonzero(outside)[0])].as_py()}.")
-    return keys_n
+    return keys_n, counts
+
+
+def _used_words(array: Any) -> tuple[Any, npt.NDArray[np.int64]]:
+    """(the words of a dictionary array that are there, how often each), without nulls."""
+    words, indices = plain(array.dictionary), array.indices.drop_null()
+    counts = np.bincount(indices.to_numpy(), minlength=len(words))
+    null_n = nulls(words)
+    if null_n is not None:
+        counts[null_n] = 0
+    used = np.flatnonzero(counts)
+    return words.take(pa.array(used)), counts[used]
 
 
 @dataclass

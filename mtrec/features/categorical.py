@@ -15,6 +15,7 @@ from pyarrow import types
 from mtrec.features.arrays import (
     BadRowsError,
     Lists,
+    Words,
     floats,
     id_key,
     is_list,
@@ -143,13 +144,14 @@ class CategoricalFit:
     def update(self, array: Any) -> None:
         """Counts a column of a batch. ValueError where `encoding: identity` meets an id that is no row of its table."""
         elements, parts = _elements(array, self._feature.max_length)
-        known = known_keys(elements, self._key, f"features.{self._feature.name}.column")
+        known, counts = known_keys(elements, self._key, f"features.{self._feature.name}.column")
+        num_known = len(known) if counts is None else int(counts.sum())
         null_lists = 0 if parts is None or parts.null_B is None else int(parts.null_B.sum())
         total = len(elements) + null_lists  # a null list stands for one null value
         self.rows += len(array)
-        self.null_rows += len(elements) - len(known) if parts is None else null_lists
+        self.null_rows += len(elements) - num_known if parts is None else null_lists
         self.values += total
-        self.nulls += total - len(known)
+        self.nulls += total - num_known
         if self._rows_of is not None:
             rows_n = self._rows_of(known).astype(np.int64)
             outside = np.flatnonzero(rows_n == UNSEEN_ROW)
@@ -161,7 +163,7 @@ class CategoricalFit:
                     "data: raise num_embeddings, or use `encoding: vocabulary`."
                 )
             known = rows_n
-        self.counter.update(known)
+        self.counter.update(known, counts)
 
     def statistics(self, unseen: int) -> dict[str, Any]:
         """What the training data were like; `unseen` counts the values without a row of their own."""
@@ -226,6 +228,7 @@ class CategoricalEncoding:
         self.feature = feature
         self._key: Key = key
         self._rows_of = rows_of
+        self._words = Words(rows_of)
         self._weighted = weighted
         self._mean_of_weights = mean_of_weights
 
@@ -259,7 +262,7 @@ class CategoricalEncoding:
         """(values, lengths_B or None, the list column taken apart or None)."""
         self._check(array.type)
         elements, parts = _elements(array, self.feature.max_length)
-        values = look_up(elements, self._key, self._rows_of)
+        values = look_up(elements, self._key, self._rows_of, self._words)
         if parts is None:
             return values, None, None
         values, lengths_B = with_nulls(values, parts, NULL_ROW)
