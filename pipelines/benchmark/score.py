@@ -40,6 +40,7 @@ import pyarrow.parquet as pq
 import torch
 
 from mtrec.batch import make_batch
+from mtrec.bench.launches import processor
 from mtrec.config import apply_overrides, parse_experiment
 from mtrec.dataset import Source
 from mtrec.formula import ranking_formula
@@ -238,12 +239,9 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
 
 def hardware() -> dict[str, Any]:
     """What the numbers were measured on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
-        "processor": ", ".join(sorted(names)) or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
+        **processor(),
         "memory_bytes": memory,
         "system": platform.system(),
     }
