@@ -29,6 +29,7 @@ _SAMPLE_ROW_GROUPS = 16
 # A value of text in full takes 4 bytes and its length. Writers give up dictionaries that grow large and write the other values in
 # full, which Arrow would put into its dictionary one by one: that costs more than it saves.
 _DICTIONARY_BYTES = 8
+_MOST_BYTES, _LEAST_ROWS = 12 << 20, 1024  # to be decoded at once
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Dataset:
         condition_schema: the columns that the condition reads.
         partition_types: of the keys of folders such as `dt=2026-01-01`.
         dictionaries: columns of text that the files hold as dictionaries and numbers in them, and the condition does not read.
+        row_bytes: what the columns of a row take in the files before they are compressed, of the first row groups.
         fingerprint: changes when the files' contents, their order or the condition change; not when they are moved.
         notes: what a user should know: other types in some files, missing optional columns, days without files.
     """
@@ -73,6 +75,7 @@ class Dataset:
     condition_schema: pa.Schema
     partition_types: Mapping[str, pa.DataType]
     dictionaries: frozenset[str]
+    row_bytes: float
     fingerprint: str
     notes: tuple[str, ...]
 
@@ -85,6 +88,16 @@ class Dataset:
     def filtered(self) -> bool:
         """Whether `where` may drop rows inside of row groups."""
         return any(group.filtered for group in self.row_groups)
+
+    def rows_at_once(self, most: int) -> int:
+        """How many rows to decode at once: `most`, or a half, a quarter ... of them where vectors make rows large.
+
+        Arrow holds three times what a list's values take as long as a row group is open.
+        """
+        rows = most
+        while rows > _LEAST_ROWS and rows * self.row_bytes > _MOST_BYTES:
+            rows = -(-rows // 2)
+        return rows
 
     def with_dictionaries(self) -> "Dataset":
         """The same rows, whose `dictionaries` come as dictionary arrays: a value is decoded, and looked up, once a row group."""
@@ -315,6 +328,7 @@ def _open(
         condition_schema=pa.schema([(name, types[name]) for name in dict.fromkeys(named)]),
         partition_types=partition_types,
         dictionaries=frozenset(_repeating(looks, partition_types) - {*named}),
+        row_bytes=_row_bytes(looks),
         fingerprint=_fingerprint(files, row_groups, condition),
         notes=(*notes, *_absent_days(source, locations, partition_types, place)),
     )
@@ -324,8 +338,9 @@ def _repeating(looks: Sequence[Look], partition_types: Mapping[str, pa.DataType]
     """The columns of text that all files hold as dictionaries, of which a value takes little."""
     found: dict[str, list[Stored]] = {}
     for look in looks:
-        for name, stored in look.texts.items():
-            found.setdefault(name, []).append(stored)
+        for name, stored in look.stored.items():
+            if is_text(look.file.schema.field(name).type):
+                found.setdefault(name, []).append(stored)
     return {
         name
         for name, chunks in found.items()
@@ -333,6 +348,11 @@ def _repeating(looks: Sequence[Look], partition_types: Mapping[str, pa.DataType]
         and all(chunk.repeats for chunk in chunks)
         and sum(chunk.num_bytes for chunk in chunks) <= _DICTIONARY_BYTES * sum(chunk.num_values for chunk in chunks)
     }
+
+
+def _row_bytes(looks: Sequence[Look]) -> float:
+    rows = sum(look.rows[0] for look in looks if look.rows)
+    return sum(stored.num_bytes for look in looks for stored in look.stored.values()) / max(1, rows)
 
 
 def common_files(one: Dataset, other: Dataset) -> list[str]:

@@ -9,11 +9,12 @@ within them, are the same for every number of ranks; every row comes once an epo
     rows are permuted inside their window, the permutation drawn from (seed, epoch, stream, window)
     the line is cut into pieces of `batch_size / V` rows
 
-Large row groups are cut into equal windows, small ones are put together. Four windows of a large row group are decoded and
-prepared at once, and let go one by one: a rank holds up to four for each of its streams (and one more for each that is
-being read ahead), and four decoded ones, never a large row group. A stream that begins inside a row group decodes the rows
-before its own and drops them: many row groups of at most some 100,000 rows read faster than a few large ones. Rows that
-`where` drops leave their place empty: positions count rows before `where`, so that they are known without reading.
+Large row groups are cut into equal windows, small ones are put together. Four windows of a large row group (fewer, or parts of
+one, where rows are large) are decoded and prepared at once, and let go one by one: a rank holds up to four for each of its
+streams (and one more for each that is being read ahead), and four decoded ones, never a large row group. A stream that begins
+inside a row group decodes the rows before its own and drops them: many row groups of at most some 100,000 rows read faster than
+a few large ones. Rows that `where` drops leave their place empty: positions count rows before `where`, so that they are known
+without reading.
 """
 
 from collections import deque
@@ -34,6 +35,7 @@ T = TypeVar("T")
 Prepare = Callable[[pa.RecordBatch, Sequence[np.ndarray | slice]], Sequence[Any]]
 
 WINDOWS_DECODED = 4  # of a large row group at once, and prepared: what a call and a column cost is shared by their rows
+
 
 class Part(NamedTuple):
     """Some rows of a window: the window's spans, and for each row its number among the window's rows before `where`."""
@@ -355,7 +357,7 @@ class _Decoder:
         if self.chunks is None or span.row_group != self.row_group or span.start < self.at:
             self.close()
             group = self.dataset.row_groups[span.row_group]
-            rows = WINDOWS_DECODED * window_rows(group.num_rows, self.shuffle_window)
+            rows = self.dataset.rows_at_once(WINDOWS_DECODED * window_rows(group.num_rows, self.shuffle_window))
             self.chunks = self.dataset.chunks(group, self.columns, rows)
             self.row_group, self.at = span.row_group, 0
         while True:

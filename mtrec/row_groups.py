@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mtrec.files import File, Location, leaves_of, read_footer
-from mtrec.schema import is_text, key_value
+from mtrec.schema import key_value
 from mtrec.where import TRUE, Bounds, Condition, columns_of, outcomes
 
 _COMPARABLE = (bool, int, float, str, datetime.date)
@@ -28,7 +28,7 @@ class RowGroup:
 
 
 class Stored(NamedTuple):
-    """What a column of text takes in a row group, before compression; `repeats`: written as a dictionary and numbers in it."""
+    """What a column takes in a row group, before compression; `repeats`: written as a dictionary and numbers in it."""
 
     num_bytes: int
     num_values: int
@@ -36,31 +36,36 @@ class Stored(NamedTuple):
 
 
 class Look(NamedTuple):
-    """A file as its footer tells of it: the rows of each row group, {column: its bounds in each}, {column of text: its size}."""
+    """A file as its footer tells of it: the rows of each row group, {column: its bounds in each}, {column: what it takes in the
+    first one}.
+    """
 
     file: File
     rows: tuple[int, ...]
     bounds: dict[str, list[Bounds | None]]
-    texts: dict[str, Stored]
+    stored: dict[str, Stored]
 
 
 def look_at(location: Location, columns: Collection[str], bounded: Collection[str]) -> Look:
-    """Reads the footer of a file: what the text among `columns` takes, and the bounds of `bounded`. Raises as `read_footer`."""
+    """Reads the footer of a file: what `columns` take, and the bounds of `bounded`. Raises as `read_footer`."""
     file, metadata = read_footer(location)
     rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
-    return Look(file, rows, footer_bounds(metadata, bounded), _stored_texts(file, metadata, columns))
+    return Look(file, rows, footer_bounds(metadata, bounded), _stored(metadata, columns))
 
 
-def _stored_texts(file: File, metadata: pq.FileMetaData, columns: Collection[str]) -> dict[str, Stored]:
+def _stored(metadata: pq.FileMetaData, columns: Collection[str]) -> dict[str, Stored]:
     """Of the first row group, which stands for the others."""
-    texts = [name for name in columns if name in file.schema.names and is_text(file.schema.field(name).type)]
-    if not texts or not metadata.num_row_groups:
+    if not columns or not metadata.num_row_groups:
         return {}
     leaves, group = leaves_of(metadata), metadata.row_group(0)
-    chunks = {name: group.column(leaves[name][0]) for name in texts}
+    chunks = {name: [group.column(leaf) for leaf in leaves[name]] for name in columns if name in leaves}
     return {
-        name: Stored(chunk.total_uncompressed_size, chunk.num_values, chunk.has_dictionary_page)
-        for name, chunk in chunks.items()
+        name: Stored(
+            sum(chunk.total_uncompressed_size for chunk in of_column),
+            sum(chunk.num_values for chunk in of_column),
+            all(chunk.has_dictionary_page for chunk in of_column),
+        )
+        for name, of_column in chunks.items()
     }
 
 

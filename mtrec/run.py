@@ -322,12 +322,12 @@ def _fitted(
     fit = LabelFit(labels, objectives, weight)
     read = list(dict.fromkeys([*feature_columns(features)[0], *label_columns(experiment)]))
     bad = bad_rows(experiment.data, train.num_rows)
-    batches = without_bad_rows(train.with_dictionaries().batches(read, FIT_ROWS), labels, weight, features, bad)
+    batches = train.with_dictionaries().batches(read, train.rows_at_once(FIT_ROWS))
     assert isinstance(experiment.model.embedding_dim, int)
     try:
         encoder = Encoder.fit(
             features,
-            fit.watch(batches),
+            fit.watch(without_bad_rows(batches, labels, weight, features, bad)),
             schema=train.schema,
             embedding_dim=experiment.model.embedding_dim,
             previous=previous.encoder if previous else None,

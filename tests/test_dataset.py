@@ -1,11 +1,13 @@
 """Files as one dataset: partitions and windows, one schema for all, errors that name the place, what it tells."""
 
+import dataclasses
 import datetime
 import math
 import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -218,6 +220,18 @@ def test_sample_is_spread_filtered_and_bounded(tmp_path: Path) -> None:
     assert all(x >= 5000 and x != 5100 for x in sample)
     assert sample == dataset.sample(320, ["x"])["x"].to_pylist()
     assert sorted(dataset.sample(100_000, ["x"])["x"].to_pylist()) == [x for x in range(5000, 10_000) if x != 5100]
+
+
+def test_fewer_rows_are_decoded_at_once_where_they_are_large(tmp_path: Path) -> None:
+    numbers = np.random.default_rng(0).normal(size=2_000 * 500)
+    vectors = pa.ListArray.from_arrays(np.arange(0, len(numbers) + 1, 500, dtype=np.int32), pa.array(numbers))
+    path = write(tmp_path / "a.parquet", 1_000, vector=vectors, id=range(2_000))
+    wide, narrow = (open_dataset(Source(path), [name], ["none"], place="data.train") for name in ("vector", "id"))
+    assert 4_000 <= wide.row_bytes <= 4_400
+    assert narrow.row_bytes < 20
+    assert (wide.rows_at_once(65_536), narrow.rows_at_once(65_536)) == (2_048, 65_536)
+    assert wide.rows_at_once(1_000) == 1_000
+    assert dataclasses.replace(wide, row_bytes=1e9).rows_at_once(65_536) == 1_024
 
 
 def test_a_window_on_numbers_is_read_from_an_experiment_s_text(tmp_path: Path) -> None:

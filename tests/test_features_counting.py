@@ -44,14 +44,41 @@ def test_a_fit_with_few_candidates_keeps_the_frequent_ids() -> None:
 
 def test_sample_and_moments_against_numpy() -> None:
     values = np.random.default_rng(0).normal(5, 3, 300_000)
-    sample, other, moments = Sample(), Sample(), Moments()
+    sample, other, moments = Sample(), Sample(), Moments(2)
+    known = np.random.default_rng(1).random((len(values), 2)) < 0.7
     for start in range(0, len(values), 7_001):
         part = values[start : start + 7_001]
         sample.update(part, start)
-        moments.update(part)
+        both = np.stack([part, 100.0 + part], axis=1)
+        moments.update(both, known[start : start + 7_001])
     other.update(values, 0)
     assert np.array_equal(sample.values(), other.values())
     assert len(sample.values()) == 65_536
     assert abs(np.searchsorted(np.sort(values), np.median(sample.values())) / len(values) - 0.5) < 0.01
-    np.testing.assert_allclose([moments.mean, moments.sd], [values.mean(), values.std()], rtol=1e-12)
-    assert (moments.low, moments.high, moments.count) == (values.min(), values.max(), len(values))
+    for column in range(2):
+        wanted = (100.0 * column + values)[known[:, column]]
+        np.testing.assert_allclose(moments.mean_W[column], wanted.mean(), rtol=1e-12)
+        np.testing.assert_allclose(moments.sd_W[column], wanted.std(), rtol=1e-11)
+        found = (moments.low_W[column], moments.high_W[column], moments.count_W[column])
+        assert found == (wanted.min(), wanted.max(), len(wanted))
+
+
+def test_moments_of_columns_that_come_later_or_never() -> None:
+    moments = Moments(3)
+    moments.update(np.zeros((0, 3)))
+    moments.update(np.array([[1.0, 7.0, 9.0], [3.0, 0.0, 0.0]]), np.array([[True, False, False], [True, False, False]]))
+    moments.update(np.array([[5.0, 4.0, 9.0]]), np.array([[True, True, False]]))
+    assert moments.count_W.tolist() == [3, 1, 0]
+    assert moments.mean_W.tolist() == [3.0, 4.0, 0.0]
+    np.testing.assert_allclose(moments.sd_W, [np.std([1, 3, 5]), 0.0, 0.0])
+    assert (moments.low_W.tolist(), moments.high_W.tolist()) == ([1.0, 4.0, np.inf], [5.0, 4.0, -np.inf])
+
+
+def test_a_sample_of_rows_keeps_the_rows_that_a_sample_of_each_column_keeps() -> None:
+    rows = np.random.default_rng(0).normal(size=(5_000, 3))
+    whole, columns = Sample(100, 3), [Sample(100) for _ in range(3)]
+    for start in range(0, len(rows), 999):
+        whole.update(rows[start : start + 999], start)
+        for column, sample in enumerate(columns):
+            sample.update(rows[start : start + 999, column], start)
+    assert np.array_equal(whole.values(), np.stack([sample.values() for sample in columns], axis=1))

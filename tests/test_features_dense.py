@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from encoders import FAST, NUMBERS, fitted, sliced
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mtrec.features import BadRowsError, Dense, Encoder
+from mtrec.features import BadRowsError, Dense, Encoder, dense
 
 MOST = sys.float_info.max
 
@@ -117,7 +117,7 @@ def test_dense_columns_without_fault_are_scaled_as_others_are(column: Any, scale
     encoding = fitted([feature], {"x": pa.array(known, type_)})._dense[0][1]
     array = pa.array([7.0] * lead + values, type_).slice(lead)
     quick, slow = np.empty((2, len(encoding.names), len(values)), np.float32)
-    taken = encoding._encode_plain(array, quick[0])
+    taken = not array.null_count and encoding._encode_plain(array.to_numpy(), quick[0])
     with np.errstate(over="ignore", invalid="ignore"):  # beyond what a float32, or a double, holds
         scaled = (array.to_numpy().astype(np.float64) - encoding._shift_W) * encoding._factor_W
         assert taken == (len(values) > 0 and bool((np.abs(scaled) <= np.finfo(np.float32).max).all()))
@@ -165,6 +165,62 @@ def test_quantile_scale_is_the_rank() -> None:
     np.testing.assert_allclose(found, [0.0, 0.25, 0.5, 1.0, 0.0, 1.0, 0.5], atol=1e-3)
     ties = fitted([Dense("x", scale="quantile")], {"x": pa.array([0.0] * 90 + [1.0] * 10)})
     np.testing.assert_allclose(ties.encode(pa.record_batch({"x": [0.0]})).dense_BF[:, 0], [0.45], atol=0.01)
+
+
+@given(
+    st.integers(1, 3).flatmap(
+        lambda width: st.tuples(
+            st.just(width),
+            st.lists(
+                st.none() | st.lists(st.none() | st.floats(width=32) | st.just(1.0), min_size=width, max_size=width), max_size=25
+            ),
+        )
+    ),
+    st.sampled_from([pa.float32(), pa.float64()]),
+    st.sampled_from([{"scale": scale} for scale in SCALES] + [{"transform": "log1p"}, {"missing_values": (1.0,)}]),
+    st.integers(0, 3),
+)
+@FAST
+@pytest.mark.filterwarnings("error")
+def test_a_vector_is_its_numbers_each_for_itself(
+    vectors: Any, type_: pa.DataType, options: dict[str, Any], lead: int
+) -> None:
+    width, values = vectors
+    columns = [[None if each is None else each[index] for each in values] for index in range(width)]
+    refused = any(value is not None and 1e30 < abs(value) < np.inf for column in columns for value in column)
+    assume(not refused)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dense, "_BLOCK", 8)  # several blocks
+        lists = pa.array([[7.0] * width] * lead + values, pa.list_(type_)).slice(lead)
+        for array in (lists, lists.cast(pa.list_(type_, width))):
+            own = None if pa.types.is_fixed_size_list(array.type) else width
+            feature = Dense("v", width=own, missing_indicator=False, **options)
+            found = fitted([feature], {"v": array}).encode(pa.record_batch({"v": array})).dense_BF
+            assert found.shape == (len(values), width)
+            for index, column in enumerate(columns):
+                alone = pa.array(column, type_)
+                numbers = Dense("v", missing_indicator=False, **options)
+                expected = fitted([numbers], {"v": alone}).encode(pa.record_batch({"v": alone})).dense_BF[:, 0]
+                np.testing.assert_allclose(found[:, index], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_block_of_vectors_without_a_fault_is_scaled_as_one_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "_BLOCK", 40)
+    values = np.random.default_rng(0).normal(size=(1_000, 4)).astype(np.float32)
+    faults = values.copy()
+    faults[[3, 500], [1, 2]] = np.nan
+    arrays = [pa.FixedSizeListArray.from_arrays(pa.array(each.ravel()), 4) for each in (values, faults)]
+    features = [Dense("before"), Dense("v"), Dense("after")]
+    columns = [{"before": values[:, 0], "v": array, "after": values[:, 1]} for array in arrays]
+    encoder = fitted(features, columns[1])
+    sound, faulty = (encoder.encode(pa.record_batch(each)).dense_BF for each in columns)
+    assert encoder.dense_names == ("before", "v_0", "v_1", "v_2", "v_3", "v_missing", "after")
+    for place, column in ((0, values[:, 0]), (6, values[:, 1]), (3, values[:, 2])):
+        np.testing.assert_allclose(sound[:, place], (column - column.mean()) / column.std(), rtol=0.01, atol=0.01)
+    assert np.flatnonzero(faulty[:, 5]).tolist() == [3, 500]
+    assert not sound[:, 5].any()
+    faulty[[3, 500], [2, 3]], faulty[:, 5] = sound[[3, 500], [2, 3]], 0.0
+    assert np.array_equal(sound, faulty)
 
 
 def test_vectors_of_a_fixed_size() -> None:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mtrec import dataset as dataset_module
 from mtrec.dataset import Dataset, Source, open_dataset
 from mtrec.files import ChangedFile
 from mtrec.reader import Piece, Reader, Row, rows_in
@@ -80,6 +81,7 @@ def flat(batches: list[list[list[int]]]) -> list[int]:
     shuffle=st.booleans(),
     seed=st.integers(0, 2**63),
     num_threads=st.integers(1, 3),
+    least_decoded=st.sampled_from([1, 3, 1024]),
 )
 def test_every_row_once_whole_and_locatable(
     tmp_path_factory: pytest.TempPathFactory,
@@ -90,8 +92,10 @@ def test_every_row_once_whole_and_locatable(
     shuffle: bool,
     seed: int,
     num_threads: int,
+    least_decoded: int,
 ) -> None:
     dataset = write_files(tmp_path_factory.mktemp("rows") / "x", sizes)
+    dataset = dataclasses.replace(dataset, row_bytes=1e9)  # so that as few rows as may be are decoded at once
     total = sum(map(sum, sizes))
     reader = Reader(
         dataset,
@@ -104,7 +108,10 @@ def test_every_row_once_whole_and_locatable(
         num_threads=num_threads,
     )
     seen: list[int] = []
-    for number, piece in enumerate(reader):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset_module, "_LEAST_ROWS", least_decoded)
+        pieces = list(reader)
+    for number, piece in enumerate(pieces):
         assert piece.index == number
         found = piece.record_batch.to_pylist()
         for place, values in enumerate(found):

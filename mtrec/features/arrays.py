@@ -285,18 +285,50 @@ def floats(array: Any) -> npt.NDArray[np.float64]:
     return values
 
 
-def vectors(array: Any, width: int, place: str, column: str) -> npt.NDArray[np.float64]:
-    """(B, W) float64 of a list column whose lists all have `width` numbers; null lists and elements become NaN.
+@dataclass(frozen=True)
+class Vectors:
+    """A list column of vectors taken apart: `numbers` of those that are there, vector after vector; `there_B`, None: all are."""
 
-    BadRowsError where a list has another length.
+    numbers: Any
+    there_B: Mask | None
+    num_rows: int
+    width: int
+
+    def as_stored(self) -> npt.NDArray[Any] | None:
+        """(B, W) floats as they lie in the column, where none is null; None else."""
+        if self.there_B is not None or self.numbers.null_count or not types.is_floating(self.numbers.type):
+            return None
+        stored_BW: npt.NDArray[Any] = self.numbers.to_numpy().reshape(self.num_rows, self.width)
+        return stored_BW
+
+    def rows(self, start: int, stop: int) -> npt.NDArray[np.float64]:
+        """(b, W) float64 of rows [start, stop), or up to the last one; null lists and numbers are NaN. May be read-only."""
+        there_b = None if self.there_B is None else self.there_B[start:stop]
+        first, count = (start, min(stop, self.num_rows) - start) if there_b is None else (self._before(start), int(there_b.sum()))
+        values_bW = floats(self.numbers.slice(first * self.width, count * self.width)).reshape(-1, self.width)
+        if there_b is None:
+            return values_bW
+        spread_bW = np.full((len(there_b), self.width), np.nan)
+        spread_bW[there_b] = values_bW
+        return spread_bW
+
+    def _before(self, row: int) -> int:
+        """How many vectors are there before a row."""
+        return int(np.count_nonzero(self.there_B[:row])) if self.there_B is not None else row
+
+
+def vectors(array: Any, width: int, place: str, column: str) -> Vectors:
+    """A list column whose lists all have `width` numbers. BadRowsError where a list has another length.
+
+    >>> parts = vectors(pa.array([[1, 2], None]), 2, "`features.v.column`", "v")
+    >>> parts.rows(0, 9).tolist()
+    [[1.0, 2.0], [nan, nan]]
     """
-    values_BW = np.full((len(array), width), np.nan)
-    if types.is_null(array.type) or not len(array):
-        return values_BW
+    if types.is_null(array.type):
+        return Vectors(pa.array([], pa.float64()), np.zeros(len(array), np.bool_), len(array), width)
     parts = lists(array)
-    there_B = np.ones(len(array), np.bool_) if parts.null_B is None else ~parts.null_B
-    bad = np.flatnonzero(there_B & (parts.lengths_B != width))
+    there_B = None if parts.null_B is None else ~parts.null_B
+    bad = np.flatnonzero(parts.lengths_B != width if there_B is None else there_B & (parts.lengths_B != width))
     if len(bad):
         raise BadRowsError(place, column, bad, f"hold {width} numbers a row", f"{parts.lengths_B[bad[0]]} numbers")
-    values_BW[there_B] = floats(parts.elements).reshape(-1, width)
-    return values_BW
+    return Vectors(parts.elements, there_B, len(array), width)

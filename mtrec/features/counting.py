@@ -4,7 +4,6 @@ Shapes: n values of a batch, U distinct keys.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -127,7 +126,7 @@ class Sample:
 
     The kept ones are those whose hashed position in the stream is smallest (bottom-k sampling; Cohen and Kaplan, 2007),
     so the sample does not depend on how the stream is cut into batches. A quantile of 65,536 numbers has a standard
-    error of at most 0.2 points of rank.
+    error of at most 0.2 points of rank. With `width` W, a stream of rows of W numbers.
 
     >>> sample = Sample()
     >>> sample.update(np.array([3.0, 1.0]), 0)
@@ -135,26 +134,28 @@ class Sample:
     [1.0, 3.0]
     """
 
-    def __init__(self, size: int = 1 << 16) -> None:
+    def __init__(self, size: int = 1 << 16, width: int | None = None) -> None:
         self._size = size
-        self._values = np.zeros(0)
+        self._values = np.zeros(0 if width is None else (0, width))
         self._priorities = np.zeros(0, np.uint64)
         self._bar = np.uint64(2**64 - 1)
 
     def update(self, values_n: npt.NDArray[np.float64], start: int) -> None:
-        """Adds numbers that stand at `start`, `start` + 1, ... of the stream."""
+        """Adds numbers (or rows) that stand at `start`, `start` + 1, ... of the stream."""
         priority_n = mix64(np.arange(start, start + len(values_n), dtype=np.int64))
-        below = priority_n <= self._bar
+        below = np.flatnonzero(priority_n <= self._bar)
+        if not len(below):
+            return
         self._values = np.concatenate([self._values, values_n[below]])
         self._priorities = np.concatenate([self._priorities, priority_n[below]])
         if len(self._values) > 2 * self._size:
             self._shrink()
 
     def values(self) -> npt.NDArray[np.float64]:
-        """The sample, ascending."""
+        """The sample, ascending (each column of rows for itself)."""
         if len(self._values) > self._size:
             self._shrink()
-        return np.sort(self._values)
+        return np.sort(self._values, axis=0)
 
     def _shrink(self) -> None:
         kept = np.argpartition(self._priorities, self._size - 1)[: self._size]
@@ -162,38 +163,39 @@ class Sample:
         self._bar = self._priorities.max()
 
 
-@dataclass
 class Moments:
-    """Count, mean, sum of squared deviations, minimum and maximum of a stream (Chan, Golub and LeVeque, 1983).
+    """Count, mean, sum of squared deviations, minimum and maximum of W streams (Chan, Golub and LeVeque, 1983); each (W,).
 
-    >>> moments = Moments()
-    >>> moments.update(np.array([1.0, 2.0])); moments.update(np.array([6.0]))
-    >>> moments.mean, round(moments.sd, 3), moments.low, moments.high
-    (3.0, 2.16, 1.0, 6.0)
+    >>> moments = Moments(1)
+    >>> moments.update(np.array([[1.0], [2.0]])); moments.update(np.array([[6.0]]))
+    >>> moments.mean_W.tolist(), moments.sd_W.round(3).tolist(), moments.low_W.tolist(), moments.high_W.tolist()
+    ([3.0], [2.16], [1.0], [6.0])
     """
 
-    count: int = 0
-    mean: float = 0.0
-    squares: float = 0.0
-    low: float = np.inf
-    high: float = -np.inf
+    def __init__(self, width: int) -> None:
+        self.count_W = np.zeros(width, np.int64)
+        self.mean_W, self.squares_W = np.zeros(width), np.zeros(width)
+        self.low_W, self.high_W = np.full(width, np.inf), np.full(width, -np.inf)
 
     @property
-    def sd(self) -> float:
-        """Standard deviation (divided by the count); 0 of no numbers."""
-        return float(np.sqrt(self.squares / self.count)) if self.count else 0.0
+    def sd_W(self) -> npt.NDArray[np.float64]:
+        """Standard deviations (divided by the count); 0 of no numbers."""
+        return np.sqrt(self.squares_W / np.maximum(self.count_W, 1))
 
-    def update(self, values_n: npt.NDArray[np.float64]) -> None:
-        """Adds finite numbers. Of numbers beyond 1e154 `squares`, or `mean`, may be no finite number."""
-        count = len(values_n)
-        if not count:
-            return
+    def update(self, values_BW: npt.NDArray[np.float64], known_BW: npt.NDArray[np.bool_] | None = None) -> None:
+        """Adds finite numbers, of which those count that are known. Of some beyond 1e154 squares, or means, may be none."""
+        values_WB, known_WB = values_BW.T, None if known_BW is None else known_BW.T
+        where: Any = True if known_WB is None else known_WB
+        count_W = np.full(len(values_WB), len(values_BW)) if known_WB is None else np.count_nonzero(known_WB, axis=1)
+        total_W = self.count_W + count_W
+        share_W = count_W / np.maximum(total_W, 1)
         with np.errstate(over="ignore", invalid="ignore"):
-            mean = float(values_n.mean())
-            squares = float(np.square(values_n - mean).sum())
-        delta, total = mean - self.mean, self.count + count
-        self.squares += squares + (delta * delta * self.count * count / total if self.count else 0.0)
-        self.mean += delta * count / total
-        self.count = total
-        self.low = min(self.low, float(values_n.min()))
-        self.high = max(self.high, float(values_n.max()))
+            mean_W = values_WB.sum(axis=1, where=where) / np.maximum(count_W, 1)
+            squares_W = np.square(values_WB - mean_W[:, None]).sum(axis=1, where=where)
+            delta_W = np.where(count_W > 0, mean_W - self.mean_W, 0.0)
+            squares_W += np.where(self.count_W > 0, delta_W * delta_W * self.count_W * share_W, 0.0)
+            self.squares_W = self.squares_W + np.where(count_W > 0, squares_W, 0.0)
+            self.mean_W = self.mean_W + delta_W * share_W
+        self.count_W = total_W
+        self.low_W = np.minimum(self.low_W, values_WB.min(axis=1, where=where, initial=np.inf))
+        self.high_W = np.maximum(self.high_W, values_WB.max(axis=1, where=where, initial=-np.inf))

@@ -3,7 +3,8 @@
 Shapes: B rows, F columns of all dense features, W columns of this one.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import types
 
-from mtrec.features.arrays import floats, is_list, is_number, vectors
+from mtrec.features.arrays import Mask, Vectors, floats, is_list, is_number, vectors
 from mtrec.features.counting import Moments, Sample
 from mtrec.features.profile import FeatureProfile
 from mtrec.features.tables import Family
@@ -19,6 +20,8 @@ from mtrec.kinds import PositiveFloat, PositiveInt
 
 _RANKS = np.linspace(0.0, 1.0, 257)  # of the points between which `scale: quantile` interpolates
 _SAMPLE = 1 << 16
+_BLOCK = 1 << 14  # numbers of vectors
+Float64s = npt.NDArray[np.float64]
 UNBOUNDED = (-np.inf, np.inf)
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _SMALLEST = 1e-300  # of a spread by which can be divided
@@ -133,28 +136,24 @@ class DenseFit:
 
     def __init__(self, feature: Dense, width: int | None) -> None:
         self._feature, self._width = feature, width
-        columns = width or 1
-        self._moments = [Moments() for _ in range(columns)]
+        self._columns = columns = width or 1
+        self._moments = Moments(columns)
         self._raw = Sample(_SAMPLE)
-        by_column = columns if feature.scale == "quantile" else 0
-        self._samples = [Sample(max(_SAMPLE // columns, 4096)) for _ in range(by_column)]
-        self._rows = self._missing_rows = self._values = 0
+        self._scaled = Sample(max(_SAMPLE // columns, 4096), columns) if feature.scale == "quantile" else None
+        self._rows = self._missing_rows = 0
 
     def update(self, array: Any) -> None:
         """Adds a column of a batch."""
-        raw_BW, missing_BW = _values(array, self._feature, self._width)
-        missing_BW = np.zeros(raw_BW.shape, np.bool_) if missing_BW is None else missing_BW
-        scaled_BW = _transformed(raw_BW, self._feature)
-        known_BW = np.where(missing_BW, np.nan, scaled_BW)
-        for index, moments in enumerate(self._moments):
-            known_B = known_BW[:, index][~missing_BW[:, index]]
-            moments.update(known_B)
-            if self._samples:
-                self._samples[index].update(known_BW[:, index], self._rows)
-        self._raw.update(np.where(missing_BW, np.nan, raw_BW).ravel(), self._rows * raw_BW.shape[1])
-        self._rows += len(raw_BW)
-        self._missing_rows += int(missing_BW.any(axis=1).sum())
-        self._values += int(missing_BW.size - missing_BW.sum())
+        for raw_bW, missing_bW in _blocks(array, self._feature, self._width):
+            scaled_bW = _transformed(raw_bW, self._feature)
+            self._moments.update(scaled_bW, None if missing_bW is None else ~missing_bW)
+            if missing_bW is not None:
+                raw_bW, scaled_bW = (np.where(missing_bW, np.nan, values_bW) for values_bW in (raw_bW, scaled_bW))
+                self._missing_rows += int(missing_bW.any(axis=1).sum())
+            if self._scaled is not None:
+                self._scaled.update(scaled_bW, self._rows)
+            self._raw.update(raw_bW.ravel(), self._rows * self._columns)
+            self._rows += len(raw_bW)
 
     def finish(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(state to encode with, statistics of the values after clip and transform).
@@ -164,18 +163,16 @@ class DenseFit:
         feature, moments = self._feature, self._moments
         self._check_size()
         raw = _known(self._raw)
-        mean_W = np.array([each.mean for each in moments])
-        low_W = np.array([each.low if each.count else 0.0 for each in moments])
-        high_W = np.array([each.high if each.count else 0.0 for each in moments])
+        mean_W, sd_W = moments.mean_W, moments.sd_W
+        low_W, high_W = (np.where(moments.count_W > 0, each, 0.0) for each in (moments.low_W, moments.high_W))
         state: dict[str, Any] = {
             "width": self._width,
             "indicator": self._missing_rows > 0 if feature.missing_indicator == "auto" else feature.missing_indicator,
-            "fill": np.zeros(len(moments)).tolist(),
+            "fill": np.zeros(self._columns).tolist(),
             # halved: between the largest doubles there are more than a double holds
             "deciles": np.unique(2 * np.quantile(raw / 2, np.arange(1, 10) / 10)).tolist() if len(raw) else [],
         }
         if feature.scale == "standardize":
-            sd_W = np.array([each.sd for each in moments])
             # a constant column must not blow up the rounding of its mean
             constant = sd_W <= np.maximum(1e-12 * np.abs(mean_W), _SMALLEST)
             state |= {
@@ -189,16 +186,16 @@ class DenseFit:
                 "factor": np.divide(1.0, span_W, out=np.zeros_like(span_W), where=span_W > _SMALLEST).tolist(),
             }
             state["fill"] = ((mean_W - low_W) * np.array(state["factor"])).tolist()
-        elif feature.scale == "quantile":
-            state["points"] = [_rank_points(_known(sample)) for sample in self._samples]
-            state["fill"] = [0.5] * len(moments)
+        elif self._scaled is not None:
+            state["points"] = [_rank_points(sample[~np.isnan(sample)]) for sample in self._scaled.values().T]
+            state["fill"] = [0.5] * self._columns
         else:
             state["fill"] = mean_W.tolist()
         statistics = {
             "rows": self._rows,
             "null_share": self._missing_rows / max(1, self._rows),
             "mean": float(mean_W.mean()),
-            "sd": float(np.mean([each.sd for each in moments])),
+            "sd": float(sd_W.mean()),
             "min": float(low_W.min()),
             "max": float(high_W.max()),
         }
@@ -206,33 +203,33 @@ class DenseFit:
 
     def _check_size(self) -> None:
         place, column = f"features.{self._feature.name}", self._feature.column
-        for each in self._moments:
-            if not each.count:
-                continue
-            largest = max(-each.low, each.high)
-            if self._feature.scale == "none" and largest > _FLOAT32_MAX:
+        moments = self._moments
+        for index in np.flatnonzero(moments.count_W):
+            low, high = moments.low_W.item(index), moments.high_W.item(index)
+            if self._feature.scale == "none" and max(-low, high) > _FLOAT32_MAX:
                 wish = f"numbers that a float32 holds (up to {_FLOAT32_MAX:.2g}) with `scale: none`"
-            elif not np.isfinite([each.mean, each.sd, each.high - each.low]).all():
+            elif not np.isfinite([moments.mean_W[index], moments.sd_W[index], high - low]).all():
                 wish = "numbers whose squares a double holds (up to some 1e150)"
             else:
                 continue
             raise ValueError(
-                f"`{place}.column` should hold {wish}. Found {each.low!r} to {each.high!r} in column '{column}': name what "
+                f"`{place}.column` should hold {wish}. Found {low!r} to {high!r} in column '{column}': name what "
                 f"stands for a missing value in `{place}.missing_values`, or give `{place}.clip`."
             )
 
     def profile(self, encoding: "DenseEncoding") -> FeatureProfile:
         """The training data's profile in the bins of `encoding`, from the sample."""
-        return encoding.profile(_known(self._raw), self._values, self._rows * len(self._moments) - self._values)
+        known = int(self._moments.count_W.sum())
+        return encoding.profile(_known(self._raw), known, self._rows * self._columns - known)
 
 
 class DenseEncoding:
-    """A fitted dense feature. `names` are its columns of `dense_BF`."""
+    """A fitted dense feature. `names` are its columns of `dense_BF`; `width` the numbers of a vector, None: one number a row."""
 
     def __init__(self, feature: Dense, state: dict[str, Any]) -> None:
         self.feature = feature
         self.state = state
-        self._width: int | None = state["width"]
+        self.width: int | None = state["width"]
         self._fill_W = np.array(state["fill"])
         self._shift_W, self._factor_W = np.array(state.get("shift", 0.0)), np.array(state.get("factor", 1.0))
         self._bounds = UNBOUNDED
@@ -241,10 +238,10 @@ class DenseEncoding:
         elif feature.scale == "standardize" and feature.clip_sd is not None:
             self._bounds = (-feature.clip_sd, feature.clip_sd)
         plain = feature.transform == "none" and feature.clip is None and not feature.missing_values
-        self._plain = plain and self._width is None and feature.scale in ("standardize", "minmax")
+        self._plain = plain and feature.scale != "quantile"
         self._points = [np.array(points) for points in state.get("points", [])]
         self._deciles = np.array(state["deciles"])
-        base = [feature.name] if self._width is None else [f"{feature.name}_{index}" for index in range(self._width)]
+        base = [feature.name] if self.width is None else [f"{feature.name}_{index}" for index in range(self.width)]
         self.names: tuple[str, ...] = (*base, f"{feature.name}_missing") if state["indicator"] else tuple(base)
 
     @property
@@ -258,33 +255,48 @@ class DenseEncoding:
 
         ValueError where the type of the column cannot be the fitted one's, BadRowsError for a vector of another width.
         """
-        if self._plain and self._encode_plain(array, out_BW[:, 0]):
-            if self.state["indicator"]:
-                out_BW[:, -1] = 0.0
-            return 0
-        if not types.is_null(array.type) and is_list(array.type) != (self._width is not None):
+        if not types.is_null(array.type) and is_list(array.type) != (self.width is not None):
             self.feature.check_type(array.type)
-            wish = f"lists of {self._width} numbers" if self._width is not None else "one number a row"
+            wish = f"lists of {self.width} numbers" if self.width is not None else "one number a row"
             raise ValueError(
                 f"`features.{self.feature.name}.column` should hold {wish}, as in the training data. "
                 f"Found column '{self.feature.column}' of type {array.type}."
             )
-        missing_rows = 0
-        raw_BW, missing_BW = _values(array, self.feature, self._width)
-        scaled_BW = self._scaled(_transformed(raw_BW, self.feature))
-        if missing_BW is not None:
-            scaled_BW = np.where(missing_BW, self._fill_W, scaled_BW)
-            missing_rows = int(missing_BW.any(axis=1).sum())
-        out_BW[:, : scaled_BW.shape[1]] = scaled_BW
+        sentinels = _as_stored(self.feature.missing_values, array.type)
+        if self.width is None:
+            stored_B = array.to_numpy() if types.is_floating(array.type) and not array.null_count else None
+            return self._encode_rows(stored_B, lambda: floats(array)[:, None], sentinels, out_BW)
+        parts, step = _taken_apart(array, self.feature, self.width), _block_rows(self.width)
+        stored_BW, missing_rows = parts.as_stored() if self._plain else None, 0
+        for start in range(0, len(array), step):
+            stored_bW = None if stored_BW is None else stored_BW[start : start + step]
+            values = functools.partial(parts.rows, start, start + step)
+            missing_rows += self._encode_rows(stored_bW, values, sentinels, out_BW[start : start + step])
+        return missing_rows
+
+    def _encode_rows(
+        self,
+        stored: npt.NDArray[Any] | None,
+        values: Callable[[], npt.NDArray[np.float64]],
+        sentinels: Sequence[float],
+        out_BW: npt.NDArray[np.float32],
+    ) -> int:
+        """`encode` of some rows: as they lie in the column, (B,) or (B, W) floats, where none is null; else of `values()`."""
+        columns, missing_BW = self.width or 1, None
+        if stored is None or not self._encode_plain(stored, out_BW[:, 0] if stored.ndim == 1 else out_BW[:, :columns]):
+            raw_BW, missing_BW = _missing(values(), sentinels)
+            scaled_BW = self._scaled(_transformed(raw_BW, self.feature))
+            out_BW[:, :columns] = scaled_BW if missing_BW is None else np.where(missing_BW, self._fill_W, scaled_BW)
         if self.state["indicator"]:
             out_BW[:, -1] = 0.0 if missing_BW is None else missing_BW.any(axis=1)
-        return missing_rows
+        return 0 if missing_BW is None else int(missing_BW.any(axis=1).sum())
 
     def count(self, array: Any) -> FeatureProfile:
         """The profile of one column of a batch."""
-        raw_BW, missing_BW = _values(array, self.feature, self._width)
-        known = raw_BW.ravel() if missing_BW is None else raw_BW[~missing_BW]
-        return self.profile(known, len(known), raw_BW.size - len(known))
+        blocks = list(_blocks(array, self.feature, self.width))
+        parts = [raw_bW.ravel() if missing_bW is None else raw_bW[~missing_bW] for raw_bW, missing_bW in blocks]
+        known = np.concatenate([np.zeros(0), *parts])
+        return self.profile(known, len(known), sum(raw_bW.size for raw_bW, _ in blocks) - len(known))
 
     def profile(self, sample: npt.NDArray[np.float64], values: int, missing: int) -> FeatureProfile:
         """A profile of `values` known values, spread as `sample` is, and `missing` ones."""
@@ -293,26 +305,32 @@ class DenseEncoding:
             counts = np.rint(counts * (values / len(sample))).astype(np.int64)
         return FeatureProfile(self.feature.name, self.bins, np.concatenate([[missing], counts]).astype(np.int64))
 
-    def _encode_plain(self, array: Any, out_B: npt.NDArray[np.float32]) -> bool:
-        """Writes what `_scaled` would give in a third of the time, where all values are finite floats; False where they are not.
+    def _encode_plain(self, values: npt.NDArray[Any], out: npt.NDArray[np.float32]) -> bool:
+        """Writes what `_scaled` would give of (B,) or (B, W) floats, in a third of the time, where all are finite; else False.
 
         Scaling keeps the order, so that the least and the largest value say whether any is to be clipped.
         """
-        if not types.is_floating(array.type) or array.null_count or not len(array):
+        if not self._plain or not len(values):
             return False
-        values_B = array.to_numpy()
-        shift, factor = self._shift_W.item(0), self._factor_W.item(0)
-        low = (float(np.minimum.reduce(values_B)) - shift) * factor
-        high = (float(np.maximum.reduce(values_B)) - shift) * factor
+        shift: Any
+        factor: Any
+        if values.ndim == 1:
+            shift, factor = self._shift_W.item(0), self._factor_W.item(0)
+            low, high = ((float(edge.reduce(values)) - shift) * factor for edge in (np.minimum, np.maximum))
+        else:
+            shift, factor = self._shift_W, self._factor_W
+            with np.errstate(over="ignore", invalid="ignore"):
+                low = ((np.minimum.reduce(values).astype(np.float64) - shift) * factor).min().item()
+                high = ((np.maximum.reduce(values).astype(np.float64) - shift) * factor).max().item()
         if not (low >= -_FLOAT32_MAX and high <= _FLOAT32_MAX):  # nor where there is a NaN, which both hand on
             return False
-        scaled_B = np.subtract(values_B, shift, dtype=np.float64)
-        np.multiply(scaled_B, factor, out=out_B, casting="same_kind")
+        scaled = np.subtract(values, shift, dtype=np.float64)
+        np.multiply(scaled, factor, out=out, casting="same_kind")
         least, largest = self._bounds
         if low < least:
-            np.maximum(out_B, least, out=out_B)
+            np.maximum(out, least, out=out)
         if high > largest:
-            np.minimum(out_B, largest, out=out_B)
+            np.minimum(out, largest, out=out)
         return True
 
     def _scaled(self, values_BW: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -329,20 +347,37 @@ class DenseEncoding:
         return scaled_BW
 
 
-def _values(array: Any, feature: Dense, width: int | None) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_] | None]:
-    """((B, W) raw numbers with 0 for what is missing, mask of the missing or None where nothing is)."""
+def _block_rows(width: int) -> int:
+    """How many vectors are worked on at once: so many that their doubles stay in the cache."""
+    return max(1, _BLOCK // width)
+
+
+def _taken_apart(array: Any, feature: Dense, width: int) -> Vectors:
+    return vectors(array, width, f"`features.{feature.name}.column`", feature.column)
+
+
+def _blocks(array: Any, feature: Dense, width: int | None) -> Iterator[tuple[Float64s, Mask | None]]:
+    """((b, W) numbers with 0 for what is missing, mask of the missing or None where nothing is); vectors in blocks of rows."""
+    sentinels = _as_stored(feature.missing_values, array.type)
     if width is None:
-        raw_BW = floats(array)[:, None]
-    else:
-        raw_BW = vectors(array, width, f"`features.{feature.name}.column`", feature.column)
+        yield _missing(floats(array)[:, None], sentinels)
+        return
+    parts, step = _taken_apart(array, feature, width), _block_rows(width)
+    for start in range(0, len(array), step):
+        yield _missing(parts.rows(start, start + step), sentinels)
+
+
+def _missing(raw_BW: Float64s, sentinels: Sequence[float]) -> tuple[Float64s, Mask | None]:
     known_BW = np.isfinite(raw_BW)
-    for sentinel in _as_stored(feature.missing_values, array.type):
+    for sentinel in sentinels:
         known_BW &= raw_BW != sentinel
     return (raw_BW, None) if known_BW.all() else (np.where(known_BW, raw_BW, 0.0), ~known_BW)
 
 
 def _as_stored(sentinels: Sequence[float], type_: pa.DataType) -> list[float]:
     """The numbers as they are given, and as a column of such floats holds them: a float32 has no -0.1."""
+    if not sentinels:
+        return []
     value = type_.value_type if is_list(type_) else type_
     narrow = {pa.float16(): "f2", pa.float32(): "f4"}.get(value)
     with np.errstate(over="ignore"):

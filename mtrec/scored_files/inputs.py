@@ -249,11 +249,11 @@ def plan_pieces(files: Sequence[InputFile], workers: int, split: bool) -> list[P
 
 def batches(piece: Piece, columns: Sequence[str], rows: int) -> Iterator[pa.RecordBatch]:
     """The piece's rows in order, `rows` at a time; batches end where units do. Decoded are many more at once: that is cheaper."""
-    start = 0
+    start, data = 0, piece.file.data
     for end in units(piece.row_groups):
         held: list[pa.RecordBatch] = []  # less than a batch
         for group in piece.row_groups[start:end]:
-            for chunk, mask in piece.file.data.chunks(group, columns, max(rows, DECODED_ROWS)):
+            for chunk, mask in data.chunks(group, columns, max(rows, data.rows_at_once(DECODED_ROWS))):
                 kept = chunk if mask is None else chunk.filter(mask)
                 missing = rows - sum(each.num_rows for each in held)
                 if held and kept.num_rows >= missing:
