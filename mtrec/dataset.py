@@ -29,7 +29,7 @@ _SAMPLE_ROW_GROUPS = 16
 # A value of text in full takes 4 bytes and its length. Writers give up dictionaries that grow large and write the other values in
 # full, which Arrow would put into its dictionary one by one: that costs more than it saves.
 _DICTIONARY_BYTES = 8
-_MOST_BYTES, _LEAST_ROWS = 12 << 20, 1024  # to be decoded at once
+_MOST_BYTES, _LEAST_ROWS = 24 << 20, 1024  # of lists, to be decoded at once
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Dataset:
         condition_schema: the columns that the condition reads.
         partition_types: of the keys of folders such as `dt=2026-01-01`.
         dictionaries: columns of text that the files hold as dictionaries and numbers in them, and the condition does not read.
-        row_bytes: what the columns of a row take in the files before they are compressed, of the first row groups.
+        list_bytes: {column of lists: what the values of a row take when they are decoded, at most}, of the largest row groups.
         fingerprint: changes when the files' contents, their order or the condition change; not when they are moved.
         notes: what a user should know: other types in some files, missing optional columns, days without files.
     """
@@ -75,7 +75,7 @@ class Dataset:
     condition_schema: pa.Schema
     partition_types: Mapping[str, pa.DataType]
     dictionaries: frozenset[str]
-    row_bytes: float
+    list_bytes: Mapping[str, float]
     fingerprint: str
     notes: tuple[str, ...]
 
@@ -90,21 +90,23 @@ class Dataset:
         return any(group.filtered for group in self.row_groups)
 
     def rows_at_once(self, most: int) -> int:
-        """How many rows to decode at once: `most`, or a half, a quarter ... of them where vectors make rows large.
+        """How many rows to decode at once: `most`, or a half, a quarter ... of them where long lists make rows large.
 
-        Arrow holds three times what a list's values take as long as a row group is open.
+        Arrow holds twice what a list's values take as long as a row group is open.
         """
-        rows = most
-        while rows > _LEAST_ROWS and rows * self.row_bytes > _MOST_BYTES:
+        rows, row_bytes = most, sum(self.list_bytes.get(name, 0.0) for name in self.schema.names)
+        while rows > _LEAST_ROWS and rows * row_bytes > _MOST_BYTES:
             rows = -(-rows // 2)
         return rows
 
-    def with_dictionaries(self) -> "Dataset":
-        """The same rows, whose `dictionaries` come as dictionary arrays: a value is decoded, and looked up, once a row group."""
+    def with_dictionaries(self, columns: Collection[str]) -> "Dataset":
+        """The same rows; those of `columns` that are among `dictionaries` come as dictionary arrays (int32 indices).
+
+        A value is then decoded once a row group.
+        """
+        chosen = self.dictionaries & {*columns}
         fields = [
-            field.with_type(as_dictionary(field.type))
-            if field.name in self.dictionaries and not holds_dictionary(field.type)
-            else field
+            field.with_type(as_dictionary(field.type)) if field.name in chosen and not holds_dictionary(field.type) else field
             for field in self.schema
         ]
         return dataclasses.replace(self, schema=pa.schema(fields))
@@ -133,11 +135,15 @@ class Dataset:
                 found.field(field.name).type == field.type for field in fields
             )
 
+            decoded = 0
+
             def next_chunk() -> tuple[pa.RecordBatch, pa.BooleanArray | None] | None:
                 """The next rows in the dataset's types and which of them stay; None at the end."""
+                nonlocal decoded
                 raw = self._decoded(batches, file, row_group)
                 if raw is None:
                     return None
+                decoded += raw.num_rows
                 if as_stored:
                     arrays = raw.select(schema.names).columns
                 else:
@@ -148,6 +154,12 @@ class Dataset:
                 return batch, None
 
             yield from iter(next_chunk, None)  # a loop's variable would hold the chunk until the next one is there
+            if decoded < row_group.num_rows:
+                should = f"should hold {counted(row_group.num_rows, 'row')}, as its footer says. Found {decoded}"
+                raise ValueError(
+                    f"'{file.path}', row group {row_group.index}, {should}: the file is damaged, or pyarrow cannot read one of "
+                    f"{', '.join(read)[:200]}."
+                )
 
     def _decoded(self, batches: Iterator[pa.RecordBatch], file: File, row_group: RowGroup) -> pa.RecordBatch | None:
         try:
@@ -264,7 +276,7 @@ def open_dataset(
     (1, [{'user': [3]}])
     """
     locations, twice = find_files(source.path, place)
-    dataset = _open(source, locations, key_types(locations), columns, frozenset(optional), place, asked_by or {})
+    dataset = _open(source, locations, key_types(locations), columns, frozenset(optional), place, asked_by or {}, columns)
     if not dataset.row_groups:
         raise ValueError(_no_rows(source, place, dataset))
     notes = [f"`{place}.path` names '{path}' twice; it is read once." for path in twice]
@@ -276,7 +288,8 @@ def open_each(
 ) -> list[tuple[Location, Dataset | ValueError]]:
     """Every file that `source` names as a dataset of its own, in order; of a file that cannot be read, the error.
 
-    Types are those of the file itself, but for partition keys, which have one type for all files. A file may have no rows.
+    Types are those of the file itself, but for partition keys, which have one type for all files. A file may have no rows. Sizes
+    (`list_bytes`, `dictionaries`) are known of all of its columns.
     Raises ValueError where `source` names nothing or its condition does not parse.
     """
     locations, _ = find_files(source.path, place)
@@ -286,7 +299,7 @@ def open_each(
 
     def opened(location: Location) -> Dataset | ValueError:
         try:
-            return _open(source, [location], partition_types, columns, frozenset(optional), place, {})
+            return _open(source, [location], partition_types, columns, frozenset(optional), place, {}, None)
         except ValueError as error:
             return error
 
@@ -302,13 +315,14 @@ def _open(
     optional: frozenset[str],
     place: str,
     asked_by: Mapping[str, Sequence[str]],
+    sized: Sequence[str] | None,
 ) -> Dataset:
-    """The dataset of some files; it may have no row groups."""
+    """The dataset of some files; it may have no row groups. `sized`: columns whose sizes it is to know, None: all."""
     condition = None if source.where is None else conditions.parse(source.where, f"{place}.where")
     named = () if condition is None else conditions.columns_of(condition)
     named += (source.window_column,) if source.window is not None else ()
     with ThreadPoolExecutor(min(_FOOTER_THREADS, len(locations))) as pool:
-        looks = list(pool.map(lambda location: look_at(location, columns, named), locations))
+        looks = list(pool.map(lambda location: look_at(location, sized, named), locations))
     files = _with_shared_schemas([look.file for look in looks])
     for name in named:
         if name in optional and not any(name in file.schema.names for file in files) and name not in partition_types:
@@ -328,7 +342,7 @@ def _open(
         condition_schema=pa.schema([(name, types[name]) for name in dict.fromkeys(named)]),
         partition_types=partition_types,
         dictionaries=frozenset(_repeating(looks, partition_types) - {*named}),
-        row_bytes=_row_bytes(looks),
+        list_bytes=_list_bytes(looks),
         fingerprint=_fingerprint(files, row_groups, condition),
         notes=(*notes, *_absent_days(source, locations, partition_types, place)),
     )
@@ -350,9 +364,13 @@ def _repeating(looks: Sequence[Look], partition_types: Mapping[str, pa.DataType]
     }
 
 
-def _row_bytes(looks: Sequence[Look]) -> float:
-    rows = sum(look.rows[0] for look in looks if look.rows)
-    return sum(stored.num_bytes for look in looks for stored in look.stored.values()) / max(1, rows)
+def _list_bytes(looks: Sequence[Look]) -> dict[str, float]:
+    largest: dict[str, float] = {}
+    for look in looks:
+        for name, stored in look.stored.items():
+            if stored.list_bytes:
+                largest[name] = max(largest.get(name, 0.0), stored.list_bytes)
+    return largest
 
 
 def common_files(one: Dataset, other: Dataset) -> list[str]:

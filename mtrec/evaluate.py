@@ -153,12 +153,15 @@ def _array(tensor: torch.Tensor) -> NDArray[Any]:
     return tensor.detach().cpu().numpy()
 
 
-def whole_reader(dataset: Dataset, columns: Sequence[str], batch_size: int) -> Reader:
-    """Reads every row of a data set once, in contiguous parts for the ranks; all ranks get the same number of pieces."""
+def whole_reader(dataset: Dataset, encoder: Encoder, others: Sequence[str], batch_size: int) -> Reader:
+    """Reads every row of a data set once, in contiguous parts for the ranks; all ranks get the same number of pieces.
+
+    Columns: those of the encoder, and `others`.
+    """
     world = parallel.world_size()
     return Reader(
-        dataset.with_dictionaries(),
-        columns,
+        dataset.with_dictionaries(encoder.id_columns - {*others}),
+        list(dict.fromkeys([*encoder.columns, *others])),
         batch_size=-(-batch_size // world) * world,
         num_streams=world,
         rank=parallel.rank(),
@@ -185,8 +188,7 @@ def evaluate(
     labels = labels_of(experiment, model.specs)
     group = experiment.evaluation.group_by
     extra = [*evaluation_columns(experiment), *([by] if by else [])]
-    columns = list(dict.fromkeys([*encoder.columns, *label_columns(experiment), *extra]))
-    reader = whole_reader(dataset, columns, experiment.evaluation.batch_size)
+    reader = whole_reader(dataset, encoder, [*label_columns(experiment), *extra], experiment.evaluation.batch_size)
     total = Measures(experiment, model.objectives, spill_folder)
     segments: dict[Any, Measures] = {}
     was_training = model.training

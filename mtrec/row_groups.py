@@ -14,6 +14,8 @@ from mtrec.files import File, Location, leaves_of, read_footer
 from mtrec.schema import key_value
 from mtrec.where import TRUE, Bounds, Condition, columns_of, outcomes
 
+_VALUE_BYTES = {"FLOAT": 4, "DOUBLE": 8, "INT32": 4, "INT64": 8, "INT96": 12, "BOOLEAN": 1}  # of the others: what they take
+_LEVEL_BYTES = 4  # with which a value in a list says where lists begin, and what is null
 _COMPARABLE = (bool, int, float, str, datetime.date)
 
 
@@ -28,16 +30,20 @@ class RowGroup:
 
 
 class Stored(NamedTuple):
-    """What a column takes in a row group, before compression; `repeats`: written as a dictionary and numbers in it."""
+    """What a column takes in a row group: in the file before compression, and of a list's values when they are decoded (a row).
+
+    `repeats`: written as a dictionary and numbers in it.
+    """
 
     num_bytes: int
     num_values: int
     repeats: bool
+    list_bytes: float
 
 
 class Look(NamedTuple):
     """A file as its footer tells of it: the rows of each row group, {column: its bounds in each}, {column: what it takes in the
-    first one}.
+    largest one}.
     """
 
     file: File
@@ -46,27 +52,31 @@ class Look(NamedTuple):
     stored: dict[str, Stored]
 
 
-def look_at(location: Location, columns: Collection[str], bounded: Collection[str]) -> Look:
-    """Reads the footer of a file: what `columns` take, and the bounds of `bounded`. Raises as `read_footer`."""
+def look_at(location: Location, columns: Collection[str] | None, bounded: Collection[str]) -> Look:
+    """Reads the footer of a file: what `columns` (None: all) take, and the bounds of `bounded`. Raises as `read_footer`."""
     file, metadata = read_footer(location)
     rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
     return Look(file, rows, footer_bounds(metadata, bounded), _stored(metadata, columns))
 
 
-def _stored(metadata: pq.FileMetaData, columns: Collection[str]) -> dict[str, Stored]:
-    """Of the first row group, which stands for the others."""
-    if not columns or not metadata.num_row_groups:
+def _stored(metadata: pq.FileMetaData, columns: Collection[str] | None) -> dict[str, Stored]:
+    """Of the row group with the most rows, which stands for the others."""
+    largest = max(range(metadata.num_row_groups), key=lambda index: metadata.row_group(index).num_rows, default=None)
+    if largest is None:
         return {}
-    leaves, group = leaves_of(metadata), metadata.row_group(0)
-    chunks = {name: [group.column(leaf) for leaf in leaves[name]] for name in columns if name in leaves}
+    group, leaves = metadata.row_group(largest), leaves_of(metadata)
     return {
-        name: Stored(
-            sum(chunk.total_uncompressed_size for chunk in of_column),
-            sum(chunk.num_values for chunk in of_column),
-            all(chunk.has_dictionary_page for chunk in of_column),
-        )
-        for name, of_column in chunks.items()
+        name: _stored_leaf(group, leaves[name][0], metadata.schema.column(leaves[name][0]).max_repetition_level > 0)
+        for name in (leaves if columns is None else columns)
+        if len(leaves.get(name, ())) == 1
     }
+
+
+def _stored_leaf(group: pq.RowGroupMetaData, leaf: int, in_list: bool) -> Stored:
+    chunk = group.column(leaf)
+    num_bytes, num_values = chunk.total_uncompressed_size, chunk.num_values
+    decoded = max(num_bytes, num_values * _VALUE_BYTES.get(chunk.physical_type, 0)) + num_values * _LEVEL_BYTES
+    return Stored(num_bytes, num_values, chunk.has_dictionary_page, decoded / max(1, group.num_rows) if in_list else 0.0)
 
 
 def prune(looks: Sequence[Look], condition: Condition | None, partition_types: Mapping[str, pa.DataType]) -> list[RowGroup]:

@@ -31,7 +31,7 @@ from mtrec.batch import Label
 from mtrec.checkpoint import Checkpoint
 from mtrec.config import Experiment, Source, Task, parse_experiment, to_yaml
 from mtrec.dataset import Dataset
-from mtrec.features import FEATURES, BadRowsError, Encoder, Feature, check_schema
+from mtrec.features import FEATURES, BadRowsError, Encoder, Feature, check_schema, id_columns
 from mtrec.features.arrays import is_number
 from mtrec.features.tables import plan_tables
 from mtrec.feed import bad_row, bad_rows, check_encodes, label_looks, usable_rows, without_bad_rows
@@ -322,7 +322,7 @@ def _fitted(
     fit = LabelFit(labels, objectives, weight)
     read = list(dict.fromkeys([*feature_columns(features)[0], *label_columns(experiment)]))
     bad = bad_rows(experiment.data, train.num_rows)
-    batches = train.with_dictionaries().batches(read, train.rows_at_once(FIT_ROWS))
+    batches = train.with_dictionaries(id_columns(features)).batches(read, train.rows_at_once(FIT_ROWS))
     assert isinstance(experiment.model.embedding_dim, int)
     try:
         encoder = Encoder.fit(

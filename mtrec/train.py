@@ -158,7 +158,7 @@ def make_reader(run: Run, data: Dataset, progress: Progress, num_threads: int = 
     assert isinstance(config.batch_size, int)
     columns = list(dict.fromkeys([*run.encoder.columns, *label_columns(run.experiment)]))
     return Reader(
-        data.with_dictionaries(),
+        data.with_dictionaries(run.encoder.id_columns),
         columns,
         batch_size=config.batch_size,
         num_streams=config.num_streams,

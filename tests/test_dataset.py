@@ -227,11 +227,30 @@ def test_fewer_rows_are_decoded_at_once_where_they_are_large(tmp_path: Path) -> 
     vectors = pa.ListArray.from_arrays(np.arange(0, len(numbers) + 1, 500, dtype=np.int32), pa.array(numbers))
     path = write(tmp_path / "a.parquet", 1_000, vector=vectors, id=range(2_000))
     wide, narrow = (open_dataset(Source(path), [name], ["none"], place="data.train") for name in ("vector", "id"))
-    assert 4_000 <= wide.row_bytes <= 4_400
-    assert narrow.row_bytes < 20
+    assert wide.list_bytes == {"vector": pytest.approx(500 * (8 + 4), rel=0.1)}
+    assert narrow.list_bytes == {}
     assert (wide.rows_at_once(65_536), narrow.rows_at_once(65_536)) == (2_048, 65_536)
     assert wide.rows_at_once(1_000) == 1_000
-    assert dataclasses.replace(wide, row_bytes=1e9).rows_at_once(65_536) == 1_024
+    assert dataclasses.replace(wide, list_bytes={"vector": 1e9}).rows_at_once(65_536) == 1_024
+    flags = pa.ListArray.from_arrays(vectors.offsets, pa.array((numbers > 0).astype(np.float32)))
+    small = write(tmp_path / "b.parquet", 2_000, vector=flags)  # 1 bit a number in the file
+    assert open_dataset(Source(small), ["vector"], place="data.train").list_bytes == {"vector": 500 * (4 + 4)}
+
+
+def test_what_a_row_takes_is_told_by_the_largest_row_group(tmp_path: Path) -> None:
+    lists, first = pa.array([[float(number)] * 3 for number in range(3_000)]), tmp_path / "a.parquet"
+    with pq.ParquetWriter(first, pa.schema({"x": lists.type})) as writer:
+        for part in (lists[:1], lists[1:]):
+            writer.write_table(pa.table({"x": part}))
+    assert open_dataset(Source(str(first)), ["x"], place="data.train").list_bytes["x"] < 50
+
+
+def test_a_row_group_with_fewer_rows_than_its_footer_says_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", x=[1, 2, 3])
+    dataset = open_dataset(Source(path), ["x"], place="data.train")
+    short = dataclasses.replace(dataset.row_groups[0], num_rows=4)
+    with pytest.raises(ValueError, match=r"a.parquet', row group 0, should hold 4 rows, as its footer says. Found 3: "):
+        list(dataset.chunks(short, ["x"], 2))
 
 
 def test_a_window_on_numbers_is_read_from_an_experiment_s_text(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from runs import small_run, train_on
 from mtrec.batch import Batch
 from mtrec.checkpoint import find
 from mtrec.dataset import Dataset, Source, open_dataset
-from mtrec.evaluate import evaluate
-from mtrec.features import NULL_ROW, UNSEEN_ROW, Categorical, Encoder
+from mtrec.evaluate import evaluate, whole_reader
+from mtrec.features import NULL_ROW, UNSEEN_ROW, Categorical, Dense, Encoder, id_columns
 from mtrec.feed import feed
 from mtrec.labels import labels_of
 from mtrec.model import MultiTaskModel
@@ -65,17 +65,18 @@ def is_dictionary(type_: pa.DataType) -> bool:
 def test_the_values_are_those_of_plain_text(name: str, tmp_path: Path) -> None:
     data = written(tmp_path, COLUMNS[name], COLUMNS[name].slice(50))
     assert data.dictionaries == {"x"}
-    found = data.with_dictionaries()
+    found = data.with_dictionaries(["x"])
     assert is_dictionary(found.schema.field("x").type)
     assert all(is_dictionary(batch["x"].type) for batch in found.batches(["x"], 30))
     for rows in (30, 1_000):
         assert values(found, rows) == values(data, rows)
-    assert found.with_dictionaries().schema == found.schema
+    assert found.with_dictionaries(["x"]).schema == found.schema
+    assert data.with_dictionaries(["row"]).schema == data.schema
 
 
 def test_files_that_store_a_column_in_other_types_have_one(tmp_path: Path) -> None:
     plain = written(tmp_path, COLUMNS["large_string"], COLUMNS["dictionary of int8"])
-    found = plain.with_dictionaries()
+    found = plain.with_dictionaries(["x"])
     assert found.schema.field("x").type == pa.dictionary(pa.int32(), pa.large_string())
     assert {batch["x"].type for batch in found.batches(["x"], 1_000)} == {found.schema.field("x").type}
     assert values(found, 1_000) == values(plain, 1_000) == [*WORDS.to_pylist(), *WORDS.to_pylist()]
@@ -84,7 +85,7 @@ def test_files_that_store_a_column_in_other_types_have_one(tmp_path: Path) -> No
 def test_a_column_that_files_lack_is_null_there(tmp_path: Path) -> None:
     written(tmp_path, WORDS, WORDS)
     pq.write_table(pa.table({"row": [1, 2]}), tmp_path / "c.parquet")
-    data = open_dataset(Source(str(tmp_path)), ["x"], ["x"], place="data.train").with_dictionaries()
+    data = open_dataset(Source(str(tmp_path)), ["x"], ["x"], place="data.train").with_dictionaries(["x"])
     assert values(data, 1_000) == [*WORDS.to_pylist(), *WORDS.to_pylist(), None, None]
 
 
@@ -100,7 +101,7 @@ def test_a_column_that_files_lack_is_null_there(tmp_path: Path) -> None:
 def test_columns_that_gain_nothing_stay_as_they_are(column: pa.Array, options: dict[str, Any], tmp_path: Path) -> None:
     data = written(tmp_path, column, column, **options)
     assert data.dictionaries == set()
-    assert data.with_dictionaries().schema == data.schema
+    assert data.with_dictionaries(["x"]).schema == data.schema
 
 
 def test_one_file_without_a_dictionary_decides_for_all(tmp_path: Path) -> None:
@@ -115,7 +116,7 @@ def test_what_a_condition_reads_and_what_folders_are_named_after_is_plain(tmp_pa
     pq.write_table(pa.table({"x": WORDS, "y": WORDS, "row": range(600)}), tmp_path / "x=other" / "a.parquet")
     data = open_dataset(Source(str(tmp_path), where="y == 'wörd 2'"), ["x", "y"], ["y"], place="data.train")
     assert data.dictionaries == set()
-    assert {value for batch in data.with_dictionaries().batches(["x"], 99) for value in batch["x"].to_pylist()} == {"other"}
+    assert {value for batch in data.with_dictionaries(["x"]).batches(["x"], 99) for value in batch["x"].to_pylist()} == {"other"}
 
 
 # Looked up, and counted, by the word
@@ -166,17 +167,22 @@ def test_a_fit_counts_words_that_stand_twice_or_unused_or_null_in_a_dictionary(e
     assert encoders[0].profiles["x"].null_share == 2 / 8
 
 
+def test_only_ids_that_nothing_else_reads_come_as_dictionaries() -> None:
+    features = [Categorical("a"), Categorical("b", column="c", weights="w"), Categorical("d"), Dense("e"), Dense("f", column="d")]
+    assert id_columns(features) == {"a", "c"}
+
+
 # The whole way
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
     """Prepared from the same log, in which ids are text, and the first one trained: with dictionaries and without."""
-    folder, overrides = tmp_path_factory.mktemp("runs"), ["evaluation.group_by=item_id", "training.max_steps=2"]
+    folder, overrides = tmp_path_factory.mktemp("runs"), ["training.max_steps=2"]
     one = small_run(folder, *overrides)
     train_on(1, one)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Dataset, "with_dictionaries", lambda self: self)
+        patch.setattr(Dataset, "with_dictionaries", lambda self, columns: self)
         other = small_run(folder, *overrides)
     assert open_source(one.experiment, one.experiment.data.train, "data.train").dictionaries == {"item_id"}
     return one, other
@@ -210,11 +216,11 @@ def test_batches_metrics_and_scores_are_those_of_plain_text(
         types.append(set())
         with process_group(device):
             model = load_model(run, find(run.checkpoints)[0], device)
-            metrics = evaluate(model, data, run.experiment, run.encoder, device=device, by="item_id")
+            metrics = evaluate(model, data, run.experiment, run.encoder, device=device, by="click")
         source, out = Source([file.path for file in data.files]), tmp_path / str(number)
         score_files(Asked(str(run.folder), source, str(out), top=3, by="item_id"), score_here)
         found.append((batches_of(run), metrics, {path.name: pq.read_table(path) for path in out.glob("*.parquet")}))
-        monkeypatch.setattr(Dataset, "with_dictionaries", lambda self: self)
+        monkeypatch.setattr(Dataset, "with_dictionaries", lambda self, columns: self)
     of_text = [{type_ for type_ in each if not pa.types.is_list(type_)} for each in types]
     assert of_text == [{pa.dictionary(pa.int32(), pa.string()), pa.string()}, {pa.string()}]  # golden rows are plain
     (batches, metrics, scores), (plain_batches, plain_metrics, plain_scores) = found
@@ -223,6 +229,13 @@ def test_batches_metrics_and_scores_are_those_of_plain_text(
         assert torch.equal(one.sparse.values(), other.sparse.values())
         assert torch.equal(one.sparse.lengths(), other.sparse.lengths())
     assert metrics == plain_metrics
-    assert metrics["by"]["item_id"]["item3"]["rows"] > 0
+    assert metrics["by"]["click"]["1"]["rows"] > 0
     assert scores == plain_scores
     assert {table.schema.field("item_id").type for table in scores.values()} == {pa.string()}
+
+
+def test_what_an_evaluation_groups_by_is_plain(runs: tuple[Run, Run]) -> None:
+    data, encoder = open_source(runs[0].experiment, runs[0].experiment.data.train, "data.train"), runs[0].encoder
+    with process_group(torch.device("cpu")):
+        types = [whole_reader(data, encoder, others, 100).dataset.schema.field("item_id").type for others in ([], ["item_id"])]
+    assert types == [pa.dictionary(pa.int32(), pa.string()), pa.string()]

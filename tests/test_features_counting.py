@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from encoders import FAST
 from hypothesis import given
 from hypothesis import strategies as st
@@ -72,6 +73,17 @@ def test_moments_of_columns_that_come_later_or_never() -> None:
     assert moments.mean_W.tolist() == [3.0, 4.0, 0.0]
     np.testing.assert_allclose(moments.sd_W, [np.std([1, 3, 5]), 0.0, 0.0])
     assert (moments.low_W.tolist(), moments.high_W.tolist()) == ([1.0, 4.0, np.inf], [5.0, 4.0, -np.inf])
+
+
+@pytest.mark.parametrize("width", [1, 5])
+def test_the_mean_of_a_constant_is_exact_however_many_and_whichever_are_known(width: int) -> None:
+    values = np.full((1 << 17, width), 1.96)
+    for known in (None, np.random.default_rng(0).random(values.shape) < 0.5):
+        moments = Moments(width)
+        for _ in range(2):
+            moments.update(values, known)
+        assert moments.mean_W.tolist() == [1.96] * width
+        assert moments.sd_W.tolist() == [0.0] * width
 
 
 def test_a_sample_of_rows_keeps_the_rows_that_a_sample_of_each_column_keeps() -> None:

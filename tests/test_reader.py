@@ -95,7 +95,7 @@ def test_every_row_once_whole_and_locatable(
     least_decoded: int,
 ) -> None:
     dataset = write_files(tmp_path_factory.mktemp("rows") / "x", sizes)
-    dataset = dataclasses.replace(dataset, row_bytes=1e9)  # so that as few rows as may be are decoded at once
+    dataset = dataclasses.replace(dataset, list_bytes={"tags": 1e9})  # so that as few rows as may be are decoded at once
     total = sum(map(sum, sizes))
     reader = Reader(
         dataset,

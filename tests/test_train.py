@@ -372,7 +372,7 @@ def test_auc_of_a_whole_evaluation_is_scikit_learns(tmp_path: Path) -> None:
     with parallel.process_group(CPU), torch.no_grad():
         model = load_model(run, run.best(), CPU)
         data = open_source(run.experiment, validation, "data.validation")
-        reader = whole_reader(data, [*run.encoder.columns, *label_columns(run.experiment)], 300)
+        reader = whole_reader(data, run.encoder, label_columns(run.experiment), 300)
         found: dict[str, list[Any]] = {
             "p_click": [],
             "p_conversion": [],

@@ -432,8 +432,7 @@ def predict_test(
     tables, scoring = [], 0.0
     with parallel.process_group(device), torch.no_grad():
         model = load_model(run, found, device)
-        columns = list(dict.fromkeys([*run.encoder.columns, *label_columns(experiment), *extra]))
-        reader = whole_reader(data, columns, experiment.evaluation.batch_size)
+        reader = whole_reader(data, run.encoder, [*label_columns(experiment), *extra], experiment.evaluation.batch_size)
         labels = labels_of(experiment, model.specs)
         group = experiment.evaluation.group_by
         rows_needed = bool(group or segment)

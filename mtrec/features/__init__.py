@@ -8,7 +8,7 @@ from mtrec.features.encoded import Encoded, EncodedRows, join
 from mtrec.features.encoder import Encoder
 from mtrec.features.kinds import FEATURES
 from mtrec.features.profile import FeatureCounts, FeatureProfile, psi
-from mtrec.features.tables import Feature, Table, check_schema
+from mtrec.features.tables import Feature, Table, check_schema, id_columns
 from mtrec.features.vocabulary import FIRST_ROW, NULL_ROW, UNSEEN_ROW
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "FeatureProfile",
     "Table",
     "check_schema",
+    "id_columns",
     "join",
     "psi",
 ]

@@ -184,13 +184,21 @@ class Moments:
 
     def update(self, values_BW: npt.NDArray[np.float64], known_BW: npt.NDArray[np.bool_] | None = None) -> None:
         """Adds finite numbers, of which those count that are known. Of some beyond 1e154 squares, or means, may be none."""
+        if not len(values_BW):
+            return
         values_WB, known_WB = values_BW.T, None if known_BW is None else known_BW.T
         where: Any = True if known_WB is None else known_WB
-        count_W = np.full(len(values_WB), len(values_BW)) if known_WB is None else np.count_nonzero(known_WB, axis=1)
+        columns = np.arange(len(values_WB))
+        if known_WB is None:
+            count_W, one_W = np.full(len(columns), len(values_BW)), values_BW[0]
+        else:
+            count_W, one_W = np.count_nonzero(known_WB, axis=1), values_WB[columns, known_WB.argmax(axis=1)]
         total_W = self.count_W + count_W
         share_W = count_W / np.maximum(total_W, 1)
         with np.errstate(over="ignore", invalid="ignore"):
-            mean_W = values_WB.sum(axis=1, where=where) / np.maximum(count_W, 1)
+            # of a constant column all deviations are 0, and so its mean is exact, however they are added up
+            deviations_WB = values_WB - one_W[:, None]
+            mean_W = one_W + deviations_WB.sum(axis=1, where=where) / np.maximum(count_W, 1)
             squares_W = np.square(values_WB - mean_W[:, None]).sum(axis=1, where=where)
             delta_W = np.where(count_W > 0, mean_W - self.mean_W, 0.0)
             squares_W += np.where(self.count_W > 0, delta_W * delta_W * self.count_W * share_W, 0.0)

@@ -224,12 +224,12 @@ class DenseFit:
 
 
 class DenseEncoding:
-    """A fitted dense feature. `names` are its columns of `dense_BF`; `width` the numbers of a vector, None: one number a row."""
+    """A fitted dense feature. `names` are its columns of `dense_BF`."""
 
     def __init__(self, feature: Dense, state: dict[str, Any]) -> None:
         self.feature = feature
         self.state = state
-        self.width: int | None = state["width"]
+        self._width: int | None = state["width"]
         self._fill_W = np.array(state["fill"])
         self._shift_W, self._factor_W = np.array(state.get("shift", 0.0)), np.array(state.get("factor", 1.0))
         self._bounds = UNBOUNDED
@@ -241,7 +241,7 @@ class DenseEncoding:
         self._plain = plain and feature.scale != "quantile"
         self._points = [np.array(points) for points in state.get("points", [])]
         self._deciles = np.array(state["deciles"])
-        base = [feature.name] if self.width is None else [f"{feature.name}_{index}" for index in range(self.width)]
+        base = [feature.name] if self._width is None else [f"{feature.name}_{index}" for index in range(self._width)]
         self.names: tuple[str, ...] = (*base, f"{feature.name}_missing") if state["indicator"] else tuple(base)
 
     @property
@@ -255,18 +255,18 @@ class DenseEncoding:
 
         ValueError where the type of the column cannot be the fitted one's, BadRowsError for a vector of another width.
         """
-        if not types.is_null(array.type) and is_list(array.type) != (self.width is not None):
+        if not types.is_null(array.type) and is_list(array.type) != (self._width is not None):
             self.feature.check_type(array.type)
-            wish = f"lists of {self.width} numbers" if self.width is not None else "one number a row"
+            wish = f"lists of {self._width} numbers" if self._width is not None else "one number a row"
             raise ValueError(
                 f"`features.{self.feature.name}.column` should hold {wish}, as in the training data. "
                 f"Found column '{self.feature.column}' of type {array.type}."
             )
         sentinels = _as_stored(self.feature.missing_values, array.type)
-        if self.width is None:
+        if self._width is None:
             stored_B = array.to_numpy() if types.is_floating(array.type) and not array.null_count else None
             return self._encode_rows(stored_B, lambda: floats(array)[:, None], sentinels, out_BW)
-        parts, step = _taken_apart(array, self.feature, self.width), _block_rows(self.width)
+        parts, step = _taken_apart(array, self.feature, self._width), _block_rows(self._width)
         stored_BW, missing_rows = parts.as_stored() if self._plain else None, 0
         for start in range(0, len(array), step):
             stored_bW = None if stored_BW is None else stored_BW[start : start + step]
@@ -282,7 +282,7 @@ class DenseEncoding:
         out_BW: npt.NDArray[np.float32],
     ) -> int:
         """`encode` of some rows: as they lie in the column, (B,) or (B, W) floats, where none is null; else of `values()`."""
-        columns, missing_BW = self.width or 1, None
+        columns, missing_BW = self._width or 1, None
         if stored is None or not self._encode_plain(stored, out_BW[:, 0] if stored.ndim == 1 else out_BW[:, :columns]):
             raw_BW, missing_BW = _missing(values(), sentinels)
             scaled_BW = self._scaled(_transformed(raw_BW, self.feature))
@@ -293,7 +293,7 @@ class DenseEncoding:
 
     def count(self, array: Any) -> FeatureProfile:
         """The profile of one column of a batch."""
-        blocks = list(_blocks(array, self.feature, self.width))
+        blocks = list(_blocks(array, self.feature, self._width))
         parts = [raw_bW.ravel() if missing_bW is None else raw_bW[~missing_bW] for raw_bW, missing_bW in blocks]
         known = np.concatenate([np.zeros(0), *parts])
         return self.profile(known, len(known), sum(raw_bW.size for raw_bW, _ in blocks) - len(known))

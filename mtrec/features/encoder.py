@@ -21,7 +21,7 @@ from mtrec.features.encoded import Encoded, EncodedIds, EncodedRows, Ids, Order,
 from mtrec.features.fit import Fitted, fit, rows_of_table
 from mtrec.features.kinds import FEATURES
 from mtrec.features.profile import FeatureCounts, FeatureProfile
-from mtrec.features.tables import Feature, Table, check_schema
+from mtrec.features.tables import Feature, Table, check_schema, id_columns
 from mtrec.features.vocabulary import FIRST_ROW, NULL_ROW, UNSEEN_ROW, Vocabulary, hash_array, row_type
 from mtrec.kinds import check_options, nearest, option_types, resolve
 from mtrec.written import as_written
@@ -50,7 +50,7 @@ class Encoder:
     Attributes:
         features: as given to the fit.
         tables: embedding tables.
-        columns: input columns that `encode` reads (optional ones included).
+        columns: input columns that `encode` reads (optional ones included); `id_columns`: those of ids alone.
         sparse_keys, weighted_keys: features with ids in the order of the batch, without and with weights.
         dense_names, num_dense: columns of `dense_BF`.
         statistics: {feature: {rows, null_share, unseen_share, ...}} of the training data.
@@ -78,6 +78,7 @@ class Encoder:
         by_name = {feature.name: feature for feature in fitted.features}
         self._index = {feature.name: place for place, feature in enumerate(fitted.features)}
         self.columns = tuple(dict.fromkeys(column for feature in fitted.features for column in feature.columns))
+        self.id_columns = id_columns(fitted.features)
         self.sparse_keys = tuple(name for table in self.tables if not table.weighted for name in table.features)
         self.weighted_keys = tuple(name for table in self.tables if table.weighted for name in table.features)
         self._rows_dtype = row_type(max((table.num_embeddings for table in self.tables), default=0))
@@ -98,13 +99,14 @@ class Encoder:
                     mean_of_weights=fitted.mean_of_weights[table.name],
                 )
         dense: list[str] = []
-        self._dense: list[tuple[Any, Any, slice]] = []
+        self._dense: list[tuple[Any, Any, slice, bool]] = []  # feature, encoding, columns, whether it is a vector
         for name, state in fitted.states.items():
             encoding = self._others[name] = by_name[name].restore(state)  # type: ignore[attr-defined]
             if by_name[name].family == "dense":
-                self._dense.append((by_name[name], encoding, slice(len(dense), len(dense) + len(encoding.names))))
+                columns = slice(len(dense), len(dense) + len(encoding.names))
+                self._dense.append((by_name[name], encoding, columns, state.get("width") is not None))
                 dense += encoding.names
-        self._numbers = _runs([columns for _, encoding, columns in self._dense if encoding.width is None])
+        self._numbers = _runs([columns for _, _, columns, is_vector in self._dense if not is_vector])
         self.dense_names = tuple(dense)
         self.num_dense = len(dense)
 
@@ -187,12 +189,12 @@ class Encoder:
         dense_BF = np.empty((batch.num_rows, self.num_dense), np.float32)
         numbers_FB = _columns(sum(run.stop - run.start for run in self._numbers), batch.num_rows)
         at = 0  # in numbers_FB
-        for feature, encoding, columns in self._dense:
-            if encoding.width is None:
+        for feature, encoding, columns, is_vector in self._dense:
+            if is_vector:
+                out_BW = dense_BF[:, columns]
+            else:
                 out_BW = numbers_FB[at : at + len(encoding.names)].T
                 at += len(encoding.names)
-            else:
-                out_BW = dense_BF[:, columns]
             missing = encoding.encode(self._column(batch, feature, 0, places), out_BW)
             if counts is not None:
                 rows = batch.num_rows

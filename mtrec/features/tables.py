@@ -209,6 +209,18 @@ def _plan(name: str, members: list[Any], embedding_dim: int) -> TablePlan:
     )
 
 
+def id_columns(features: Sequence[Feature]) -> frozenset[str]:
+    """The columns of ids that no other kind reads: their text may come as dictionary arrays.
+
+    >>> from mtrec.features import Categorical, Dense
+    >>> sorted(id_columns([Categorical("item"), Categorical("tags", weights="shares"), Dense("age")]))
+    ['item', 'tags']
+    """
+    ids = {feature.columns[0] for feature in features if feature.family == "vocabulary"}
+    others = {column for each in features for column in each.columns[1 if each.family == "vocabulary" else 0 :]}
+    return frozenset(ids - others)
+
+
 def check_schema(features: Iterable[Feature], schema: pa.Schema) -> None:
     """Checks that the columns of the features are there, with types that fit; an optional one may be missing.
 

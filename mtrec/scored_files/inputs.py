@@ -177,7 +177,7 @@ def _input_file(
             fields.append(without_view(file.schema.field(name)))
         else:
             fields.append(data.schema.field(name))
-    data = dataclasses.replace(data, schema=pa.schema(fields)).with_dictionaries()
+    data = dataclasses.replace(data, schema=pa.schema(fields)).with_dictionaries(encoder.id_columns)
     what = {
         "provenance": request.provenance,
         "kept": kept,
