@@ -46,7 +46,8 @@ class IdsExchange:
         if layout.group is not None:
             own = layout.group.rank()
             parts = _parts(ids, layout.held)
-            messages = {rank: _message(part, layout.held[rank]) for rank, part in enumerate(parts) if rank != own}
+            dtype = ids.values().dtype
+            messages = {rank: _message(part, layout.held[rank], dtype) for rank, part in enumerate(parts) if rank != own}
             self._work = layout.group.send_messages(messages, functools.partial(self._take_in, own=own, part=parts[own]))
 
     def _take_in(self, messages: Mapping[int, Tensor], *, own: int, part: _Held) -> None:
@@ -97,12 +98,12 @@ def _parts(ids: KeyedJaggedTensor, held: Sequence[Sequence[str]]) -> list[_Held]
 
 
 @functools.lru_cache(maxsize=64)
-def _checksum(keys: tuple[str, ...]) -> int:
-    return zlib.crc32("\0".join(keys).encode())
+def _checksum(keys: tuple[str, ...], dtype: torch.dtype) -> int:
+    return zlib.crc32("\0".join([str(dtype), *keys]).encode())
 
 
-def _message(part: _Held, keys: tuple[str, ...]) -> list[Sequence[Tensor]]:
-    head = torch.tensor([_checksum(keys), part.rows, *map(len, part.ids)])
+def _message(part: _Held, keys: tuple[str, ...], dtype: torch.dtype) -> list[Sequence[Tensor]]:
+    head = torch.tensor([_checksum(keys, dtype), part.rows, *map(len, part.ids)])
     return [[head], part.ids, [part.lengths_HB.view(-1)], *([part.weights] if part.weights else [])]
 
 
@@ -111,7 +112,7 @@ def _read(message: Tensor, keys: tuple[str, ...], like: KeyedJaggedTensor) -> _H
     head = Section(torch.int64, 2 + len(keys))
     (found,) = sections(message, [head])
     checksum, rows, *counts = found.tolist()
-    if checksum != _checksum(keys):
+    if checksum != _checksum(keys, like.values().dtype):
         raise RuntimeError(f"Something else came than the ids of {', '.join(keys)}: {UNLIKE_CALLS}")
     weights = like.weights_or_none()
     total = sum(counts)

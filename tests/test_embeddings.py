@@ -1,5 +1,7 @@
 """The order of the columns of x_BD, however the tables that they come from lie side by side."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mtrec import embeddings
-from mtrec.embeddings import Columns, in_order
+from mtrec.embeddings import Columns, in_order, write_initial_rows
+from mtrec.features import Table
 
 KEYS = tuple("abcdefg")
 
@@ -43,6 +46,22 @@ def test_columns_and_their_gradients_are_those_of_slices(
         torch.autograd.grad(found, leaves, gradient), torch.autograd.grad(expected, leaves, gradient), strict=True
     ):
         assert torch.equal(ours, theirs)
+
+
+def test_initial_rows_of_many_blocks_are_the_same_however_a_table_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embeddings, "INIT_BLOCK_ROWS", 10)
+    table = Table("item", 35, 4, ("item",), "mean", False, "auto", 1, 0.01, vocabulary_size=33, encoding="vocabulary")
+    whole = torch.zeros(35, 4)
+    write_initial_rows(whole, table, seed=1)
+    assert len(whole.unique()) == whole.numel()
+    for row, rows in ((0, 10), (3, 4), (7, 20), (20, 15), (34, 1)):
+        part = torch.zeros(rows, 2)
+        write_initial_rows(part, table, seed=1, row=row, column=2)
+        assert torch.equal(part, whole[row : row + rows, 2:])
+    for name, seed, generation in (("item", 2, 0), ("user", 1, 0), ("item", 1, 1)):
+        other = torch.zeros(35, 4)
+        write_initial_rows(other, dataclasses.replace(table, name=name), seed, generation=generation)
+        assert not (other == whole).any()
 
 
 def test_wide_columns_on_a_cpu_are_moved_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

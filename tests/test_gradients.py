@@ -1,5 +1,6 @@
 """Balancing within a training: where gradients are compared, what is refused, and runs that are killed and resumed."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,12 @@ def state_and_batch(run: Run, *overrides: str) -> tuple[TrainState, Batch]:
     return build_state(experiment, model, run.labels, batch_size=128, total_steps=50, device=CPU), batch
 
 
-def plain_losses(state: TrainState, x_BD: Tensor, labels: dict[str, Tensor], stream_rows: list[int]) -> Tensor:
+def plain_losses(
+    state: TrainState, x_BD: Tensor, labels: dict[str, Tensor], weight_B: Tensor, stream_rows: list[int]
+) -> Tensor:
     with stream_dropout(state.seed, state.step, state.streams, stream_rows):
         loss_BK, mask_BK = state.model.objectives.losses(state.model.dense(x_BD), labels)
-    return loss_BK.sum(0) / mask_BK.sum(0).clamp(min=1) * state.task_weights_K
+    return weight_B @ loss_BK / (weight_B @ mask_BK.float()).clamp(min=1e-9) * state.task_weights_K
 
 
 def plain_gradients(loss_K: Tensor, inputs: list[Tensor]) -> Tensor:
@@ -94,13 +97,15 @@ def plain_gradients(loss_K: Tensor, inputs: list[Tensor]) -> Tensor:
 def test_the_gramian_is_that_of_the_plain_gradients(run: Run, at: str, rows: float, interaction: str) -> None:
     with parallel.process_group(CPU):
         options = (f"balancing.at={at}", f"balancing.rows={rows}", f"model.interaction={interaction}")
-        state, batch = state_and_batch(run, "balancing.kind=upgrad", *options)
+        state, unweighted = state_and_batch(run, "balancing.kind=upgrad", *options)
+        weight_B = torch.arange(unweighted.num_rows) % 5 / 2.0
+        batch = dataclasses.replace(unweighted, sample_weight_B=weight_B)
         chosen = sampled_rows(rows, batch.stream_rows, state.streams, state.seed, 0)
         assert [len(index) for index in chosen] == [16 if rows == 1.0 else 4] * 8
         index = torch.cat(chosen)
         leaf_BD = state.model.embeddings(batch).detach()[index].requires_grad_()
         labels = {name: label[index] for name, label in batch.labels.items()}
-        loss_K = plain_losses(state, leaf_BD, labels, [len(each) for each in chosen])
+        loss_K = plain_losses(state, leaf_BD, labels, weight_B[index], [len(each) for each in chosen])
         if at == "parameters":
             jacobian = plain_gradients(loss_K, state.model.dense.shared_parameters())
         else:

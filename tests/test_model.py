@@ -18,7 +18,7 @@ from mtrec.feed import feed
 from mtrec.labels import labels_of
 from mtrec.model import MultiTaskModel
 from mtrec.run import Run, open_source
-from mtrec.step import TrainState, build_state, train_step
+from mtrec.step import TrainState, build_state, reset_tables, train_step
 from mtrec.train import Progress, make_reader
 
 CPU = torch.device("cpu")
@@ -135,6 +135,33 @@ def test_the_dense_part_moves_by_its_clipped_gradient_times_the_rate_of_the_step
                 assert_close(gradient.norm(), torch.tensor(clip_norm), rtol=1e-2, atol=0.0)
             else:
                 assert 0.01 < gradient.norm() < 100
+
+
+def test_every_table_moves_by_the_rate_of_the_step(tmp_path: Path) -> None:
+    run = small_run(tmp_path, *OPTIONS, "optimizer.tables.schedule=linear", "optimizer.tables.warmup_steps=0")
+    moved = []
+    with parallel.process_group(CPU):
+        for step in (0, 3):
+            state, batch = state_and_batch(run)
+            state.schedules.total_steps, state.step = 4, step
+            before = {name: table.detach().clone() for name, table in whole_tables(state).items()}
+            train_step(state, batch)
+            moved.append({name: table.detach() - before[name] for name, table in whole_tables(state).items()})
+    for name, first in moved[0].items():
+        assert first.abs().max() > 1e-4
+        assert_close(moved[1][name], first / 4, rtol=1e-3, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_tables_that_are_reset_start_with_the_optimizer_state_of_new_ones(tmp_path: Path) -> None:
+    run = small_run(tmp_path, *OPTIONS, "optimizer.tables.kind=rowwise_adagrad")
+    with parallel.process_group(CPU):
+        state, batch = state_and_batch(run)
+        kept = {key: local(value) for key, value in state.tensors().items() if key.startswith("tables_state.")}
+        assert {key.split(".")[1] for key in kept} == {"user_id", "item_id", "tags"}
+        train_step(state, batch)
+        assert all(part.any() for parts in kept.values() for part in parts)
+        reset_tables(state, generation=1)
+        assert not [key for key, parts in kept.items() if any(part.any() for part in parts)]
 
 
 def test_a_rank_without_rows_can_step(tmp_path: Path) -> None:

@@ -259,6 +259,15 @@ def test_expected_denominator_is_the_rate_of_the_fit(tmp_path: Path) -> None:
     assert_close(first["losses"][0, :2], second["losses"][0, :2])
 
 
+def test_expected_denominator_counts_rows_by_their_weights(tmp_path: Path) -> None:
+    source = Path(str(small_run(tmp_path).experiment.data.train.path))
+    folder = _with_weight(tmp_path, source, np.full(4_000, 2.5))
+    common = (f"data.train={folder}", "tasks.dwell.denominator=expected", "training.max_steps=1", "data.validation=null")
+    weighted, plain = (trained(str(small_run(tmp_path, *common, *own).folder)) for own in (["data.sample_weight=weight"], []))
+    assert float(plain["losses"][0, 2]) > 0.1
+    assert_close(weighted["losses"], plain["losses"], rtol=1e-5, atol=0.0)
+
+
 @pytest.mark.parametrize("sharding", ["table_wise", "data_parallel"])
 def test_table_gradients_are_clipped_by_value(tmp_path: Path, sharding: str) -> None:
     sgd = ("optimizer.tables.kind=sgd", "optimizer.tables.learning_rate=1.0", f"features.item_id.sharding={sharding}")

@@ -150,15 +150,24 @@ def test_training_has_torchrecs_losses_to_the_bit(
     assert (asked >= 12 * groups, none) == (True, 0)
 
 
+UNLIKE_PLANS = {  # what ranks 0 and 1 think that both hold
+    "ours": ((("a",), ("b",)), (("a",), ("b",))),
+    "another plan": ((("a",), ("b",)), (("a", "b"), ())),
+    "another order": ((("a", "b"), ()), (("b", "a"), ())),
+}
+
+
 def unlike_calls(what: str) -> str:
     """What rank 0 says when rank 1 makes another call."""
     with parallel.process_group(CPU, timeout_seconds=30):
         group = parallel._within_host
         assert group is not None
-        ids = ids_of({"a": ([1, 2], [0, 1, 2], []), "b": ([2, 0], [3, 4], [])}, 2, torch.int32, weighted=False)
+        first = parallel.rank() == 0
+        dtype = torch.int64 if what == "another type" and not first else torch.int32
+        ids = ids_of({"a": ([20, 1], list(range(21)), []), "b": ([2, 0], [3, 4], [])}, 2, dtype, weighted=False)
         said = ""
-        if parallel.rank() == 0 or what == "another plan":
-            held = (("a",), ("b",)) if parallel.rank() == 0 else (("a", "b"), ())
+        if first or what != "a sum":
+            held = UNLIKE_PLANS.get(what, UNLIKE_PLANS["ours"])[parallel.rank()]
             try:
                 IdsExchange(ids, Layout(group, held, (1, 1))).arrived()
             except RuntimeError as error:
@@ -170,7 +179,7 @@ def unlike_calls(what: str) -> str:
         return said
 
 
-@pytest.mark.parametrize("what", ["another plan", "a sum"])
+@pytest.mark.parametrize("what", ["another plan", "another order", "another type", "a sum"])
 def test_ranks_that_do_not_make_the_same_calls_are_told(tmp_path: Path, what: str) -> None:
     said, _ = run_ranks(2, unlike_calls, what, folder=tmp_path)
     assert "the ranks do not make the same calls in the same order" in said

@@ -208,6 +208,43 @@ def test_another_sharding_keeps_rows_and_state(yesterday: tuple[Path, Run], tmp_
     torch.testing.assert_close(new["state"]["tables_state.user_id.sum"][:, 0], mean)
 
 
+def warm_from(before: Run, after: Run) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """State and notes of a run that starts from another one, before its first step, in this process."""
+    device = torch.device("cpu")
+    with parallel.process_group(device):
+        model = MultiTaskModel(after.experiment, after.encoder, after.labels, device)
+        built = build_state(after.experiment, model, after.labels, batch_size=128, total_steps=10, device=device)
+        notes = warm_start(built, after, before).notes
+        state = gathered(built, after.folder / "gathered")
+    assert state is not None
+    return state, notes
+
+
+def test_tasks_in_another_order_keep_what_is_theirs(yesterday: tuple[Path, Run], tmp_path: Path) -> None:
+    folder, before = yesterday
+    tree: dict[str, Any] = experiment_tree(folder / "log-4000" / "train")
+    tree["tasks"] = dict(reversed(tree["tasks"].items()))
+    old = read(before.best().folder)
+    state, notes = warm_from(before, small_run(tmp_path, *SHARDINGS, tree=tree, previous=before))
+    assert not [note for note in notes if "begins anew" in note]
+    for name in ("architecture.task_gates.linear.weight", "towers.mlps.0.linears.0.weight", "towers.mlps.0.linears.0.bias"):
+        for key in (f"dense.{name}", f"dense_state.{name}.exp_avg_sq"):
+            assert torch.equal(state[key], old[key].flip(0)), key
+            assert not torch.equal(old[key], old[key].flip(0)), key
+
+
+@pytest.mark.parametrize(("old", "new"), [(1, 2), (2, 1)])
+def test_another_number_of_experts_a_task_begins_anew(tmp_path: Path, old: int, new: int) -> None:
+    kinds = [f"model.architecture={{kind: cgc, num_task_experts: {number}, expert_layers: [8]}}" for number in (old, new)]
+    before, after = (small_run(tmp_path, kind, rows=600) for kind in kinds)
+    columns = len(warm.input_columns(before.encoder))
+    stored = warm._shapes(before.experiment, columns, warm.task_specs(before.experiment))
+    axes = warm._Axes(after, before)
+    fresh = {name for name, shape in stored.items() if axes.pairs(name, tuple(shape)) is None}
+    own = {"architecture.level.task_experts.linears.0.weight", "architecture.level.task_experts.linears.0.bias"}
+    assert fresh == {*own, "architecture.level.task_gates.linear.weight"}
+
+
 def test_state_of_another_kind_of_optimizer_begins_anew(
     yesterday: tuple[Path, Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
