@@ -125,8 +125,9 @@ class Dataset:
         fields += [field for field in extra if field.name not in columns]
         schema, keys, stored = pa.schema(fields), dict(file.location.keys), file.schema.names
         read = [field.name for field in fields if field.name not in keys and field.name in stored]
-        dictionaries = [name for name in read if holds_dictionary(schema.field(name).type)]
-        dictionaries = [name for name in dictionaries if is_text(file.schema.field(name).type)]
+        dictionaries = [
+            name for name in read if holds_dictionary(schema.field(name).type) and is_text(file.schema.field(name).type)
+        ]
         with open_file(file, dictionaries) as parquet:
             batches = parquet.iter_batches(rows, row_groups=[row_group.index], columns=read, use_threads=False)
             # the common case, without a Python step for each column: all there, in the dataset's types
@@ -239,7 +240,7 @@ class Dataset:
             if column not in file.schema.names or column in dict(file.location.keys):
                 return [unstored_bounds(file, column, group, self.partition_types) for group in item[1]]
             with open_file(file) as parquet:
-                bounds = footer_bounds(parquet.metadata, [column])[column]
+                bounds = footer_bounds(file, parquet.metadata, [column])[column]
             return [bounds[group.index] for group in item[1]]
 
         with ThreadPoolExecutor(_FOOTER_THREADS) as pool:

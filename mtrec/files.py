@@ -232,14 +232,28 @@ class ChangedFile(ValueError):
     """A file is not the one that was there when the data was opened."""
 
 
-def leaves_of(metadata: pq.FileMetaData) -> dict[str, list[int]]:
-    """{column: numbers of the columns of plain values that it consists of in the file}: one, but for structs."""
-    names = set(metadata.schema.to_arrow_schema().names)
-    leaves: dict[str, list[int]] = {}
-    for number in range(metadata.num_columns):
-        path = metadata.schema.column(number).path
-        leaves.setdefault(path if path in names else path.split(".")[0], []).append(number)
+def leaves_of(schema: pa.Schema) -> dict[str, range]:
+    """{column: numbers of the columns of plain values that it consists of in its file}: one, but for structs and maps.
+
+    By their order, since a path such as `a.b.list.element` does not tell whether the column is `a` or `a.b`.
+
+    >>> leaves_of(pa.schema({"a.b": pa.list_(pa.string()), "c": pa.map_(pa.string(), pa.int64()), "d": pa.int64()}))
+    {'a.b': range(0, 1), 'c': range(1, 3), 'd': range(3, 4)}
+    """
+    leaves: dict[str, range] = {}
+    first = 0
+    for field in schema:
+        leaves[field.name] = range(first, first + _num_leaves(field.type))
+        first = leaves[field.name].stop
     return leaves
+
+
+def _num_leaves(type_: pa.DataType) -> int:
+    if isinstance(type_, pa.BaseExtensionType):
+        return _num_leaves(type_.storage_type)
+    if not pa.types.is_nested(type_):
+        return 1
+    return sum(_num_leaves(type_.field(number).type) for number in range(type_.num_fields))
 
 
 @contextlib.contextmanager
@@ -256,7 +270,7 @@ def open_file(file: File, dictionaries: Collection[str] = ()) -> Iterator[pq.Par
         if hashlib.blake2b(footer, digest_size=16).digest() != identity.digest:
             raise ChangedFile(_changed(location, "its footer is another"))
         remote, metadata = location.filesystem.type_name != "local", _parsed(footer, location)
-        leaves = leaves_of(metadata) if dictionaries else {}
+        leaves = leaves_of(file.schema) if dictionaries else {}
         yield pq.ParquetFile(
             handle,
             metadata=metadata,

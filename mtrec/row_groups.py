@@ -56,15 +56,16 @@ def look_at(location: Location, columns: Collection[str] | None, bounded: Collec
     """Reads the footer of a file: what `columns` (None: all) take, and the bounds of `bounded`. Raises as `read_footer`."""
     file, metadata = read_footer(location)
     rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
-    return Look(file, rows, footer_bounds(metadata, bounded), _stored(metadata, columns))
+    return Look(file, rows, footer_bounds(file, metadata, bounded), _stored(file, metadata, rows, columns))
 
 
-def _stored(metadata: pq.FileMetaData, columns: Collection[str] | None) -> dict[str, Stored]:
+def _stored(
+    file: File, metadata: pq.FileMetaData, rows: Sequence[int], columns: Collection[str] | None
+) -> dict[str, Stored]:
     """Of the row group with the most rows, which stands for the others."""
-    largest = max(range(metadata.num_row_groups), key=lambda index: metadata.row_group(index).num_rows, default=None)
-    if largest is None:
+    if not rows:
         return {}
-    group, leaves = metadata.row_group(largest), leaves_of(metadata)
+    group, leaves = metadata.row_group(rows.index(max(rows))), leaves_of(file.schema)
     return {
         name: _stored_leaf(group, leaves[name][0], metadata.schema.column(leaves[name][0]).max_repetition_level > 0)
         for name in (leaves if columns is None else columns)
@@ -111,14 +112,14 @@ def unstored_bounds(file: File, column: str, group: RowGroup, partition_types: M
     return Bounds(value, value, group.num_rows if value is None else 0, group.num_rows)
 
 
-def footer_bounds(metadata: pq.FileMetaData, columns: Collection[str]) -> dict[str, list[Bounds | None]]:
+def footer_bounds(file: File, metadata: pq.FileMetaData, columns: Collection[str]) -> dict[str, list[Bounds | None]]:
     """{column: what the footer says of it, for each row group}, of the columns that the file has.
 
     None where it says nothing, and for columns of several leaves (structs). A list's bounds are those of its items.
     """
     if not columns:
         return {}
-    leaves, groups = leaves_of(metadata), range(metadata.num_row_groups)
+    leaves, groups = leaves_of(file.schema), range(metadata.num_row_groups)
     return {
         name: [_chunk_bounds(metadata, i, leaves[name][0]) if len(leaves[name]) == 1 else None for i in groups]
         for name in columns

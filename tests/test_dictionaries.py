@@ -12,7 +12,7 @@ from runs import small_run, train_on
 
 from mtrec.batch import Batch
 from mtrec.checkpoint import find
-from mtrec.dataset import Dataset, Source, open_dataset
+from mtrec.dataset import Dataset, Source, open_dataset, open_each
 from mtrec.evaluate import evaluate, whole_reader
 from mtrec.features import NULL_ROW, UNSEEN_ROW, Categorical, Dense, Encoder, id_columns
 from mtrec.feed import feed
@@ -239,3 +239,15 @@ def test_what_an_evaluation_groups_by_is_plain(runs: tuple[Run, Run]) -> None:
     with process_group(torch.device("cpu")):
         types = [whole_reader(data, encoder, others, 100).dataset.schema.field("item_id").type for others in ([], ["item_id"])]
     assert types == [pa.dictionary(pa.int32(), pa.string()), pa.string()]
+
+
+def test_a_column_with_a_dot_in_its_name_is_told_from_what_lies_in_another(tmp_path: Path) -> None:
+    path, tags = str(tmp_path / "a.parquet"), pa.array([["a"], None] * 50)
+    structs = pa.array([{"b": 1, "c": ["x"]}] * 100)
+    pq.write_table(pa.table({"a": structs, "a.b": tags, "d": pa.array(range(100))}), path)
+    ((_, data),) = open_each(Source(path, where="d >= 50"), ["a.b"], place="INPUT")
+    assert isinstance(data, Dataset)
+    assert data.dictionaries == {"a.b"}
+    assert data.list_bytes.keys() == {"a.b"}
+    found = [value for batch in data.with_dictionaries(["a.b"]).batches(["a.b"], 30) for value in batch["a.b"].to_pylist()]
+    assert found == tags.to_pylist()[50:]

@@ -303,18 +303,15 @@ class Vectors:
 
     def rows(self, start: int, stop: int) -> npt.NDArray[np.float64]:
         """(b, W) float64 of rows [start, stop), or up to the last one; null lists and numbers are NaN. May be read-only."""
-        there_b = None if self.there_B is None else self.there_B[start:stop]
-        first, count = (start, min(stop, self.num_rows) - start) if there_b is None else (self._before(start), int(there_b.sum()))
-        values_bW = floats(self.numbers.slice(first * self.width, count * self.width)).reshape(-1, self.width)
-        if there_b is None:
-            return values_bW
-        spread_bW = np.full((len(there_b), self.width), np.nan)
-        spread_bW[there_b] = values_bW
-        return spread_bW
+        if self.there_B is None:
+            return self._vectors(start, stop - start)
+        there_b = self.there_B[start:stop]
+        values_bW = np.full((len(there_b), self.width), np.nan)
+        values_bW[there_b] = self._vectors(int(np.count_nonzero(self.there_B[:start])), int(np.count_nonzero(there_b)))
+        return values_bW
 
-    def _before(self, row: int) -> int:
-        """How many vectors are there before a row."""
-        return int(np.count_nonzero(self.there_B[:row])) if self.there_B is not None else row
+    def _vectors(self, first: int, count: int) -> npt.NDArray[np.float64]:
+        return floats(self.numbers.slice(first * self.width, count * self.width)).reshape(-1, self.width)
 
 
 def vectors(array: Any, width: int, place: str, column: str) -> Vectors:

@@ -287,9 +287,10 @@ class DenseEncoding:
             raw_BW, missing_BW = _missing(values(), sentinels)
             scaled_BW = self._scaled(_transformed(raw_BW, self.feature))
             out_BW[:, :columns] = scaled_BW if missing_BW is None else np.where(missing_BW, self._fill_W, scaled_BW)
+        missing_B = np.zeros(len(out_BW), np.bool_) if missing_BW is None else missing_BW.any(axis=1)
         if self.state["indicator"]:
-            out_BW[:, -1] = 0.0 if missing_BW is None else missing_BW.any(axis=1)
-        return 0 if missing_BW is None else int(missing_BW.any(axis=1).sum())
+            out_BW[:, -1] = missing_B
+        return int(np.count_nonzero(missing_B))
 
     def count(self, array: Any) -> FeatureProfile:
         """The profile of one column of a batch."""

@@ -170,6 +170,18 @@ def test_features_and_tasks_come_and_go_by_name(yesterday: tuple[Path, Run], tmp
     assert torch.equal(state["tables_state.tags.sum"], old["tables_state.tags.sum"].expand(-1, 8))
 
 
+def warm_from(before: Run, after: Run) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """State and notes of a run that starts from another one, before its first step, in this process."""
+    device = torch.device("cpu")
+    with parallel.process_group(device):
+        model = MultiTaskModel(after.experiment, after.encoder, after.labels, device)
+        built = build_state(after.experiment, model, after.labels, batch_size=128, total_steps=10, device=device)
+        notes = warm_start(built, after, before).notes
+        state = gathered(built, after.folder / "gathered")
+    assert state is not None
+    return state, notes
+
+
 @pytest.mark.parametrize(
     ("override", "anew"),
     [
@@ -184,11 +196,7 @@ def test_a_head_whose_logits_meant_something_else_begins_anew(
     yesterday: tuple[Path, Run], override: str, anew: bool
 ) -> None:
     folder, before = yesterday
-    after, device = small_run(folder, override, previous=before), torch.device("cpu")
-    with parallel.process_group(device):
-        model = MultiTaskModel(after.experiment, after.encoder, after.labels, device)
-        built = build_state(after.experiment, model, after.labels, batch_size=128, total_steps=10, device=device)
-        notes = warm_start(built, after, before).notes
+    _, notes = warm_from(before, small_run(folder, override, previous=before))
     assert [note for note in notes if "heads." in note] == (
         ["heads.head_dwell.weight: begins anew", "heads.head_dwell.bias: begins anew"] if anew else []
     )
@@ -206,18 +214,6 @@ def test_another_sharding_keeps_rows_and_state(yesterday: tuple[Path, Run], tmp_
     assert torch.equal(new["state"]["tables_state.tags.momentum1"], old["state"]["tables_state.tags.sum"].flatten())
     mean = old["state"]["tables_state.user_id.momentum1"].view(2, -1).mean(0)
     torch.testing.assert_close(new["state"]["tables_state.user_id.sum"][:, 0], mean)
-
-
-def warm_from(before: Run, after: Run) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """State and notes of a run that starts from another one, before its first step, in this process."""
-    device = torch.device("cpu")
-    with parallel.process_group(device):
-        model = MultiTaskModel(after.experiment, after.encoder, after.labels, device)
-        built = build_state(after.experiment, model, after.labels, batch_size=128, total_steps=10, device=device)
-        notes = warm_start(built, after, before).notes
-        state = gathered(built, after.folder / "gathered")
-    assert state is not None
-    return state, notes
 
 
 def test_tasks_in_another_order_keep_what_is_theirs(yesterday: tuple[Path, Run], tmp_path: Path) -> None:
@@ -249,14 +245,8 @@ def test_state_of_another_kind_of_optimizer_begins_anew(
     yesterday: tuple[Path, Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, before = yesterday
-    run, device = small_run(folder, previous=before), torch.device("cpu")
     monkeypatch.setattr(warm, "ADAGRAD", ("adagrad",))  # as if the runs' row-wise one were Adam, which a CPU does not have
-    with parallel.process_group(device):
-        model = MultiTaskModel(run.experiment, run.encoder, run.labels, device)
-        built = build_state(run.experiment, model, run.labels, batch_size=128, total_steps=10, device=device)
-        notes = warm_start(built, run, before).notes
-        state = gathered(built, run.folder / "gathered")
-    assert state is not None
+    state, notes = warm_from(before, small_run(folder, previous=before))
     assert "table user_id: optimizer state 'momentum1' begins anew" in notes
     assert not any(state[key].any() for key in state if key.startswith("tables_state."))
     assert torch.equal(state["tables.user_id"], read(before.best().folder)["tables.user_id"])
