@@ -8,17 +8,13 @@ parameters on every rank, whose gradients are reduced with the dense part's and 
 torchrec's own data-parallel tables never move under a fused optimizer).
 """
 
-import functools
 import hashlib
-import itertools
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import unquote
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
@@ -27,9 +23,8 @@ from mtrec.ahead import arrive, beside
 from mtrec.batch import Batch
 from mtrec.features import Table
 from mtrec.ids_exchange import IdsExchange
-from mtrec.pooled_exchange import Layout, side_by_side
+from mtrec.pooled_exchange import Layout, Pooled, alone, side_by_side
 
-LEAST_BLOCK = 4  # floats that are moved at once
 INIT_BLOCK_ROWS = 65_536  # initial rows are drawn block by block, so that a shard draws only what it holds
 
 
@@ -113,25 +108,23 @@ class Embeddings(nn.Module):
         groups = (("tables", self.tables, batch.sparse), ("weighted_tables", self.weighted_tables, batch.weighted))
         return [each for each in groups if each[1] is not None]
 
-    def _look_up(self, batch: Batch) -> "list[Columns]":
+    def _look_up(self, batch: Batch) -> list[Pooled]:
         """The pooled embeddings of the sharded (or not yet sharded) tables."""
         if self._begun is not None and self._begun[0] is batch:
             exchanges, self._begun = self._begun[1], None
             return [exchange.pooled() for exchange in exchanges]
         return [  # on the stream on which the batch was copied
-            _Exchange(module, ids, self.layouts[name]).pooled() if name in self.layouts else _columns(module(ids))
+            _Exchange(module, ids, self.layouts[name]).pooled() if name in self.layouts else _pooled(module(ids))
             for name, module, ids in self._sharded(batch)
         ]
 
     def forward(self, batch: Batch) -> Tensor:
         """(B, D) pooled embeddings and dense columns side by side; of a batch without rows (0, D)."""
-        columns = self._look_up(batch)
+        groups = self._look_up(batch)
         if self.replicated_tables is not None:
-            columns.append(_columns(self.replicated_tables(batch.sparse if batch.num_rows else self._one_row(batch))))
-        if not batch.num_rows:  # a slice of all rows would cost a copy backward
-            columns = [each._replace(values=each.values[:0]) for each in columns]
-        features = in_order(columns, tuple(self.feature_names), self._shares(batch))
-        x_BD = torch.cat([batch.dense_BF, *features], dim=1)
+            pooled = _pooled(self.replicated_tables(batch.sparse if batch.num_rows else self._one_row(batch)))
+            groups.append(pooled if batch.num_rows else pooled._replace(values_AH=pooled.values_AH[:0], rows=[0]))
+        x_BD = side_by_side(batch.dense_BF, groups, tuple(self.feature_names), self._shares(batch))
         if self.clip_value is not None and x_BD.requires_grad:
             limit = self.clip_value
             x_BD.register_hook(lambda gradient: gradient.clamp(-limit, limit))
@@ -156,102 +149,9 @@ class Embeddings(nn.Module):
         return KeyedJaggedTensor(keys=batch.sparse.keys(), values=batch.sparse.values(), lengths=lengths, stride=1)
 
 
-class Columns(NamedTuple):
-    """(B, sum of widths): the columns of each key, so many, side by side."""
-
-    values: Tensor
-    keys: tuple[str, ...]
-    widths: tuple[int, ...]
-
-
-def _columns(pooled: KeyedTensor) -> Columns:
-    return Columns(pooled.values(), tuple(pooled.keys()), tuple(pooled.length_per_key()))
-
-
-def in_order(
-    groups: Sequence[Columns], wanted: tuple[str, ...], factors: Mapping[str, Tensor] | None = None
-) -> list[Tensor]:
-    """All columns, those of the first wanted key first: what `torch.cat` puts side by side.
-
-    Args:
-        factors: (B, 1), of some keys, by which their columns are multiplied; they get no gradient.
-
-    >>> groups = [Columns(torch.tensor([[1.0, 2.0, 3.0]]), ("a", "b"), (2, 1))]
-    >>> torch.cat(in_order(groups, ("b", "a")), dim=1).tolist()
-    [[3.0, 1.0, 2.0]]
-    >>> torch.cat(in_order(groups, ("b", "a"), {"a": torch.tensor([[0.5]])}), dim=1).tolist()
-    [[3.0, 0.5, 1.0]]
-    """
-    factors = factors or {}
-    keys = tuple(key for group in groups for key in group.keys)
-    if keys == wanted and not factors:  # as where one rank holds all tables
-        return [group.values for group in groups]
-    widths = tuple(width for group in groups for width in group.widths)
-    block = math.gcd(*widths)
-    if block >= LEAST_BLOCK and groups[0].values.device.type == "cpu":
-        together = groups[0].values if len(groups) == 1 else torch.cat([group.values for group in groups], dim=1)
-        order = _block_order(keys, widths, wanted, block)
-        reordered: Tensor = _Reordered.apply(together, order, block, tuple(factors), *factors.values())
-        return [reordered]
-    columns: dict[str, Tensor] = {}
-    for group in groups:
-        # one split, whose backward is one copy; slices would each make a gradient of the whole width
-        columns.update(zip(group.keys, group.values.split(group.widths, dim=1), strict=True))
-    return [columns[name] * factors[name] if name in factors else columns[name] for name in wanted]
-
-
-class _Order(NamedTuple):
-    """Which block of columns goes to each place, where each block went, and the columns of each key there and before."""
-
-    forth: Tensor
-    back: Tensor
-    after: dict[str, slice]
-    before: dict[str, slice]
-
-
-@functools.lru_cache(maxsize=16)
-def _block_order(keys: tuple[str, ...], widths: tuple[int, ...], wanted: tuple[str, ...], block: int) -> _Order:
-    width = dict(zip(keys, widths, strict=True))
-    before, after = _spans(width, keys), _spans(width, wanted)
-    forth = torch.tensor(
-        [at // block for name in wanted for at in range(before[name].start, before[name].stop, block)], dtype=torch.int64
-    )
-    return _Order(forth, forth.argsort(), after, before)
-
-
-def _spans(width: Mapping[str, int], names: Sequence[str]) -> dict[str, slice]:
-    ends = itertools.accumulate(width[name] for name in names)
-    return {name: slice(end - width[name], end) for name, end in zip(names, ends, strict=True)}
-
-
-class _Reordered(torch.autograd.Function):
-    """Columns in another order, a block of them at a time: a quarter of what `torch.cat` of slices takes on a CPU."""
-
-    @staticmethod
-    def forward(context: Any, x: Tensor, order: _Order, block: int, names: tuple[str, ...], *factors_B1: Tensor) -> Tensor:
-        """(B, columns), those of the names times their factors."""
-        context.order, context.block, context.names = order, block, names
-        context.save_for_backward(*factors_B1)
-        return _times(_reordered(x, order.forth, block), order.after, names, factors_B1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(context: Any, dy: Tensor) -> Any:
-        """The gradient of x."""
-        dx = _reordered(dy, context.order.back, context.block)
-        return _times(dx, context.order.before, context.names, context.saved_tensors), *[None] * (3 + len(context.names))
-
-
-def _reordered(x: Tensor, order: Tensor, block: int) -> Tensor:
-    blocks = x.contiguous().view(len(x), x.shape[1] // block, block)
-    return blocks.index_select(1, order).view(x.shape)
-
-
-def _times(x: Tensor, spans: Mapping[str, slice], names: Sequence[str], factors_B1: Sequence[Tensor]) -> Tensor:
-    """The columns of the names times their factors, in place."""
-    for name, factor_B1 in zip(names, factors_B1, strict=True):
-        x[:, spans[name]] *= factor_B1
-    return x
+def _pooled(pooled: KeyedTensor) -> Pooled:
+    values = pooled.values()
+    return Pooled(values, [len(values)], alone(tuple(pooled.keys()), tuple(pooled.length_per_key())))
 
 
 class _Exchange:
@@ -264,10 +164,10 @@ class _Exchange:
     def proceed(self) -> None:
         """They are under way."""
 
-    def pooled(self) -> Columns:
-        """Waits for the ids of all ranks; a collective, as its backward pass."""
+    def pooled(self) -> Pooled:
+        """Waits for the ids of all ranks; what this rank holds of them."""
         ids, rows = self._ids.arrived()
-        return Columns(side_by_side(self._lookup(ids), rows, self._layout), self._layout.keys, self._layout.widths)
+        return Pooled(self._lookup(ids), rows, self._layout)
 
 
 class _ThroughTorchrec:
@@ -285,7 +185,7 @@ class _ThroughTorchrec:
             with beside(self._device):
                 self._ids_sent = self._lengths_sent.wait()
 
-    def pooled(self) -> Columns:
+    def pooled(self) -> Pooled:
         """Waits for the ids of all ranks; a collective, as its backward pass."""
         self.proceed()
         with beside(self._device):
@@ -294,7 +194,7 @@ class _ThroughTorchrec:
         if computing is not None:
             ids.record_stream(computing)
             self._context.record_stream(computing)
-        return _columns(self._module.compute_and_output_dist(self._context, ids))
+        return _pooled(self._module.compute_and_output_dist(self._context, ids))
 
 
 def _as_it_is(table: Tensor) -> Tensor:

@@ -246,13 +246,16 @@ class SharedMemoryGroup(dist.ProcessGroup):
         """Part r of the input goes to rank r and becomes part of its output; parts are cut along the first dimension."""
         sent = source.detach().split(_sizes(source, input_split_sizes, self.size()))
         received = output.detach().split(_sizes(output, output_split_sizes, self.size()))
-        return self._exchanging(sent, received)
+        return self._exchanging([[part] for part in sent], [[part] for part in received])
 
     alltoall_base = all_to_all_single  # type: ignore[assignment]  # its name up to torch 2.12
 
-    def exchange(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> None:
-        """Part r of `sent` is written to part `rank` of rank r's `received`, which has its shape; of any strides, both."""
-        self._exchanging([part.detach() for part in sent], [part.detach() for part in received]).wait()
+    def exchange(self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]]) -> None:
+        """Part r of `sent` is written to part `rank` of rank r's `received`. A part is columns side by side: matrices of as many
+        rows, of any strides; it may be cut otherwise where it comes from than where it goes to, but in one place it is one. No
+        gradient knows of it: who has some calls this without.
+        """
+        self._exchanging(sent, received).wait()
 
     def send_messages(
         self, messages: Mapping[int, Sequence[Sequence[Tensor]]], read: Callable[[dict[int, Tensor]], None]
@@ -283,21 +286,23 @@ class SharedMemoryGroup(dist.ProcessGroup):
 
         return self._begun(operation, end)
 
-    def _exchanging(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> dist.Work:
+    def _exchanging(self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]]) -> dist.Work:
         me = self.rank()
-        number, places = self._place([sent[peer.rank].nbytes for peer in self._peers])
+        wholes = [_as_one(part) for part in sent]
+        number, places = self._place([wholes[peer.rank].nbytes for peer in self._peers])
         posts = {}
         for peer, place in zip(self._peers, places, strict=True):
-            part = sent[peer.rank]
-            posts[peer.rank] = (place, part.nbytes)
-            if part.nbytes:
-                self._buffers[number].view(place, part).copy_(part)
+            whole = wholes[peer.rank]
+            posts[peer.rank] = (place, whole.nbytes)
+            if whole.nbytes:
+                copy_columns([self._buffers[number].view(place, whole)], sent[peer.rank])
         operation = self._post(number, posts)
 
         def end() -> None:
-            received[me].copy_(sent[me])
-            for peer, part in self._arrived(operation):
-                received[peer.rank].copy_(self._as(part, received[peer.rank], peer.rank, operation))
+            copy_columns(received[me], sent[me])
+            for peer, message in self._arrived(operation):
+                into = received[peer.rank]
+                copy_columns(into, [self._as(message, _as_one(into), peer.rank, operation)])
             self._tell_read(operation)
 
         return self._begun(operation, end)
@@ -405,6 +410,29 @@ class SharedMemoryGroup(dist.ProcessGroup):
 
 def _section(tensors: Sequence[Tensor]) -> Section:
     return Section(tensors[0].dtype if tensors else torch.uint8, sum(map(len, tensors)))
+
+
+def _as_one(columns: Sequence[Tensor]) -> Tensor:
+    """The type and shape of matrices side by side (of one: itself)."""
+    if len(columns) == 1:
+        return columns[0]
+    width = sum(each.shape[1] for each in columns)
+    return columns[0].new_empty((len(columns[0]), width), device="meta") if columns else torch.empty(0, device="meta")
+
+
+def copy_columns(into: Sequence[Tensor], columns: Sequence[Tensor]) -> None:
+    """Matrices side by side into others that are; on one side it is one, or on both. ValueError where they do not fit."""
+    if len(columns) == 1 and len(into) > 1:
+        columns = columns[0].split([each.shape[1] for each in into], dim=1)
+    elif len(into) == 1 and len(columns) > 1:
+        into = into[0].split([each.shape[1] for each in columns], dim=1)
+    if columns and into:
+        for each, place in zip(columns, into, strict=True):
+            if each.shape != place.shape:  # torch would repeat what is 1
+                raise ValueError(f"Columns of the shape {tuple(each.shape)} are to be written where {tuple(place.shape)} is.")
+            place.copy_(each)
+    elif any(each.numel() for each in (*columns, *into)):
+        raise ValueError(f"There is nothing to be written, or no place for it: {len(columns)} matrices, {len(into)} places.")
 
 
 def _sizes(tensor: Tensor, split_sizes: Sequence[int] | None, size: int) -> list[int]:

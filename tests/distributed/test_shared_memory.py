@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mtrec import hang, parallel, shared_memory
 from mtrec.model import MultiTaskModel
-from mtrec.pooled_exchange import Layout, side_by_side
+from mtrec.pooled_exchange import Layout, Pooled, side_by_side
 from mtrec.run import Run
 from mtrec.step import build_state
 from mtrec.train import train
@@ -272,29 +272,44 @@ def losses(folder: str) -> tuple[Tensor, int]:
     return trained(folder)["losses"], sum(group._operation for group in groups if group is not None)
 
 
-ROWS, WIDTHS = [2, 0, 3], [4, 1, 0]  # a rank without rows, one without tables
+ROWS, WIDTHS = [2, 0, 3], [4, 3, 0]  # a rank without rows, one without tables
+HELD, KEY_WIDTHS = (("a", "b"), ("c", "d"), ()), (1, 3, 1, 2)
+WANTED = ("c", "a", "b", "d")  # the columns of rank 0 stay together, those of rank 1 do not
+PERMUTED = [4, 0, 1, 2, 3, 5, 6]  # where the columns of WANTED lie, rank by rank
+DENSE = 2
+SCALED = ("b", "d", "c")  # of each rank's rows: as it is of features that have one id in every row of one rank's batch
+SPANS = {"b": slice(2, 5), "c": slice(0, 1), "d": slice(5, 7)}  # in the order of WANTED
 
 
-def pooled_side_by_side() -> tuple[Tensor, Tensor]:
+def pooled_side_by_side(scaled: bool) -> tuple[Tensor, Tensor]:
     """(columns of all ranks, gradient of the own ones)."""
     with parallel.process_group(CPU):
         assert parallel._within_host is not None
         me = dist.get_rank()
-        layout = Layout(parallel._within_host, (("a", "b"), ("c",), ()), (1, 3, 1))
+        layout = Layout(parallel._within_host, HELD, KEY_WIDTHS)
         pooled_AH = numbers(me, sum(ROWS), WIDTHS[me]).requires_grad_()
-        found_BD = side_by_side(pooled_AH, ROWS, layout)
+        factors = {SCALED[me]: numbers(70 + me, ROWS[me], 1)} if scaled else {}
+        pooled = Pooled(pooled_AH, ROWS, layout)
+        found_BD = side_by_side(numbers(90 + me, ROWS[me], DENSE), [pooled], WANTED, factors)
         (gradient_AH,) = torch.autograd.grad(found_BD, pooled_AH, numbers(50 + me, *found_BD.shape))
         return found_BD.detach(), gradient_AH
 
 
-def test_pooled_embeddings_and_their_gradients_come_to_their_places(tmp_path: Path) -> None:
-    found = run_ranks(3, pooled_side_by_side, folder=tmp_path)
-    pooled = torch.cat([numbers(rank, sum(ROWS), width) for rank, width in enumerate(WIDTHS)], dim=1)
-    gradient = torch.cat([numbers(50 + rank, rows, sum(WIDTHS)) for rank, rows in enumerate(ROWS)])
-    for (columns, own), expected, expected_own in zip(
-        found, pooled.split(ROWS), gradient.split(WIDTHS, dim=1), strict=True
+@pytest.mark.parametrize("scaled", [False, True])
+def test_pooled_embeddings_and_their_gradients_come_to_their_places(tmp_path: Path, scaled: bool) -> None:
+    found = run_ranks(3, pooled_side_by_side, scaled, folder=tmp_path)
+    held = torch.cat([numbers(rank, sum(ROWS), width) for rank, width in enumerate(WIDTHS)], dim=1)[:, PERMUTED]
+    gradient = torch.cat([numbers(50 + rank, rows, DENSE + sum(WIDTHS)) for rank, rows in enumerate(ROWS)])[:, DENSE:]
+    if scaled:
+        for rank, (own, own_gradient) in enumerate(zip(held.split(ROWS), gradient.split(ROWS), strict=True)):
+            for columns in (own, own_gradient):
+                columns[:, SPANS[SCALED[rank]]] *= numbers(70 + rank, ROWS[rank], 1)
+    back = torch.empty_like(gradient)
+    back[:, PERMUTED] = gradient
+    for rank, ((columns, own), expected, expected_own) in enumerate(
+        zip(found, held.split(ROWS), back.split(WIDTHS, dim=1), strict=True)
     ):
-        assert torch.equal(columns, expected)
+        assert torch.equal(columns, torch.cat([numbers(90 + rank, ROWS[rank], DENSE), expected], dim=1))
         assert torch.equal(own, expected_own)
 
 
