@@ -184,6 +184,11 @@ class Examples:
         """B."""
         return self.rows.num_rows
 
+    @property
+    def nbytes(self) -> int:
+        """Of all arrays."""
+        return self.rows.nbytes + self.labels_TB.nbytes + (0 if self.sample_weight_B is None else self.sample_weight_B.nbytes)
+
 
 def make_examples(
     record_batch: pa.RecordBatch,

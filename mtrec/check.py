@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
-from mtrec.batch import Label, label_values
+from mtrec.batch import Label, label_values, make_examples
 from mtrec.config import Experiment, Source
 from mtrec.dataset import Dataset, common_files
 from mtrec.evaluate import check_best_metric
@@ -29,6 +29,7 @@ from mtrec.labels import LabelFit, LabelStatistics, check_trained, labels_of
 from mtrec.metrics import auc
 from mtrec.mirror import Mirror
 from mtrec.model import MultiTaskModel, check_buffers, loss_weights, task_specs
+from mtrec.reader import windows_held
 from mtrec.run import (
     check_device,
     check_footers,
@@ -103,7 +104,10 @@ def check_experiment(experiment: Experiment, sample_rows: int = 100_000, device:
             f"tables{' (from the sample: a full fit finds more ids)' if partial else ''}": _table_rows(experiment, encoder),
             "tasks": _task_rows(experiment, specs, statistics, weights),
         },
-        "facts": _facts(experiment, train, validation, sample.num_rows, model),
+        "facts": [
+            *_facts(experiment, train, validation, sample.num_rows, model),
+            *_windows(experiment, train, sample, encoder, labels),
+        ],
         "warnings": [
             *train.notes,
             *filter(None, [slow_precision(experiment, device)]),
@@ -157,6 +161,22 @@ def _facts(experiment: Experiment, train: Dataset, validation: Dataset | None, s
         f"dense part: {dense:,} parameters, {model.dense.flops_per_row() / 1e6:.3f} MFLOP a row to score, "
         f"{3 * model.dense.flops_per_row() / 1e6:.3f} to train; shared representation of {model.embeddings.output_dim} columns",
     ]
+
+
+def _windows(
+    experiment: Experiment, train: Dataset, sample: pa.Table, encoder: Encoder, labels: Mapping[str, Label]
+) -> Iterator[str]:
+    """A line about the memory that training needs to shuffle: what its readers hold, encoded."""
+    data = experiment.data
+    rows = windows_held(train, data.num_streams, data.shuffle_window)
+    for batch in itertools.islice(_batches(sample), 1):
+        (encoded,) = make_examples(batch, encoder, labels, data.sample_weight, [slice(0, batch.num_rows)])
+        row_bytes = encoded.nbytes / batch.num_rows
+        yield (
+            f"an encoded row takes {row_bytes:,.0f} bytes; the readers of all workers hold {rows:,} of them at most, "
+            f"{rows * row_bytes / 1e6:,.1f} MB (`data.shuffle_window` {data.shuffle_window:,}, "
+            f"{counted(data.num_streams, 'stream')})"
+        )
 
 
 def _feature_rows(

@@ -203,7 +203,7 @@ def _as_it_is(table: Tensor) -> Tensor:
 
 
 def _collection(tables: list[Table], device: torch.device, is_weighted: bool = False) -> EmbeddingBagCollection | None:
-    """All are summed: one look-up for tables of whatever pooling. Means are divided where the columns are put in order."""
+    """All are summed: one look-up for tables of whatever pooling. Means are divided where the columns come to their places."""
     if not tables:
         return None
     configs = [

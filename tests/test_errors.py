@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -177,6 +178,23 @@ def test_check_tells_where_nothing_is_held_out(log: Path, tmp_path: Path) -> Non
     text = " ".join(CliRunner().invoke(app, ["check", str(path)]).output.split())
     assert "`data.train` and `data.validation` read the same rows, as those of '" in text
     assert text.count("nothing is held out there") == 1
+
+
+def test_check_tells_what_shuffling_takes(tmp_path: Path) -> None:
+    rows = 3_000
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.arange(8 * rows, dtype=np.float32)), 8)
+    table = pa.table({"user": np.arange(rows) % 7, "vector": vectors, "click": np.arange(rows) % 2, "weight": np.ones(rows)})
+    pq.write_table(table, tmp_path / "log.parquet", row_group_size=1_000)
+    tree = {
+        "data": {"train": str(tmp_path / "log.parquet"), "shuffle_window": 250, "num_streams": 2, "sample_weight": "weight"},
+        "features": {"user": {"kind": "categorical"}, "vector": {"kind": "dense"}},
+        "tasks": {"click": {"kind": "binary"}},
+    }
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(tree))
+    text = " ".join(CliRunner().invoke(app, ["check", str(tmp_path / "experiment.yaml")]).output.split())
+    # an id, eight numbers, a label and a weight, of 4 bytes each; of two streams four windows each, and one that is read ahead
+    told = "an encoded row takes 44 bytes; the readers of all workers hold 2,500 of them at most, 0.1 MB"
+    assert f"{told} (`data.shuffle_window` 250, 2 streams)" in text
 
 
 @pytest.mark.parametrize("name", list(CASES))

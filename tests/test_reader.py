@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mtrec import dataset as dataset_module
 from mtrec.dataset import Dataset, Source, open_dataset
 from mtrec.files import ChangedFile
-from mtrec.reader import Piece, Reader, Row, rows_in
+from mtrec.reader import Piece, Reader, Row, rows_in, windows_held
 from mtrec.row_order import BY_ROW, BY_ROW_GROUP, Span, permutation, plan_streams, plan_windows
 
 COLUMNS = ["row", "text", "tags", "number"]
@@ -513,3 +513,43 @@ def test_memory_grows_neither_with_the_rows_nor_with_the_row_groups(tmp_path: Pa
     assert many < 1.5 * small
     assert large < 1.5 * small
     assert small < 8_000_000
+
+
+class _Ready:
+    """What a window is prepared as; it counts the rows of those that are still there."""
+
+    alive, most = 0, 0
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        _Ready.alive += rows
+        _Ready.most = max(_Ready.most, _Ready.alive)
+
+    def __del__(self) -> None:
+        _Ready.alive -= self.rows
+
+
+@pytest.mark.parametrize(
+    ("sizes", "window", "num_streams"),
+    [
+        ([[1_000] * 4], 50, 2),  # of large row groups, of which four windows are decoded at once
+        ([[40] * 100], 100, 2),  # small ones are put together
+        ([[1_000]], 300, 4),
+        ([[60, 0, 20]], 100, 1),  # fewer rows than there may be
+    ],
+)
+def test_readers_hold_no_more_rows_than_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[list[int]], window: int, num_streams: int
+) -> None:
+    monkeypatch.setattr(_Ready, "alive", 0)
+    monkeypatch.setattr(_Ready, "most", 0)
+    dataset = write_files(tmp_path, sizes)
+
+    def prepare(batch: pa.RecordBatch, orders: list[np.ndarray]) -> list[_Ready]:
+        return [_Ready(len(order)) for order in orders]
+
+    options = {"shuffle_window": window, "num_streams": num_streams, "batch_size": num_streams * 5, "prefetch": 1}
+    pieces = Reader(dataset, ["row"], **options).map(lambda piece: sum(piece.stream_rows), prepare, keep_rows=False)
+    assert sum(pieces) == dataset.num_rows
+    told = windows_held(dataset, num_streams, window)
+    assert 0.6 * told <= _Ready.most <= told <= dataset.num_rows

@@ -76,6 +76,11 @@ class EncodedIds:
     weights_SB: Floats | None
     bags: tuple[_Bags, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Of all arrays."""
+        return _bytes(self.rows_SB, self.weights_SB) + sum(_bytes(*vars(bag).values()) for bag in self.bags)
+
     def all_as_bags(self) -> "EncodedIds":
         """The same with every key in `bags`."""
         num_rows, bags, of_single, given = self.rows_SB.shape[1], [], 0, iter(self.bags)
@@ -103,6 +108,15 @@ class EncodedRows:
     def num_rows(self) -> int:
         """B."""
         return len(self.dense_BF)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all arrays."""
+        return self.dense_BF.nbytes + self.ids.nbytes + self.weighted.nbytes
+
+
+def _bytes(*arrays: npt.NDArray[Any] | None) -> int:
+    return sum(array.nbytes for array in arrays if array is not None)
 
 
 Part = tuple[EncodedRows, int, int]
