@@ -182,7 +182,7 @@ def test_a_softmax_of_any_number_of_columns_is_torchs(experts: int, rows: int) -
     weights = torch.randn(found.shape)
     (found * weights).sum().backward()
     (expected * weights).sum().backward()
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)  # differences of what nearly cancels
 
 
 @pytest.mark.parametrize("variant", ["cgc 2 + 3", "ple three levels"])

@@ -117,6 +117,33 @@ def test_maps_of_the_same_inputs_are_those_maps_one_by_one(library: bool, reader
             torch.testing.assert_close(leaf.grad.double(), other.grad, rtol=1e-5, atol=2e-4)  # type: ignore[union-attr]
 
 
+@pytest.mark.skipif(not products.takes_bf16(), reason="oneDNN computes no bf16 on this CPU")
+@pytest.mark.parametrize(("readers", "shapes"), [("several", [(12 + 192 + 512 + 4, 45)]), ("aliased", [])])
+def test_without_a_gradient_several_readers_are_one_product_in_bf16_too(
+    monkeypatch: pytest.MonkeyPatch, readers: str, shapes: list[tuple[int, int]]
+) -> None:
+    maps = [
+        Maps(drawn(n, outputs, 45, seed=seed), drawn(n, outputs, seed=seed) if biased else None, relu)
+        for seed, (n, outputs, biased, relu) in enumerate(READERS[readers])
+    ]
+    made, real = [], fan_out_module.product
+
+    def noted(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        made.append(tuple(weight.shape))
+        return real(x, weight, bias)
+
+    monkeypatch.setattr(fan_out_module, "product", noted)
+    x = drawn(300, 45)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = fan_out(x, *maps)
+    assert made == shapes
+    for y, (weight, bias, relu) in zip(found, maps, strict=True):
+        z = x.bfloat16().double() @ weight.bfloat16().double().transpose(1, 2)
+        z = z if bias is None else z + bias.bfloat16().double().unsqueeze(1)
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.double(), z.relu() if relu else z, rtol=2e-2, atol=5e-2)
+
+
 @pytest.mark.parametrize("readers", ["aliased", "several"])
 def test_products_are_of_whole_registers_and_rows_not_2_kib_apart(readers: str, library: bool) -> None:
     maps = [
