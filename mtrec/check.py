@@ -168,15 +168,15 @@ def _windows(
 ) -> Iterator[str]:
     """A line about the memory that training needs to shuffle: what its readers hold, encoded."""
     data = experiment.data
-    rows = windows_held(train, data.num_streams, data.shuffle_window)
-    for batch in itertools.islice(_batches(sample), 1):
-        (encoded,) = make_examples(batch, encoder, labels, data.sample_weight, [slice(0, batch.num_rows)])
-        row_bytes = encoded.nbytes / batch.num_rows
-        yield (
-            f"an encoded row takes {row_bytes:,.0f} bytes; the readers of all workers hold {rows:,} of them at most, "
-            f"{rows * row_bytes / 1e6:,.1f} MB (`data.shuffle_window` {data.shuffle_window:,}, "
-            f"{counted(data.num_streams, 'stream')})"
-        )
+    batch = next(_batches(sample), None)
+    if batch is None or not batch.num_rows:
+        return
+    (encoded,) = make_examples(batch, encoder, labels, data.sample_weight, [slice(0, batch.num_rows)])
+    row_bytes, rows = encoded.nbytes / batch.num_rows, windows_held(train, data.num_streams, data.shuffle_window)
+    yield (
+        f"an encoded row takes {row_bytes:,.0f} bytes; the readers of all workers hold {rows:,} of them at most, "
+        f"{rows * row_bytes / 1e6:,.1f} MB (`data.shuffle_window` {data.shuffle_window:,}, {counted(data.num_streams, 'stream')})"
+    )
 
 
 def _feature_rows(

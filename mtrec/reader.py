@@ -379,10 +379,15 @@ class _Decoder:
 
 def windows_held(dataset: Dataset, num_streams: int, shuffle_window: int) -> int:
     """So many rows, before `where`, the windows of all streams hold at most: what was decoded at once, and one read ahead."""
-    largest = max((group.num_rows for group in dataset.row_groups), default=0)
-    window = window_rows(largest, shuffle_window) if largest > shuffle_window else shuffle_window
-    at_once = max(1, dataset.rows_at_once(WINDOWS_DECODED * window) // window) if largest > shuffle_window else 1
-    return min(dataset.num_rows, num_streams * (at_once + 1) * window)
+
+    def decoded(row_group_rows: int) -> int:
+        if row_group_rows <= shuffle_window:  # several make a window
+            return shuffle_window
+        window = window_rows(row_group_rows, shuffle_window)
+        return min(row_group_rows, max(window, dataset.rows_at_once(WINDOWS_DECODED * window)))
+
+    most = max(map(decoded, {group.num_rows for group in dataset.row_groups}), default=0)
+    return min(dataset.num_rows, num_streams * (most + shuffle_window))
 
 
 def rows_in(batch: pa.RecordBatch, order: np.ndarray | slice) -> pa.RecordBatch:

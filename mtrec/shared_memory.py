@@ -252,8 +252,8 @@ class SharedMemoryGroup(dist.ProcessGroup):
 
     def exchange(self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]]) -> None:
         """Part r of `sent` is written to part `rank` of rank r's `received`. A part is columns side by side: matrices of as many
-        rows, of any strides; it may be cut otherwise where it comes from than where it goes to, but in one place it is one. No
-        gradient knows of it: who has some calls this without.
+        rows, of any strides; it may be cut otherwise where it comes from than where it goes to, but in one place it is one. Not
+        differentiable: called where nothing is recorded, as within an autograd function.
         """
         self._exchanging(sent, received).wait()
 

@@ -519,31 +519,39 @@ class _Ready:
     """What a window is prepared as; it counts the rows of those that are still there."""
 
     alive, most = 0, 0
+    lock = threading.RLock()  # they are made in one thread and let go in another
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
-        _Ready.alive += rows
-        _Ready.most = max(_Ready.most, _Ready.alive)
+        with self.lock:
+            _Ready.alive += rows
+            _Ready.most = max(_Ready.most, _Ready.alive)
 
     def __del__(self) -> None:
-        _Ready.alive -= self.rows
+        with self.lock:
+            _Ready.alive -= self.rows
 
 
 @pytest.mark.parametrize(
-    ("sizes", "window", "num_streams"),
+    ("sizes", "window", "num_streams", "wide"),
     [
-        ([[1_000] * 4], 50, 2),  # of large row groups, of which four windows are decoded at once
-        ([[40] * 100], 100, 2),  # small ones are put together
-        ([[1_000]], 300, 4),
-        ([[60, 0, 20]], 100, 1),  # fewer rows than there may be
+        ([[1_000] * 4], 50, 2, False),  # of large row groups, of which four windows are decoded at once
+        ([[40] * 100], 100, 2, False),  # small ones are put together
+        ([[1_000]], 300, 4, False),
+        ([[60, 0, 20]], 100, 1, False),  # fewer rows than there may be
+        ([[110, 100, 100, 100, 100]], 100, 1, True),  # windows of 55 and 100 rows, one by one
+        ([[110] * 5], 100, 1, False),  # no more than a row group is decoded at once
     ],
 )
 def test_readers_hold_no_more_rows_than_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[list[int]], window: int, num_streams: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[list[int]], window: int, num_streams: int, wide: bool
 ) -> None:
     monkeypatch.setattr(_Ready, "alive", 0)
     monkeypatch.setattr(_Ready, "most", 0)
     dataset = write_files(tmp_path, sizes)
+    if wide:
+        monkeypatch.setattr(dataset_module, "_LEAST_ROWS", 10)
+        dataset = dataclasses.replace(dataset, list_bytes={"tags": 1e9})
 
     def prepare(batch: pa.RecordBatch, orders: list[np.ndarray]) -> list[_Ready]:
         return [_Ready(len(order)) for order in orders]

@@ -66,9 +66,10 @@ def fan_out(x_BI: Tensor, *readers: Maps) -> list[Tensor]:
     [(1, 5, 1), (2, 5, 4)]
     """
     found: dict[int, Tensor] = {}
-    if _is_one_product(x_BI, readers):
-        if _without_gradient(x_BI):
-            return _side_by_side(x_BI, readers)
+    is_one = _is_one_product(x_BI, readers)
+    if is_one and _without_gradient(x_BI):
+        found = _side_by_side(x_BI, readers)
+    elif is_one:
         for group in _groups(readers):
             found.update(zip(group, _FanOut.apply(x_BI, *_arguments([readers[i] for i in group])), strict=True))
     else:
@@ -105,12 +106,17 @@ def blocks_are_apart() -> bool:
 
 
 def _groups(readers: Sequence[Maps]) -> list[list[int]]:
-    """Which readers are one product: those that are trained. The widest first: it begins where a register does."""
-    order = sorted(range(len(readers)), key=lambda i: -readers[i].outputs)
+    """Which readers are one product: those that are trained."""
+    order = _widest_first(readers)
     if _apart.get() == "readers":
         return [[i] for i in order]
     trained = [i for i in order if readers[i].weight.requires_grad]
     return [each for each in (trained, [i for i in order if i not in trained]) if each]
+
+
+def _widest_first(readers: Sequence[Maps]) -> list[int]:
+    """The order in which they lie side by side: the widest begins where a register does."""
+    return sorted(range(len(readers)), key=lambda i: -readers[i].outputs)
 
 
 def _is_one_product(x: Tensor, readers: Sequence[Maps]) -> bool:
@@ -129,9 +135,9 @@ def _without_gradient(x: Tensor) -> bool:
     return through_onednn(autocast_type(x)) and reads_gaps(x)
 
 
-def _side_by_side(x: Tensor, readers: Sequence[Maps]) -> list[Tensor]:
-    """(N, B, O) of each of the readers, views of one product through oneDNN; without a gradient."""
-    order = sorted(range(len(readers)), key=lambda i: -readers[i].outputs)  # the widest first: as in `_groups`
+def _side_by_side(x: Tensor, readers: Sequence[Maps]) -> dict[int, Tensor]:
+    """{reader: (N, B, O)}, views of one product through oneDNN; without a gradient."""
+    order = _widest_first(readers)
     x_BI = x.to(autocast_type(x))
     widths = [readers[i].outputs for i in order]
     weight_QI = _stacked([readers[i].weight.flatten(0, 1) for i in order], [None] * len(order), 0, x_BI.dtype)
@@ -144,7 +150,7 @@ def _side_by_side(x: Tensor, readers: Sequence[Maps]) -> list[Tensor]:
     found: dict[int, Tensor] = {}
     for i, y_BQ in zip(order, product(x_BI, weight_QI, bias_Q).split(parts, dim=1), strict=False):
         found[i] = _by_map(y_BQ.relu_() if readers[i].relu else y_BQ, len(readers[i].weight))
-    return [found[i] for i in range(len(readers))]
+    return found
 
 
 def _arguments(readers: Sequence[Maps]) -> list[Any]:
