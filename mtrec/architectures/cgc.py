@@ -69,7 +69,7 @@ class ExtractionLevel(nn.Module):
         own, shared = self.task_experts, self.shared_experts
         first, as_many = x.dim() == 2, self._split[0] == self._split[1]  # maps of unlike inputs run as one in groups of one size
         as_one = (first or as_many) and not blocks_are_apart()
-        experts = [Abreast(own, shared)] if as_one else [Abreast(own), Abreast(shared)]
+        experts = [Abreast(own, shared, mixed=True)] if as_one else [Abreast(own, mixed=True), Abreast(shared, mixed=True)]
         if first:
             found = together(x, *gates, *experts)
             return found[: len(gates)], found[len(gates) :]

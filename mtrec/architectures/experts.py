@@ -62,14 +62,15 @@ class BatchedLinear(nn.Module):
         return 2 * self.weight.numel()
 
 
-def _mapped(x: Tensor, maps: Maps) -> Tensor:
-    """As `BatchedLinear.forward`, with the ReLU that may follow in the same pass."""
+def _mapped(x: Tensor, maps: Maps, *, by_row: bool = False) -> Tensor:
+    """As `BatchedLinear.forward`, with the ReLU that may follow in the same pass; `by_row` as for `linears`."""
     num_maps, output_dim, _ = maps.weight.shape
     if x.dim() == 2 or x.shape[0] == 1:  # one product with all maps side by side
         return _fanned_out(x, [maps])[0]
     groups = x.shape[0]
     weight = maps.weight.view(groups, num_maps // groups * output_dim, -1)
-    grouped = linears(x, weight, None if maps.bias is None else maps.bias.view(groups, -1), maps.relu)
+    bias = None if maps.bias is None else maps.bias.view(groups, -1)
+    grouped = linears(x, weight, bias, maps.relu, by_row=by_row and groups == num_maps)
     if groups == num_maps:
         return grouped
     several = grouped.view(groups, -1, num_maps // groups, output_dim).transpose(1, 2)
@@ -134,9 +135,11 @@ class Abreast:
 
     Args:
         blocks: of the same widths and options, with one layer or more.
+        mixed: they are experts, which `mix` reads row by row.
     """
 
-    def __init__(self, *blocks: BatchedMLP) -> None:
+    def __init__(self, *blocks: BatchedMLP, mixed: bool = False) -> None:
+        self._mixed = mixed
         self._dropout = blocks[0].dropout
         self._norms = [_joined(norms) for norms in zip(*(block.norms for block in blocks), strict=True)]
         self._linears = [_joined(linears) for linears in zip(*(block.linears for block in blocks), strict=True)]
@@ -154,7 +157,8 @@ class Abreast:
         """What follows after `first`."""
         for i, (weight, bias) in enumerate(self._linears):
             if i > 0:
-                x_NBH = _mapped(x_NBH, Maps(weight, bias, relu=not self._norms))
+                is_last = i == len(self._linears) - 1
+                x_NBH = _mapped(x_NBH, Maps(weight, bias, relu=not self._norms), by_row=self._mixed and is_last)
             if self._norms:
                 scale_N1H, shift_N1H = self._norms[i]
                 x_NBH = functional.relu(functional.layer_norm(x_NBH, x_NBH.shape[-1:]) * scale_N1H + shift_N1H)

@@ -55,7 +55,7 @@ class MMoE(nn.Module):
 
     def forward(self, x_BD: Tensor) -> dict[str, Tensor]:
         """{task: (B, H)}."""
-        mixed_BKH = mix(*together(x_BD, self.task_gates, Abreast(self.experts)))
+        mixed_BKH = mix(*together(x_BD, self.task_gates, Abreast(self.experts, mixed=True)))
         return dict(zip(self.tasks, mixed_BKH.unbind(1), strict=True))
 
     def gates(self, x_BD: Tensor) -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ class OMoE(nn.Module):
 
     def forward(self, x_BD: Tensor) -> dict[str, Tensor]:
         """{task: (B, H)}, the same tensor for all."""
-        mixed_B1H = mix(*together(x_BD, self.gate, Abreast(self.experts)))
+        mixed_B1H = mix(*together(x_BD, self.gate, Abreast(self.experts, mixed=True)))
         return dict.fromkeys(self.tasks, mixed_B1H.squeeze(1))
 
     def gates(self, x_BD: Tensor) -> dict[str, Tensor]:

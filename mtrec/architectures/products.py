@@ -81,15 +81,18 @@ def linear(x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, relu: 
     return y_BO.relu_() if relu else y_BO
 
 
-def linears(x_NBI: Tensor, weight_NOI: Tensor, bias_NO: Tensor | None = None, relu: bool = False) -> Tensor:
-    """N maps, each of inputs of its own, (N, B, O).
+def linears(
+    x_NBI: Tensor, weight_NOI: Tensor, bias_NO: Tensor | None = None, relu: bool = False, *, by_row: bool = False
+) -> Tensor:
+    """N maps, each of inputs of its own, (N, B, O). `by_row`: without a gradient it may be a view in which all maps' outputs of a
+    row lie together, for what reads them row by row.
 
     >>> linears(torch.ones(2, 1, 3), torch.ones(2, 1, 3) * torch.tensor([1.0, 2.0])[:, None, None]).flatten().tolist()
     [3.0, 6.0]
     """
     x, weight, bias = _cast(x_NBI, weight_NOI, bias_NO)
     if _takes(x, weight):
-        return _computed(x, weight, bias, relu)
+        return _computed(x, weight, bias, relu, by_row)
     y_NBO = _batched(x, weight, bias)
     return y_NBO.relu_() if relu else y_NBO
 
@@ -161,15 +164,15 @@ def is_large(*sizes: int) -> bool:
     return min(sizes) >= _LEAST_SIZE and math.prod(sizes) >= _LEAST_PRODUCTS
 
 
-def _computed(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+def _computed(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, by_row: bool = False) -> Tensor:
     if not torch.is_grad_enabled():
-        return product(x, weight, bias, relu)
+        return product(x, weight, bias, relu, by_row)
     found: Tensor = _Linear.apply(x, weight, bias, relu)
     return found
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
-    """x W^T + b of one map (x (B, I), weight (O, I), bias (O,)) or of N, each (N, ...).
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, by_row: bool = False) -> Tensor:
+    """x W^T + b of one map (x (B, I), weight (O, I), bias (O,)) or of N, each (N, ...); `by_row` as for `linears`.
 
     Rows may have gaps; a transpose must be one of what has none: for it oneDNN may have no fast kernel.
     """
@@ -177,7 +180,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = 
         y = functional.linear(x, weight, bias) if x.dim() == 2 else _batched(x, weight, bias)
     elif x.dim() == 3:  # one after the other: a core runs them faster so than a batched product
         biases = [None] * len(x) if bias is None else list(bias)
-        return torch.stack([product(*each, relu) for each in zip(x, weight, biases, strict=True)])
+        found = [product(*each, relu) for each in zip(x, weight, biases, strict=True)]
+        return torch.stack(found, dim=1).transpose(0, 1) if by_row else torch.stack(found)
     else:
         y = _LINEAR(x, weight, bias, "none", [], "")
     return y.relu_() if relu else y  # oneDNN's own ReLU makes a 0 of a NaN, which then nobody notices
