@@ -4,9 +4,9 @@ import time
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from mtrec import parallel
-from mtrec.batch import Batch
 from mtrec.events import Step
 from mtrec.feed import Fed
 from mtrec.step import StepResult, TrainState
@@ -38,8 +38,10 @@ class Meter:
         self._rows += rows
         self._results = [*self._results[-self._log_every + 1 :], result] if self._log_every > 1 else [result]
 
-    def event(self, state: TrainState, epoch: int, batch: Batch, total_steps: int) -> Step:
-        """Ends the interval, on every rank alike: losses are means over its steps in which the task had a label."""
+    def event(self, state: TrainState, epoch: int, total_steps: int) -> Step:
+        """Ends the interval, on every rank alike: losses are means over its steps in which the task had a label; gates are
+        described on the last of them, of which `add` was given x_BD.
+        """
         seconds = max(1e-9, time.perf_counter() - self._started)
         names = state.model.objectives.names
         losses = torch.stack([r.losses_K for r in self._results]).double()
@@ -54,7 +56,7 @@ class Meter:
             losses=dict(zip(names, mean.tolist(), strict=True)),
             weights=dict(zip(names, self._results[-1].weights_K.tolist(), strict=True)),
             balancing=_balancing_scalars(state),
-            gates=gate_statistics(state, batch),
+            gates=gate_statistics(state, self._results[-1].x_BD),
             learning_rate=state.schedules.dense_learning_rate(state.step - 1),
             rows_per_second=float(rows) / seconds,
             data_wait=self._waited / seconds,
@@ -74,18 +76,17 @@ def _balancing_scalars(state: TrainState) -> dict[str, float]:
     return found
 
 
-def gate_statistics(state: TrainState, batch: Batch) -> dict[str, float]:
-    """Of each gate on this batch: its mean weights, their entropy (nats) and how many experts get less than 1 % of the weight."""
+def gate_statistics(state: TrainState, x_BD: Tensor | None) -> dict[str, float]:
+    """Of each gate on these rows of each rank: its mean weights, their entropy (nats) and how many experts get less than 1 %."""
+    if x_BD is None or not hasattr(state.model.dense.architecture, "gates"):
+        return {}
     with torch.no_grad():
-        x_BD = state.model.embeddings(batch.to(state.device))  # every rank: it is a collective
-        if not hasattr(state.model.dense.architecture, "gates"):
-            return {}
         state.model.eval()
         sums = {name: gate_BE.sum(0) for name, gate_BE in state.model.dense.gates(x_BD).items()}
         state.model.train()
     if not sums:
         return {}
-    flat = torch.cat([*sums.values(), torch.tensor([float(batch.num_rows)], device=state.device)])
+    flat = torch.cat([*sums.values(), torch.tensor([float(len(x_BD))], device=state.device)])
     parallel.all_reduce_sum(flat)
     shares = (flat[:-1] / flat[-1]).cpu().split([len(s) for s in sums.values()])  # a GPU is waited for once
     found: dict[str, float] = {}

@@ -270,6 +270,7 @@ class StepResult:
         losses_K: global mean loss of each task before weighting (0 where no row of the batch has a label).
         weights_K: what the loss of each task was multiplied with (task weight x balancer's weight).
         counts_K: global sum of sample weights of the rows that count for each task.
+        x_BD: the shared representation of this rank's rows, where it was asked for.
 
     Whether it was finite, and whether to stop, `TrainState` knows.
     """
@@ -277,14 +278,16 @@ class StepResult:
     losses_K: Tensor
     weights_K: Tensor
     counts_K: Tensor
+    x_BD: Tensor | None = None
 
 
 def train_step(
-    state: TrainState, batch: Batch, *, stop: bool = False, upcoming: Batch | None = None
+    state: TrainState, batch: Batch, *, stop: bool = False, upcoming: Batch | None = None, keep_x: bool = False
 ) -> StepResult:
     """Trains on one global batch; every rank calls it with its own rows, none is fine. One backward pass, one table update.
 
     `upcoming` is the batch of the next step, on all ranks or none: its ids travel between ranks beside this one's passes.
+    `keep_x`: the result holds x_BD.
     """
     model = state.model
     state.tables.set_learning_rate(state.schedules.table_learning_rate(state.step))
@@ -334,6 +337,7 @@ def train_step(
         losses_K=flags[: len(share_K)] / state.task_weights_K,
         weights_K=weights_K * state.task_weights_K,
         counts_K=counts_K,
+        x_BD=leaf_BD.detach() if keep_x else None,
     )
 
 

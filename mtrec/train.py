@@ -204,7 +204,8 @@ def _loop(
         bad = bad_rows(experiment.data, data.num_rows)
         with closing(feed(reader, run.encoder, labels, experiment.data.sample_weight, pin=pin, bad=bad)) as fed:
             for piece, batch, upcoming in _with_upcoming(meter.waiting(fed), state.device):
-                result = train_step(state, batch, stop=stop_requested(), upcoming=upcoming)
+                to_log = (state.step + 1) % config.log_every == 0 or state.step + 1 == total_steps
+                result = train_step(state, batch, stop=stop_requested(), upcoming=upcoming, keep_x=to_log)
                 progress.next_batch += 1
                 progress.metric = None
                 if progress.next_batch == steps_per_epoch:
@@ -216,11 +217,10 @@ def _loop(
                 to_validate = validation is not None and (_due(config.validate_every, state.step, epoch_ended) or ended)
                 every = config.checkpoint_every or config.validate_every
                 to_save = _due(every, state.step, epoch_ended) or to_validate or ended
-                to_log = state.step % config.log_every == 0 or state.step == total_steps
                 if to_log or to_save or epoch_ended or state.stop:
                     state.read_flags(wait=True)  # most of these wait for the device anyway
                 if to_log:
-                    yield meter.event(state, progress.epoch, batch, total_steps)
+                    yield meter.event(state, progress.epoch, total_steps)
                 if state.nonfinite_in_a_row >= config.max_nonfinite_steps:
                     bad_piece = pieces[state.known_step - state.step - 1]
                     raise _not_finite(state, run, [path for path, _ in reader.sources(bad_piece)])
