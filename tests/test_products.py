@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from mtrec.architectures import fan_out as fan_out_module
 from mtrec.architectures import products
-from mtrec.architectures.experts import BatchedLinear
+from mtrec.architectures.experts import Abreast, BatchedLinear, BatchedMLP, mix
 from mtrec.architectures.fan_out import Maps, apart, fan_out
 from mtrec.architectures.products import backward_to, linear, linears
 
@@ -384,3 +384,19 @@ def test_a_cpu_without_instructions_for_bf16_is_told_by_its_flags(
 ) -> None:
     monkeypatch.setattr(products.Path, "read_text", lambda path: f"processor : 0\n{flags}\n")
     assert products.emulates_bf16() is emulated
+
+
+@pytest.mark.skipif(not products.takes_bf16(), reason="oneDNN computes no bf16 on this CPU")
+@pytest.mark.parametrize("layers", [(64, 16), (64, 32, 16)])
+def test_experts_that_are_mixed_lie_row_by_row_without_a_gradient(layers: tuple[int, ...]) -> None:
+    """What `mix` then reads is no copy; the numbers are those of experts that are not mixed, to the bit."""
+    mlp, x = BatchedMLP(3, 45, layers), drawn(1_000, 45)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        mixed, apart = Abreast(mlp, mixed=True)(x), Abreast(mlp)(x)
+        assert mixed.transpose(0, 1).is_contiguous()
+        assert apart.is_contiguous()
+        assert torch.equal(mixed, apart)
+        gates = drawn(2, 1_000, 3).softmax(2)
+        torch.testing.assert_close(mix(gates, mixed), mix(gates, apart), rtol=0, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(Abreast(mlp, mixed=True)(x), Abreast(mlp)(x))  # with a gradient: as ever

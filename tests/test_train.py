@@ -16,10 +16,12 @@ import torch
 from logs import experiment_tree, write_log
 from runs import small_run, train_on, trained
 from sklearn.metrics import roc_auc_score
+from torch import Tensor
 from torch.testing import assert_close
 
 import mtrec.evaluate
 import mtrec.train
+from mtrec.batch import Batch
 from mtrec.checkpoint import Checkpoint, Saver, find, read
 from mtrec.config import DenseOptimizer, TableOptimizer, Training, apply_overrides, parse_experiment
 from mtrec.events import Ended, Saved, Step, Validation
@@ -331,6 +333,31 @@ def test_log_and_gates(tmp_path: Path) -> None:
             assert 0.0 < event.gates[f"{task}/entropy"] <= np.log(3) + 1e-6
         assert event.rows_per_second > 0
         assert 0.0 <= event.data_wait <= 1.0
+
+
+def test_gates_are_told_of_the_rows_of_the_logged_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On x_BD as the step had it, in evaluation: the shares of a step whose weights did not change are those of its batch."""
+    expected: dict[int, Tensor] = {}
+
+    def noted(state: TrainState, batch: Batch, **options: Any) -> StepResult:
+        with torch.no_grad():
+            x_BD = state.model.embeddings(batch)
+            state.model.eval()
+            expected[state.step + 1] = state.model.dense.gates(x_BD)["dwell"].mean(0)
+            state.model.train()
+        result = train_step(state, batch, **options)
+        assert (result.x_BD is not None) == options["keep_x"] == (state.step in (4, 8, 9))
+        assert result.x_BD is None or torch.equal(result.x_BD, x_BD)
+        return result
+
+    monkeypatch.setattr(mtrec.train, "train_step", noted)
+    still = ("optimizer.dense.learning_rate=1e-30", "model.architecture.gate_dropout=0.5")
+    run = small_run(tmp_path, "training.log_every=4", "training.max_steps=9", *still)
+    steps = [event for event in events(run) if isinstance(event, Step)]
+    assert [event.step for event in steps] == [4, 8, 9]
+    for event in steps:
+        for index, share in enumerate(expected[event.step].tolist()):
+            assert event.gates[f"dwell/expert{index}"] == pytest.approx(share, abs=1e-6)
 
 
 def evaluated(folder: str, data: str) -> dict[str, Any]:
