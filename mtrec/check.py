@@ -29,18 +29,9 @@ from mtrec.labels import LabelFit, LabelStatistics, check_trained, labels_of
 from mtrec.metrics import auc
 from mtrec.mirror import Mirror
 from mtrec.model import MultiTaskModel, check_buffers, loss_weights, task_specs
+from mtrec.prepare import check_device, check_footers, row_not_fitted, slow_precision
 from mtrec.reader import windows_held
-from mtrec.run import (
-    check_device,
-    check_footers,
-    evaluation_columns,
-    feature_list,
-    label_columns,
-    open_source,
-    resolve_auto,
-    row_not_fitted,
-    slow_precision,
-)
+from mtrec.sources import evaluation_columns, feature_list, label_columns, open_source, resolve_auto
 from mtrec.tasks import Objectives, TaskSpec
 
 BATCH_ROWS = 16_384

@@ -33,7 +33,7 @@ from mtrec.metrics import (
 )
 from mtrec.model import MultiTaskModel
 from mtrec.reader import Reader
-from mtrec.run import evaluation_columns, label_columns
+from mtrec.sources import evaluation_columns, label_columns
 from mtrec.tasks import Objectives
 
 Accumulator = BinaryMetrics | DwellMetrics | MulticlassMetrics | RegressionMetrics

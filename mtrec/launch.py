@@ -17,22 +17,11 @@ from mtrec.evaluate import check_best_metric, check_one_value, evaluate
 from mtrec.locking import locked
 from mtrec.model import task_specs
 from mtrec.predictions import load_model
+from mtrec.prepare import check_device, prepare, slow_precision
 from mtrec.recorder import METRICS, Recorder
-from mtrec.run import (
-    Run,
-    check_device,
-    check_mirror,
-    check_resumable,
-    copy_to_mirror,
-    default_folder,
-    evaluation_columns,
-    fetch_from_mirror,
-    open_run,
-    open_source,
-    prepare,
-    slow_precision,
-)
+from mtrec.run import Run, check_mirror, check_resumable, copy_to_mirror, default_folder, fetch_from_mirror, open_run
 from mtrec.scored_files import Asked, score_files
+from mtrec.sources import evaluation_columns, open_source
 from mtrec.stopping import listening
 from mtrec.tasks import Objectives
 from mtrec.train import train

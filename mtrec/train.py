@@ -32,7 +32,8 @@ from mtrec.meter import Meter
 from mtrec.model import MultiTaskModel
 from mtrec.predictions import TrainingSample
 from mtrec.reader import Piece, Reader
-from mtrec.run import Run, evaluation_columns, label_columns, open_run, open_source
+from mtrec.run import Run, open_run
+from mtrec.sources import evaluation_columns, label_columns, open_source
 from mtrec.step import TrainState, build_state, reset_tables, train_step
 from mtrec.warm import warm_start
 

@@ -29,7 +29,8 @@ import mtrec.events
 import mtrec.train
 from mtrec.checkpoint import find, folder_of, newest, read
 from mtrec.config import apply_overrides, parse_experiment
-from mtrec.run import Run, prepare
+from mtrec.prepare import prepare
+from mtrec.run import Run
 
 OVERRIDES = (
     "training.epochs=4",

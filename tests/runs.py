@@ -14,7 +14,8 @@ from mtrec import parallel
 from mtrec.checkpoint import Saver, find, read
 from mtrec.config import apply_overrides, parse_experiment
 from mtrec.events import Step, Validation
-from mtrec.run import Run, prepare
+from mtrec.prepare import prepare
+from mtrec.run import Run
 from mtrec.step import TrainState
 from mtrec.train import train
 

@@ -10,7 +10,7 @@ from runs import trained
 
 from mtrec.config import parse_experiment
 from mtrec.model import check_buffers, task_specs
-from mtrec.run import prepare
+from mtrec.prepare import prepare
 
 MODULE = '''
 """What a user writes beside the experiment."""

@@ -28,7 +28,8 @@ import mtrec.train
 from mtrec.cli import app
 from mtrec.config import parse_experiment
 from mtrec.events import Ended, Step
-from mtrec.run import Run, prepare
+from mtrec.prepare import prepare
+from mtrec.run import Run
 from mtrec.train import train
 
 EPOCHS = 2

@@ -20,7 +20,8 @@ from mtrec.feed import bad_rows, feed
 from mtrec.labels import labels_of
 from mtrec.model import task_specs
 from mtrec.reader import Reader
-from mtrec.run import Run, label_columns, open_source
+from mtrec.run import Run
+from mtrec.sources import label_columns, open_source
 from mtrec.train import train
 
 BAD_CLICKS, BAD_DWELLS, BAD_WEIGHTS = (5, 700, 701, 1_999), (701, 1_500), (42, 1_501)

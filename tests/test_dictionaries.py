@@ -20,9 +20,10 @@ from mtrec.labels import labels_of
 from mtrec.model import MultiTaskModel
 from mtrec.parallel import process_group
 from mtrec.predictions import load_model
-from mtrec.run import SAMPLE_FILE, Run, open_run, open_source
+from mtrec.run import SAMPLE_FILE, Run, open_run
 from mtrec.scored_files import Asked, score_files
 from mtrec.scored_files.job import score_here
+from mtrec.sources import open_source
 from mtrec.train import Progress, make_reader
 
 DRAWS = np.random.default_rng(0).integers(0, 9, 600)

@@ -26,7 +26,8 @@ from mtrec.feed import feed
 from mtrec.gradients import check_place, gramian, gramian_of_parameters, sampled_rows, task_gradients
 from mtrec.labels import labels_of
 from mtrec.model import MultiTaskModel, check_buffers
-from mtrec.run import Run, open_source
+from mtrec.run import Run
+from mtrec.sources import open_source
 from mtrec.step import FlatGradients, TrainState, build_state, train_step
 from mtrec.train import Progress, make_reader, train
 

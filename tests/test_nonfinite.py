@@ -16,7 +16,8 @@ from mtrec.events import NotFiniteError, Step
 from mtrec.feed import feed
 from mtrec.labels import labels_of
 from mtrec.model import MultiTaskModel
-from mtrec.run import Run, open_source
+from mtrec.run import Run
+from mtrec.sources import open_source
 from mtrec.step import build_state, train_step
 from mtrec.train import Progress, make_reader, train
 

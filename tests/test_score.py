@@ -31,7 +31,8 @@ from mtrec.formula import prediction_columns, ranking_formula
 from mtrec.launch import evaluate_run
 from mtrec.model import task_specs
 from mtrec.predictions import load_model
-from mtrec.run import Run, open_run, prepare
+from mtrec.prepare import prepare
+from mtrec.run import Run, open_run
 from mtrec.score import LabelledSums, Scorer, Tally, check_memory, open_scorer
 from mtrec.scored_files import Asked, inputs, output, pieces, score_files
 from mtrec.scored_files.job import score_here

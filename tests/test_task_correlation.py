@@ -19,7 +19,7 @@ from mtrec.compare.runs import conduct, folder_of
 from mtrec.compare.whole import compare
 from mtrec.config import load_experiment
 from mtrec.events import Ended, Step
-from mtrec.run import prepare as prepare_run
+from mtrec.prepare import prepare as prepare_run
 from mtrec.train import train
 
 FOLDER = Path(__file__).parents[1] / "pipelines" / "task_correlation"

@@ -398,7 +398,7 @@ def test_auc_of_a_whole_evaluation_is_scikit_learns(tmp_path: Path) -> None:
     from mtrec.feed import feed
     from mtrec.labels import labels_of
     from mtrec.launch import load_model
-    from mtrec.run import label_columns, open_source
+    from mtrec.sources import label_columns, open_source
 
     run = small_run(tmp_path)
     events(run)
@@ -438,7 +438,7 @@ def test_segments_weights_groups_and_rows_of_another_task_are_those_of_scikit_le
     from mtrec.evaluate import evaluate
     from mtrec.metrics import group_keys
     from mtrec.model import MultiTaskModel
-    from mtrec.run import open_source
+    from mtrec.sources import open_source
 
     table = pa.concat_tables([pq.read_table(path) for path in sorted(write_log(tmp_path / "plain", 1_500).glob("*"))])
     rng = np.random.default_rng(3)

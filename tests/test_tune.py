@@ -21,8 +21,9 @@ from mtrec.compare.space import Parameter, active, place_of
 from mtrec.config import Experiment, apply_overrides, load_experiment, parse_experiment, with_absolute_paths
 from mtrec.events import Failed
 from mtrec.locking import LockedError, locked
+from mtrec.prepare import prepare
 from mtrec.recorder import Recorder
-from mtrec.run import Run, open_run, prepare
+from mtrec.run import Run, open_run
 from mtrec.train import train
 from mtrec.tune import figures
 from mtrec.tune.plan import Plan, checked, load_plan

@@ -13,7 +13,8 @@ from typing import Any
 
 from mtrec.atomic import write_atomically
 from mtrec.config import Experiment
-from mtrec.run import Run, open_source
+from mtrec.run import Run
+from mtrec.sources import open_source
 from mtrec.synthetic.reference import CARDINALITIES, NUM_DENSE
 
 PEERS = {"torch-rechub": "rechub", "deepctr-torch": "deepctr"}  # name: module of mtrec/bench/peers

@@ -29,7 +29,8 @@ from mtrec.bench.floor import floor_rows_per_second
 from mtrec.bench.stages import SUMMED
 from mtrec.config import apply_overrides, parse_experiment
 from mtrec.model import MultiTaskModel
-from mtrec.run import open_run, prepare, versions
+from mtrec.prepare import prepare
+from mtrec.run import open_run, versions
 from mtrec.synthetic import write_reference
 from mtrec.yaml_tree import read_yaml
 

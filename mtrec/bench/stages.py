@@ -32,7 +32,8 @@ from mtrec.events import Saved, Step
 from mtrec.feed import feed
 from mtrec.labels import labels_of
 from mtrec.model import MultiTaskModel
-from mtrec.run import Run, label_columns, open_run, open_source
+from mtrec.run import Run, open_run
+from mtrec.sources import label_columns, open_source
 from mtrec.step import TrainState, build_state, train_step
 from mtrec.train import Progress, be_deterministic, make_reader, train
 

@@ -41,7 +41,8 @@ from mtrec.formula import ranking_formula
 from mtrec.gradients import check_place
 from mtrec.kinds import PositiveFloat, PositiveInt, check_options, explain, nearest, resolve
 from mtrec.model import ANY_WIDTH, DensePart, check_buffers, task_specs
-from mtrec.run import check_device, check_footers, evaluation_columns, open_source
+from mtrec.prepare import check_device, check_footers
+from mtrec.sources import evaluation_columns, open_source
 from mtrec.tasks import Objectives, TaskSpec
 from mtrec.yaml_tree import naming, read_yaml
 

@@ -44,8 +44,10 @@ from mtrec.labels import labels_of
 from mtrec.metrics import group_keys
 from mtrec.model import task_specs
 from mtrec.predictions import load_model, uses_bf16
+from mtrec.prepare import prepare
 from mtrec.recorder import Recorder
-from mtrec.run import Run, evaluation_columns, label_columns, open_run, open_source, prepare, resolve_auto
+from mtrec.run import Run, open_run
+from mtrec.sources import evaluation_columns, label_columns, open_source, resolve_auto
 from mtrec.train import train
 from mtrec.written import as_written
 from mtrec.yaml_tree import read_yaml

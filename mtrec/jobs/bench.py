@@ -11,7 +11,8 @@ from pathlib import Path
 from mtrec.bench.stages import Found
 from mtrec.features.arrays import is_list
 from mtrec.jobs.connection import connect
-from mtrec.run import label_columns, open_run, open_source
+from mtrec.run import open_run
+from mtrec.sources import label_columns, open_source
 
 
 def ray_data(spec: Found) -> Found:

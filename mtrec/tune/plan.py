@@ -27,7 +27,8 @@ from mtrec.formula import ranking_formula
 from mtrec.gradients import check_place
 from mtrec.kinds import NonNegativeInt, PositiveInt, explain, nearest, option_types, resolve
 from mtrec.model import task_specs
-from mtrec.run import check_device, evaluation_columns, open_source
+from mtrec.prepare import check_device
+from mtrec.sources import evaluation_columns, open_source
 from mtrec.tasks import Objectives
 from mtrec.yaml_tree import naming, read_yaml
 

@@ -27,7 +27,9 @@ from mtrec.config import apply_overrides, parse_experiment
 from mtrec.feed import feed
 from mtrec.labels import labels_of
 from mtrec.model import MultiTaskModel
-from mtrec.run import Run, open_source, prepare, versions
+from mtrec.prepare import prepare
+from mtrec.run import Run, versions
+from mtrec.sources import open_source
 from mtrec.step import TrainState, build_state, train_step
 from mtrec.synthetic import write_reference
 from mtrec.train import Progress, make_reader

@@ -34,7 +34,8 @@ from mtrec.atomic import write_atomically
 from mtrec.balancing import BALANCERS
 from mtrec.config import Experiment, apply_overrides, parse_experiment, to_yaml
 from mtrec.events import Step, Validation
-from mtrec.run import Run, prepare, versions
+from mtrec.prepare import prepare
+from mtrec.run import Run, versions
 from mtrec.synthetic import write_log
 from mtrec.train import train
 from mtrec.yaml_tree import read_yaml

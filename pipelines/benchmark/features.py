@@ -28,8 +28,9 @@ from mtrec.bench.launches import processor
 from mtrec.dataset import Dataset, Source, open_dataset
 from mtrec.features import Bucketized, Categorical, Dense, Encoder
 from mtrec.feed import feed
+from mtrec.prepare import FIT_ROWS
 from mtrec.reader import Reader
-from mtrec.run import FIT_ROWS, versions
+from mtrec.run import versions
 
 HERE = Path(__file__).parent
 ROWS, FILES, ROW_GROUP = 524_288, 4, 65_536

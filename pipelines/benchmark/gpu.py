@@ -50,8 +50,10 @@ from mtrec.formula import ranking_formula
 from mtrec.labels import labels_of
 from mtrec.model import MultiTaskModel
 from mtrec.parallel import Memory
-from mtrec.run import Run, open_source, prepare
+from mtrec.prepare import prepare
+from mtrec.run import Run
 from mtrec.score import check_golden, open_scorer
+from mtrec.sources import open_source
 from mtrec.step import TrainState, build_state, train_step
 from mtrec.synthetic import write_reference
 from mtrec.train import Progress, make_reader, train

@@ -30,7 +30,8 @@ from mtrec.allocator import KEPT
 from mtrec.config import Experiment, apply_overrides, parse_experiment
 from mtrec.dataset import Source
 from mtrec.launch import evaluate_run
-from mtrec.run import Run, open_run, prepare, versions
+from mtrec.prepare import prepare
+from mtrec.run import Run, open_run, versions
 from mtrec.scored_files import Asked, score_files
 from mtrec.synthetic import write_log
 from mtrec.train import train

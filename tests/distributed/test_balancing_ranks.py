@@ -17,7 +17,8 @@ from mtrec.embeddings import module_name
 from mtrec.feed import feed
 from mtrec.labels import labels_of
 from mtrec.model import MultiTaskModel
-from mtrec.run import Run, open_source
+from mtrec.run import Run
+from mtrec.sources import open_source
 from mtrec.step import TrainState, build_state, train_step
 from mtrec.train import Progress, make_reader
 

@@ -19,8 +19,8 @@ from mtrec.ids_exchange import IdsExchange
 from mtrec.labels import labels_of
 from mtrec.model import MultiTaskModel
 from mtrec.pooled_exchange import Layout
-from mtrec.run import open_source
 from mtrec.shared_memory import MAX_PENDING
+from mtrec.sources import open_source
 from mtrec.step import build_state
 from mtrec.train import Progress, make_reader
 
