@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.utils.serialization import config as serialization
 
 from mtrec import parallel
 from mtrec.atomic import write_atomically
@@ -215,6 +216,14 @@ class _Stager(BlockingAsyncStager):
         return staged(state_dict)
 
 
+class _Writer(FileSystemWriter):
+    """DCP's own, without the CRC-32 that torch.save takes of every tensor: the manifest has the SHA-256 of every file."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        with serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]  # in this thread alone
+            return super().write_data(plan, planner)
+
+
 class Saver:
     """Writes checkpoints of one run, in the background if asked; every rank makes one and calls it alike.
 
@@ -268,12 +277,16 @@ class Saver:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 if self._committer is None:
-                    save(dict(tensors), checkpoint_id=folder)
+                    save(dict(tensors), checkpoint_id=folder, storage_writer=_Writer(folder))
                     self._commit(folder, dict(state))
                     parallel.by_rank_zero(lambda: self._copy(folder), self._timeout)
                     return folder
                 written = async_save(
-                    dict(tensors), checkpoint_id=folder, process_group=self._group, async_stager=_Stager()
+                    dict(tensors),
+                    checkpoint_id=folder,
+                    storage_writer=_Writer(folder),
+                    process_group=self._group,
+                    async_stager=_Stager(),
                 )
                 assert isinstance(written, Future)
                 self._pending.append((self._committer.submit(self._commit_written, written, folder, dict(state)), folder))

@@ -335,6 +335,13 @@ def test_log_and_gates(tmp_path: Path) -> None:
         assert 0.0 <= event.data_wait <= 1.0
 
 
+def test_logged_weights_are_those_of_the_tasks_times_the_balancers(tmp_path: Path) -> None:
+    given = {"click": 2.5, "conversion": 0.5, "dwell": 0.25}
+    weights = [f"tasks.{name}.weight={weight}" for name, weight in given.items()]
+    run = small_run(tmp_path, *weights, "training.max_steps=2", "training.log_every=1")
+    assert [each.weights for each in events(run) if isinstance(each, Step)] == [pytest.approx(given)] * 2
+
+
 def test_gates_are_told_of_the_rows_of_the_logged_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On x_BD as the step had it, in evaluation: the shares of a step whose weights did not change are those of its batch."""
     expected: dict[int, Tensor] = {}
