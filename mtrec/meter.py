@@ -40,7 +40,7 @@ class Meter:
 
     def event(self, state: TrainState, epoch: int, total_steps: int) -> Step:
         """Ends the interval, on every rank alike: losses are means over its steps in which the task had a label; gates are
-        described on the last of them, of which `add` was given x_BD.
+        described as the last of them left them, on x_BD as it had it.
         """
         seconds = max(1e-9, time.perf_counter() - self._started)
         names = state.model.objectives.names
@@ -77,7 +77,10 @@ def _balancing_scalars(state: TrainState) -> dict[str, float]:
 
 
 def gate_statistics(state: TrainState, x_BD: Tensor | None) -> dict[str, float]:
-    """Of each gate on these rows of each rank: its mean weights, their entropy (nats) and how many experts get less than 1 %."""
+    """Of each gate on these rows of each rank: its mean weights, their entropy (nats) and how many experts get less than 1 %.
+
+    Nothing where no rank has a row.
+    """
     if x_BD is None or not hasattr(state.model.dense.architecture, "gates"):
         return {}
     with torch.no_grad():
@@ -88,9 +91,12 @@ def gate_statistics(state: TrainState, x_BD: Tensor | None) -> dict[str, float]:
         return {}
     flat = torch.cat([*sums.values(), torch.tensor([float(len(x_BD))], device=state.device)])
     parallel.all_reduce_sum(flat)
-    shares = (flat[:-1] / flat[-1]).cpu().split([len(s) for s in sums.values()])  # a GPU is waited for once
+    *total, count = flat.cpu().split([*(len(each) for each in sums.values()), 1])  # a GPU is waited for once
+    if not count:
+        return {}
     found: dict[str, float] = {}
-    for name, share_E in zip(sums, shares, strict=True):
+    for name, total_E in zip(sums, total, strict=True):
+        share_E = total_E / count
         found.update({f"{name}/expert{index}": float(value) for index, value in enumerate(share_E)})
         found[f"{name}/entropy"] = float(-(share_E * share_E.clamp(min=1e-12).log()).sum())
         found[f"{name}/dead_experts"] = float((share_E < 0.01).sum())

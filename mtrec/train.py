@@ -206,12 +206,13 @@ def _loop(
         with closing(feed(reader, run.encoder, labels, experiment.data.sample_weight, pin=pin, bad=bad)) as fed:
             for piece, batch, upcoming in _with_upcoming(meter.waiting(fed), state.device):
                 to_log = (state.step + 1) % config.log_every == 0 or state.step + 1 == total_steps
-                result = train_step(state, batch, stop=stop_requested(), upcoming=upcoming, keep_x=to_log)
+                meter.add(
+                    train_step(state, batch, stop=stop_requested(), upcoming=upcoming, keep_x=to_log), batch.num_rows
+                )
                 progress.next_batch += 1
                 progress.metric = None
                 if progress.next_batch == steps_per_epoch:
                     progress.epoch, progress.next_batch = progress.epoch + 1, 0
-                meter.add(result, batch.num_rows)
                 pieces.append(piece)
                 epoch_ended = progress.next_batch == 0
                 ended = state.step >= total_steps

@@ -119,6 +119,23 @@ def test_the_manifest_names_every_file_and_is_written_last(tmp_path: Path, backg
     assert all(manifest.stat().st_mtime_ns >= (folder / name).stat().st_mtime_ns for name in names)
 
 
+@pytest.mark.parametrize("background", [False, True])
+def test_tensors_are_written_without_a_crc_beside_the_sha256(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
+    asked, real = [], torch.serialization.get_crc32_options
+
+    def noted() -> bool:
+        asked.append(real())
+        return asked[-1]
+
+    monkeypatch.setattr(torch.serialization, "get_crc32_options", noted)
+    save(tmp_path, 1, background=background)
+    assert asked
+    assert not any(asked)
+    assert real()  # what others save has one as ever
+
+
 def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     metrics = {1: 0.9, 2: 0.1, 3: 0.8, 4: None, 5: 0.2, 6: 0.3}
     with parallel.process_group(CPU):

@@ -400,3 +400,11 @@ def test_experts_that_are_mixed_lie_row_by_row_without_a_gradient(layers: tuple[
         torch.testing.assert_close(mix(gates, mixed), mix(gates, apart), rtol=0, atol=0)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(Abreast(mlp, mixed=True)(x), Abreast(mlp)(x))  # with a gradient: as ever
+
+
+@pytest.mark.skipif(not products.takes_bf16(), reason="oneDNN computes no bf16 on this CPU")
+@pytest.mark.parametrize(("layers", "layer_norm"), [((64,), False), ((64, 16), True)])
+def test_experts_that_end_otherwise_than_in_a_product_are_mixed_alike(layers: tuple[int, ...], layer_norm: bool) -> None:
+    mlp, x = BatchedMLP(3, 45, layers, layer_norm=layer_norm), drawn(1_000, 45)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(Abreast(mlp, mixed=True)(x), Abreast(mlp)(x))

@@ -2,7 +2,10 @@
 
 import importlib.util
 import re
+import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -18,7 +21,7 @@ from mtrec.run import open_run
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
+def script() -> Iterator[ModuleType]:
     path = Path(__file__).parents[1] / "pipelines" / "benchmark" / "torcheasyrec.py"
     spec = importlib.util.spec_from_file_location("torcheasyrec", path)
     assert spec is not None
@@ -26,32 +29,32 @@ def script() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules["torcheasyrec"] = module  # where dataclasses look for it
     spec.loader.exec_module(module)
-    return module
+    yield module
+    del sys.modules["torcheasyrec"]
 
 
 @pytest.fixture
-def stubs(monkeypatch: pytest.MonkeyPatch) -> peer.Stubs:
+def stubs(monkeypatch: pytest.MonkeyPatch) -> Iterator[peer.Stubs]:
     """As `measure` puts them in; nothing of them is left afterwards."""
-    made = peer.Stubs()
+    made, before = peer.Stubs(), set(sys.modules)
+    monkeypatch.setattr(peer, "NEVER_CALLED", ("not_there", "nor_this"))
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, made])
     monkeypatch.setattr(peer.Absent, "sealed", False)
-    for name in list(sys.modules):
-        if name.partition(".")[0] in peer.NEVER_CALLED:
-            monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
-    return made
+    yield made
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
 
 
 def test_what_is_not_installed_can_be_imported_and_not_used(stubs: peer.Stubs) -> None:
-    from graphlearn import Graph  # type: ignore[import-not-found]
-    from odps.apis import storage  # type: ignore[import-not-found]
+    from nor_this.apis import storage  # type: ignore[import-not-found]
+    from not_there import Graph  # type: ignore[import-not-found]
 
-    assert stubs.made == ["graphlearn", "odps"]
-    with pytest.raises(peer.NotInstalled, match=r"graphlearn\.Graph was called, of a package that is not installed"):
+    assert stubs.made == ["nor_this", "not_there"]
+    with pytest.raises(peer.NotInstalled, match=r"not_there\.Graph was called, of a package that is not installed"):
         Graph()
     kept = storage.Client
     peer.Absent.sealed = True
-    for used in (lambda: storage.Client, lambda: kept.open, lambda: sys.modules["odps"].apis.more):
+    for used in (lambda: storage.Client, lambda: kept.open, lambda: sys.modules["nor_this"].apis.more):
         with pytest.raises(peer.NotInstalled, match="was used"):
             used()
     with pytest.raises(ModuleNotFoundError, match="not_a_package"):
@@ -77,7 +80,7 @@ def test_the_log_is_copied_with_labels_that_it_can_read(script: ModuleType, tmp_
     click, conversion, dwell = LABELS
     columns = {
         "c0": pa.array([5, 6, 7, 8], pa.int64()),
-        click: pa.array([1, 0, 1, 0], pa.int8()),
+        click: pa.array([1, 0, 1, None], pa.int8()),
         conversion: pa.array([1, 0, 0, 0], pa.int8()),
         dwell: pa.array([3.0, None, 0.0, None], pa.float32()),
     }
@@ -90,6 +93,7 @@ def test_the_log_is_copied_with_labels_that_it_can_read(script: ModuleType, tmp_
     table = copied.read()
     assert table["c0"].to_pylist() == [5, 6, 7, 8]
     assert table[click].type == table[conversion].type == pa.int32()
+    assert table[click].to_pylist() == [1, 0, 1, 0]
     assert table[dwell].to_pylist() == pytest.approx([1.386294, 0.0, 0.0, 0.0])
     assert not (tmp_path / "copy-unfinished").exists()
 
@@ -120,3 +124,15 @@ def test_ratios_are_taken_within_a_round_and_against_the_best_layout(script: Mod
     assert found[f"{mine} / {same}"] == {"median": 2.0, "low": 1.5, "high": 2.0, "values": [2.0, 1.5, 2.0], "wanted": 1.3}
     best = found[f"{mine} / {script.theirs('bf16', script.BEST)}"]
     assert (best["best"], best["median"], best["wanted"]) == ("1 process x 2 threads", 1.5, 1.2)
+
+
+def test_a_rank_that_fails_ends_the_others(script: ModuleType) -> None:
+    def started(*codes: str) -> "list[subprocess.Popen[bytes]]":
+        return [subprocess.Popen([sys.executable, "-c", code]) for code in codes]
+
+    began = time.monotonic()
+    ranks = started("import time; time.sleep(60)", "raise SystemExit(3)")
+    assert script.first_failure(ranks) == 1
+    assert time.monotonic() - began < 30
+    assert [rank.returncode for rank in ranks] == [-9, 3]
+    assert script.first_failure(started("", "")) is None

@@ -26,6 +26,7 @@ from mtrec.checkpoint import Checkpoint, Saver, find, read
 from mtrec.config import DenseOptimizer, TableOptimizer, Training, apply_overrides, parse_experiment
 from mtrec.events import Ended, Saved, Step, Validation
 from mtrec.launch import evaluate_run
+from mtrec.meter import gate_statistics
 from mtrec.optim import Schedules, dense_optimizer, schedule, table_optimizer
 from mtrec.run import Run
 from mtrec.step import StepResult, TrainState, build_state, train_step
@@ -355,6 +356,7 @@ def test_gates_are_told_of_the_rows_of_the_logged_step(tmp_path: Path, monkeypat
         result = train_step(state, batch, **options)
         assert (result.x_BD is not None) == options["keep_x"] == (state.step in (4, 8, 9))
         assert result.x_BD is None or torch.equal(result.x_BD, x_BD)
+        assert gate_statistics(state, x_BD[:0]) == {}  # no rank has a row
         return result
 
     monkeypatch.setattr(mtrec.train, "train_step", noted)

@@ -157,8 +157,8 @@ class Abreast:
         """What follows after `first`."""
         for i, (weight, bias) in enumerate(self._linears):
             if i > 0:
-                is_last = i == len(self._linears) - 1
-                x_NBH = _mapped(x_NBH, Maps(weight, bias, relu=not self._norms), by_row=self._mixed and is_last)
+                by_row = self._mixed and i == len(self._linears) - 1 and not self._norms  # a norm would copy it
+                x_NBH = _mapped(x_NBH, Maps(weight, bias, relu=not self._norms), by_row=by_row)
             if self._norms:
                 scale_N1H, shift_N1H = self._norms[i]
                 x_NBH = functional.relu(functional.layer_norm(x_NBH, x_NBH.shape[-1:]) * scale_N1H + shift_N1H)

@@ -5,9 +5,9 @@ python pipelines/benchmark/torcheasyrec.py CHECKOUT [--work runs/bench] [--round
 CHECKOUT is a clone of TorchEasyRec, which is on no package index; nothing is written to it, its package is copied to the work
 folder. Without --python an environment is made there: the packages of this one, torch and torchrec among them, under those of
 `NEEDED` from the package index (TorchEasyRec asks protobuf for what it no longer has since 5.26, and newer TensorBoards want a
-newer one). What else it imports (pyfg, graphlearn and common_io, of which the index does not have what it needs either, odps,
-alibabacloud_credentials, confluent_kafka) is replaced by stubs where it is not installed: `mtrec/bench/peers/torcheasyrec.py`
-has them. Training on encoded Parquet calls none, and a stub that is used raises.
+newer one). What else it imports is replaced by stubs where it is not installed (`mtrec/bench/peers/torcheasyrec.py`): pyfg,
+graphlearn and common_io, whose versions that it wants the index lacks, odps, alibabacloud_credentials, confluent_kafka. Training
+on encoded Parquet calls none of them, and a stub that is used raises.
 
 Every round launches each way once, in turning order: TorchEasyRec in one process with two threads and in two with one each, both
 also with glibc told to keep freed memory, all in fp32 and in bf16 (its own `mixed_precision: "BF16"`: autocast, which works on a
@@ -24,9 +24,10 @@ cosine, a clipped norm); conversion, learned by its tower alone (p(click) x p(co
 log(1 + seconds) of clicked rows; numbers, which are not standardized.
 
 It cannot read the log's labels (int8; nulls become NaN), so it has a copy, written once and not timed: flags as int32, log(1 +
-seconds) in place of seconds, 0 where there are none. All else is as in the log: zstd, row groups, dictionaries.
+seconds) in place of seconds, 0 in place of null. All else is as in the log: zstd, row groups, dictionaries.
 
-Prints a table and writes pipelines/benchmark/results/torcheasyrec-cpu.json.
+Prints a table and writes pipelines/benchmark/results/torcheasyrec-cpu.json, anew after every round; the one that is there is of
+`--steps 280 --only bf16`.
 """
 
 import argparse
@@ -41,6 +42,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,7 +113,7 @@ def make_environment(folder: Path) -> Path:
 
 
 def commit_of(checkout: Path) -> str:
-    """The commit that a clone is at, `+` behind it where files were changed."""
+    """The commit that a clone is at, `+` behind it where files were changed. CalledProcessError where it is no clone."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(checkout), *arguments]
@@ -148,11 +150,11 @@ def copy_log(source: Path, folder: Path) -> None:
 
 
 def with_labels(table: pa.Table) -> pa.Table:
-    """Flags as int32, seconds as log(1 + seconds), 0 where there are none."""
+    """Flags as int32, seconds as log(1 + seconds), 0 in place of null."""
     for name in LABELS:
         column = table[name]
         seconds = pa.types.is_floating(column.type)
-        made = pc.log1p(column).fill_null(0.0) if seconds else column.cast(pa.int32())
+        made = (pc.log1p(column) if seconds else column.cast(pa.int32())).fill_null(0)
         table = table.set_column(table.schema.get_field_index(name), name, made)
     return table
 
@@ -207,6 +209,23 @@ def config_of(run: Run, files: str, output: Path, layout: Layout, precision: str
     )
 
 
+def first_failure(processes: Sequence["subprocess.Popen[bytes]"]) -> int | None:
+    """Waits for all ranks, or for the first one that fails, whose number it returns; none of them is left running."""
+    try:
+        while True:
+            codes = [process.poll() for process in processes]
+            for rank, code in enumerate(codes):
+                if code:
+                    return rank
+            if None not in codes:
+                return None
+            time.sleep(0.2)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
 def launch_peer(python: Path, source: Path, config: str, folder: Path, layout: Layout, asked: Asked) -> dict[str, Any]:
     """Starts the ranks, as torchrun does, and returns what rank 0 found."""
     (folder / "pipeline.config").write_text(config)
@@ -237,9 +256,9 @@ def launch_peer(python: Path, source: Path, config: str, folder: Path, layout: L
         }
         with (folder / f"said{rank}").open("w") as said:
             processes.append(subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT))
-    for rank, process in enumerate(processes):
-        if process.wait():
-            raise RuntimeError(f"TorchEasyRec failed:\n{(folder / f'said{rank}').read_text()}")
+    failed = first_failure(processes)
+    if failed is not None:
+        raise RuntimeError(f"TorchEasyRec failed:\n{(folder / f'said{failed}').read_text()}")
     found: dict[str, Any] = json.loads((folder / "found").read_text())
     return found
 
@@ -316,7 +335,7 @@ def main() -> None:
         parser.error(f"--steps and {asked.warmup} more take more than one pass over {asked.rows:,} rows")
     own = {ours(precision): Measurement(ours(precision), "train", precision, 2) for precision in PRECISIONS}
     runs = prepare_variants(asked, list(own.values()))
-    made = asked.work / "torcheasyrec"
+    made, commit = asked.work / "torcheasyrec", commit_of(arguments.checkout)
     python = (arguments.python or make_environment(made / "environment")).absolute()
     copy_package(arguments.checkout, made / "source", python)
     log = made / f"log-{asked.rows}"
@@ -342,14 +361,15 @@ def main() -> None:
                     found[name] = launch_peer(python, made / "source", config, place, layout, asked)
             print(f"round {number + 1}, {name}: {found[name]['rows_per_second']:,.0f} rows/s", flush=True)
         rounds.append(found)
-    result = {
-        "about": {**about(asked), "torcheasyrec": commit_of(arguments.checkout), "checkpoint": arguments.checkpoint},
-        "layouts": {name: dataclasses.asdict(layout) for name, layout in layouts.items()},
-        "rows_per_second": {name: spread([each[name]["rows_per_second"] for each in rounds]) for name in names},
-        "ratios": ratios(rounds),
-        "rounds": rounds,
-    }
-    write_atomically(arguments.output, json.dumps(result, indent=1) + "\n")
+        facts = {"torcheasyrec": commit, "only": arguments.only, "checkpoint": arguments.checkpoint, "rounds": len(rounds)}
+        result = {
+            "about": {**about(asked), **facts},
+            "layouts": {name: dataclasses.asdict(layout) for name, layout in layouts.items()},
+            "rows_per_second": {name: spread([each[name]["rows_per_second"] for each in rounds]) for name in names},
+            "ratios": ratios(rounds),
+            "rounds": rounds,
+        }
+        write_atomically(arguments.output, json.dumps(result, indent=1) + "\n")
     show(result)
 
 
