@@ -21,12 +21,14 @@ from torch.testing import assert_close
 
 import mtrec.evaluate
 import mtrec.train
+from mtrec import parallel
 from mtrec.batch import Batch
 from mtrec.checkpoint import Checkpoint, Saver, find, read
 from mtrec.config import DenseOptimizer, TableOptimizer, Training, apply_overrides, parse_experiment
 from mtrec.events import Ended, Saved, Step, Validation
 from mtrec.launch import evaluate_run
 from mtrec.meter import gate_statistics
+from mtrec.model import MultiTaskModel
 from mtrec.optim import Schedules, dense_optimizer, schedule, table_optimizer
 from mtrec.run import Run
 from mtrec.step import StepResult, TrainState, build_state, train_step
@@ -319,6 +321,20 @@ def test_the_dense_optimizer_is_torchs_with_all_options(kind: str, plain: type[t
     assert_close(ours, theirs)
 
 
+def test_making_the_dense_optimizers_state_changes_no_weight(tmp_path: Path) -> None:
+    """Not even by its weight decay, which needs no gradient."""
+    run = small_run(tmp_path, "optimizer.dense.weight_decay=0.5", "optimizer.dense.learning_rate=0.5")
+    with parallel.process_group(CPU):
+        model = MultiTaskModel(run.experiment, run.encoder, run.labels, CPU)
+        before = {name: value.detach().clone() for name, value in model.dense.named_parameters()}
+        state = build_state(run.experiment, model, run.labels, batch_size=128, total_steps=50, device=CPU)
+    for name, value in model.dense.named_parameters():
+        assert torch.equal(value, before[name]), name
+        made = state.dense_optimizer.state[value]
+        assert made
+        assert not any(each.any() for each in made.values())
+
+
 def test_the_tables_optimizer_has_its_options() -> None:
     for kind, made in (("rowwise_adagrad", {"lr": 0.2, "eps": 0.5}), ("adagrad", {"lr": 0.2, "eps": 0.5}), ("sgd", {"lr": 0.2})):
         assert table_optimizer(TableOptimizer(kind=kind, learning_rate=0.2, eps=0.5))[1] == made  # type: ignore[arg-type]
@@ -402,7 +418,6 @@ def _flat(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def test_auc_of_a_whole_evaluation_is_scikit_learns(tmp_path: Path) -> None:
-    from mtrec import parallel
     from mtrec.evaluate import whole_reader
     from mtrec.feed import feed
     from mtrec.labels import labels_of
@@ -442,7 +457,6 @@ def test_auc_of_a_whole_evaluation_is_scikit_learns(tmp_path: Path) -> None:
 def test_segments_weights_groups_and_rows_of_another_task_are_those_of_scikit_learn(tmp_path: Path) -> None:
     from oracles import brute_gauc
 
-    from mtrec import parallel
     from mtrec.batch import make_batch
     from mtrec.evaluate import evaluate
     from mtrec.metrics import group_keys

@@ -333,9 +333,15 @@ def main() -> None:
     )
     if (asked.warmup + asked.steps) * BATCH_SIZE > asked.rows:
         parser.error(f"--steps and {asked.warmup} more take more than one pass over {asked.rows:,} rows")
+    try:
+        commit = commit_of(arguments.checkout)
+    except (OSError, subprocess.CalledProcessError) as error:
+        parser.error(f"CHECKOUT should be a git clone of TorchEasyRec. Found '{arguments.checkout}' ({error})")
+    if not (arguments.checkout / "tzrec" / "protos").is_dir():
+        parser.error(f"CHECKOUT should be a clone of TorchEasyRec. Found no folder tzrec/protos in '{arguments.checkout}'")
     own = {ours(precision): Measurement(ours(precision), "train", precision, 2) for precision in PRECISIONS}
     runs = prepare_variants(asked, list(own.values()))
-    made, commit = asked.work / "torcheasyrec", commit_of(arguments.checkout)
+    made = asked.work / "torcheasyrec"
     python = (arguments.python or make_environment(made / "environment")).absolute()
     copy_package(arguments.checkout, made / "source", python)
     log = made / f"log-{asked.rows}"
