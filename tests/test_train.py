@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from logs import experiment_tree, write_log
+from ranks import run_ranks
 from runs import small_run, train_on, trained
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
@@ -30,7 +31,7 @@ from mtrec.launch import evaluate_run
 from mtrec.meter import gate_statistics
 from mtrec.model import MultiTaskModel
 from mtrec.optim import Schedules, dense_optimizer, schedule, table_optimizer
-from mtrec.run import Run
+from mtrec.run import Run, open_run
 from mtrec.step import StepResult, TrainState, build_state, train_step
 from mtrec.train import reading_threads, train
 
@@ -321,6 +322,25 @@ def test_the_dense_optimizer_is_torchs_with_all_options(kind: str, plain: type[t
     assert_close(ours, theirs)
 
 
+def stopped_by_one(folder: str) -> tuple[int, str, list[int]]:
+    """Rank 1 alone asks to stop, at its third step."""
+    steps: list[int] = []
+
+    def asked() -> bool:
+        steps.append(len(steps) + 1)
+        return parallel.rank() == 1 and steps[-1] == 3
+
+    found = list(train(open_run(folder), device=CPU, stop_requested=asked))
+    ended = found[-1]
+    assert isinstance(ended, Ended)
+    return ended.step, ended.reason, [each.step for each in found if isinstance(each, Saved)]
+
+
+def test_one_rank_that_is_asked_to_stop_stops_all(tmp_path: Path) -> None:
+    run = small_run(tmp_path)
+    assert run_ranks(2, stopped_by_one, str(run.folder), folder=tmp_path / "ranks") == [(3, "stopped", [3])] * 2
+
+
 def test_making_the_dense_optimizers_state_changes_no_weight(tmp_path: Path) -> None:
     """Not even by its weight decay, which needs no gradient."""
     run = small_run(tmp_path, "optimizer.dense.weight_decay=0.5", "optimizer.dense.learning_rate=0.5")
@@ -396,7 +416,6 @@ def evaluated_in_pieces(folder: str, data: str) -> dict[str, Any]:
 
 
 def test_evaluation_is_the_same_on_one_two_and_three_ranks(tmp_path: Path) -> None:
-    from ranks import run_ranks
 
     run = small_run(tmp_path, "evaluation.group_by=user_id", "features.tags.sharding=data_parallel")
     train_on(1, run)
