@@ -351,6 +351,20 @@ def test_gates_are_told_of_the_rows_of_the_logged_step(tmp_path: Path, monkeypat
             assert event.gates[f"dwell/expert{index}"] == pytest.approx(share, abs=1e-6)
 
 
+def logged_gates(folder: str) -> dict[str, float]:
+    (step,) = [event for event in train(open_run(folder), device=CPU) if isinstance(event, Step)]
+    return step.gates
+
+
+def test_gates_are_told_of_the_rows_of_all_ranks(tmp_path: Path) -> None:
+    found = []
+    for ranks in (1, 2):
+        run = small_run(tmp_path / str(ranks), "training.log_every=3", "training.max_steps=3")
+        found += run_ranks(ranks, logged_gates, str(run.folder), folder=tmp_path / "ranks")
+    alone, *both = found
+    assert both == [pytest.approx(alone, abs=1e-6)] * 2
+
+
 def evaluated(folder: str, data: str) -> dict[str, Any]:
     return evaluate_run(Path(folder), data, by="click")
 
