@@ -1,33 +1,21 @@
 """The recipe of daily training: what is promoted, what is kept out, and that it goes on where it was."""
 
 import dataclasses
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 from logs import experiment_tree
+from recipes import recipe
 
 from mtrec.compare.gate import NonInferiority
 from mtrec.config import Source, parse_experiment
 from mtrec.run import open_run
 
-
-def load_recipe() -> Any:
-    spec = importlib.util.spec_from_file_location("daily", Path(__file__).parents[1] / "pipelines" / "daily" / "daily.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["daily"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-daily = load_recipe()
+daily: Any = recipe("daily/daily.py")
 
 
 def gate(value: float, half: float = 0.002, in_service: float = 0.75) -> NonInferiority:

@@ -3,36 +3,24 @@
 import csv
 import gzip
 import hashlib
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from recipes import PIPELINES, recipe
 
-PIPELINES = Path(__file__).parents[1] / "pipelines"
 HOUR = 3_600_000
 MAY_4 = 1_651_593_600_000  # midnight in Shanghai
 APRIL_25 = MAY_4 - 9 * 24 * HOUR
 
 
-def script(recipe: str) -> ModuleType:
-    path = PIPELINES / recipe / "prepare.py"
-    specification = importlib.util.spec_from_file_location(f"prepare_{recipe}", path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-kuairand = script("kuairand")
-census = script("census_income")
+kuairand = recipe("kuairand/prepare.py")
+census = recipe("census_income/prepare.py")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

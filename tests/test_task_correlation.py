@@ -1,11 +1,9 @@
 """pipelines/task_correlation: the data are what the paper describes, the recipe is sound, and the claims are judged right."""
 
-import importlib.util
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from recipes import PIPELINES, recipe
 
 from mtrec.compare.plan import dense_size, load_plan, matched
 from mtrec.compare.runs import conduct, folder_of
@@ -22,7 +21,7 @@ from mtrec.events import Ended, Step
 from mtrec.prepare import prepare as prepare_run
 from mtrec.train import train
 
-FOLDER = Path(__file__).parents[1] / "pipelines" / "task_correlation"
+FOLDER = PIPELINES / "task_correlation"
 sys.path.insert(0, str(FOLDER))
 
 import correlation_report  # noqa: E402
@@ -32,16 +31,7 @@ CPU = torch.device("cpu")
 NAMES = ("mmoe", "shared_bottom", "omoe", "ple")
 
 
-def _generator() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("prepare_task_correlation", FOLDER / "prepare.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-GENERATOR = _generator()
+GENERATOR = recipe("task_correlation/prepare.py")
 
 
 @pytest.fixture(scope="module")

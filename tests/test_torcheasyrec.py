@@ -1,17 +1,18 @@
 """The comparison with TorchEasyRec: what is written for it, what stands in for packages that are not there, ratios."""
 
-import importlib.util
+import importlib
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from recipes import recipe
 
 from mtrec.bench.environment import IDS, LABELS, NUMBERS
 from mtrec.bench.launches import Asked, Measurement, prepare_variants
@@ -19,18 +20,7 @@ from mtrec.bench.peers import torcheasyrec as peer
 from mtrec.launch_bench import REFERENCE
 from mtrec.run import open_run
 
-
-@pytest.fixture(scope="module")
-def script() -> Iterator[ModuleType]:
-    path = Path(__file__).parents[1] / "pipelines" / "benchmark" / "torcheasyrec.py"
-    spec = importlib.util.spec_from_file_location("torcheasyrec", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["torcheasyrec"] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["torcheasyrec"]
+script: Any = recipe("benchmark/torcheasyrec.py")
 
 
 @pytest.fixture
@@ -76,7 +66,7 @@ def test_the_clock_calls_the_pipeline_as_it_is() -> None:
         peer.mean_loss([{"a": float("nan")}])
 
 
-def test_the_log_is_copied_with_labels_that_it_can_read(script: ModuleType, tmp_path: Path) -> None:
+def test_the_log_is_copied_with_labels_that_it_can_read(tmp_path: Path) -> None:
     click, conversion, dwell = LABELS
     columns = {
         "c0": pa.array([5, 6, 7, 8], pa.int64()),
@@ -98,7 +88,7 @@ def test_the_log_is_copied_with_labels_that_it_can_read(script: ModuleType, tmp_
     assert not (tmp_path / "copy-unfinished").exists()
 
 
-def test_its_config_says_what_the_reference_says(script: ModuleType, tmp_path: Path) -> None:
+def test_its_config_says_what_the_reference_says(tmp_path: Path) -> None:
     asked = Asked(REFERENCE, tmp_path, rows=1_000, steps=2, warmup=1)
     run = open_run(prepare_variants(asked, [Measurement("train", "train", "fp32", 2)])["fp32"])
     text = script.config_of(run, "log/*.parquet", tmp_path / "model", script.LAYOUTS[script.SAME], "bf16", 30, 15)
@@ -115,7 +105,7 @@ def test_its_config_says_what_the_reference_says(script: ModuleType, tmp_path: P
     assert "mixed_precision" not in plain
 
 
-def test_ratios_are_taken_within_a_round_and_against_the_best_layout(script: ModuleType) -> None:
+def test_ratios_are_taken_within_a_round_and_against_the_best_layout() -> None:
     mine, same = script.ours("bf16"), script.theirs("bf16", script.SAME)
     other = script.theirs("bf16", "1 process x 2 threads")
     speeds = [(60.0, 30.0, 40.0), (66.0, 44.0, 33.0), (50.0, 25.0, 50.0)]
@@ -126,7 +116,7 @@ def test_ratios_are_taken_within_a_round_and_against_the_best_layout(script: Mod
     assert (best["best"], best["median"], best["wanted"]) == ("1 process x 2 threads", 1.5, 1.2)
 
 
-def test_a_rank_that_fails_ends_the_others(script: ModuleType) -> None:
+def test_a_rank_that_fails_ends_the_others() -> None:
     def started(*codes: str) -> "list[subprocess.Popen[bytes]]":
         return [subprocess.Popen([sys.executable, "-c", code]) for code in codes]
 

@@ -316,7 +316,8 @@ def bench(asked: Asked, say: Callable[[str], None]) -> dict[str, Any]:
     return summary(asked, wanted, runs, rounds)
 
 
-def _spread(values: Sequence[float]) -> dict[str, Any]:
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Median and range of the rounds."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values), "values": list(values)}
 
 
@@ -333,16 +334,16 @@ def summary(
             continue
         found = [r[each.name] for r in rounds]
         if "seconds" in found[0]:
-            startup[each.name] = _spread([one["seconds"] for one in found])
+            startup[each.name] = spread([one["seconds"] for one in found])
             idle += [one["idle_bytes"] for one in found if "idle_bytes" in one]
             continue
         stages[each.name] = {
             "stage": each.stage,
             "variant": each.variant,
             "workers": each.workers,
-            "rows_per_second": _spread([one["rows_per_second"] for one in found]),
+            "rows_per_second": spread([one["rows_per_second"] for one in found]),
             **{
-                key: _spread([one[key] for one in found])
+                key: spread([one[key] for one in found])
                 for key, value in found[0].items()
                 if isinstance(value, int | float) and key != "rows_per_second"
             },
@@ -354,7 +355,7 @@ def summary(
         if each.stage in ("compute", "train", "score"):
             stages[each.name]["floor"] = _floor(each, runs[each.variant], ceilings, asked)
             stages[each.name]["of_floor"] = stages[each.name]["rows_per_second"]["median"] / stages[each.name]["floor"]
-    ratios = {name: _spread(values) for name, values in _ratios(asked, rounds).items()}
+    ratios = {name: spread(values) for name, values in _ratios(asked, rounds).items()}
     by_name = {name: each["median"] for name, each in ratios.items()}
     return {
         "train_over_yardstick": by_name.get(f"train {asked.precision}, {counted(asked.workers)} / yardstick"),

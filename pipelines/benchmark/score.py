@@ -40,7 +40,7 @@ import pyarrow.parquet as pq
 import torch
 
 from mtrec.batch import make_batch
-from mtrec.bench.launches import processor
+from mtrec.bench.launches import processor, spread
 from mtrec.config import apply_overrides, parse_experiment
 from mtrec.dataset import Source
 from mtrec.formula import ranking_formula
@@ -207,8 +207,8 @@ def summary_of(launches: dict[str, dict[str, Any]], count: int, cores: Sequence[
                 speeds[way] = [one["rows"] / one[f"{clock}_seconds"] for one in made]
             pairs = [project / bare for project, bare in zip(speeds["project"], speeds["bare"], strict=True)]
             setting[f"by_{clock}"] = {
-                **{f"{way}_rows_per_second": _spread(values) for way, values in speeds.items()},
-                "ratio_of_neighbours": _spread(pairs),
+                **{f"{way}_rows_per_second": spread(values) for way, values in speeds.items()},
+                "ratio_of_neighbours": spread(pairs),
                 "ratio_of_medians": statistics.median(speeds["project"]) / statistics.median(speeds["bare"]),
             }
     peaks = {
@@ -220,7 +220,7 @@ def summary_of(launches: dict[str, dict[str, Any]], count: int, cores: Sequence[
     }
     found["peak_memory_bytes"] = {
         way: {
-            "x1": _spread(peak["x1"]),
+            "x1": spread(peak["x1"]),
             f"x{TIMES}": peak[f"x{TIMES}"],
             "growth": peak[f"x{TIMES}"] / statistics.median(peak["x1"]),
         }
@@ -231,10 +231,6 @@ def summary_of(launches: dict[str, dict[str, Any]], count: int, cores: Sequence[
     found["smallest_ratio"], found["wanted"] = ratios, {"ratio": RATIO_WANTED, "growth": MEMORY_WANTED}
     found["reached"] = {**{clock: ratio >= RATIO_WANTED for clock, ratio in ratios.items()}, "memory": growth <= MEMORY_WANTED}
     return found
-
-
-def _spread(values: Sequence[float]) -> dict[str, Any]:
-    return {"median": statistics.median(values), "low": min(values), "high": max(values), "values": list(values)}
 
 
 def hardware() -> dict[str, Any]:

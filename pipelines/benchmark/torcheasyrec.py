@@ -56,7 +56,7 @@ import mtrec.bench
 from mtrec.allocator import KEPT_AT_THE_END, LARGEST_KEPT
 from mtrec.atomic import write_atomically
 from mtrec.bench.environment import IDS, LABELS, LISTS, NUMBERS, interpreter
-from mtrec.bench.launches import Asked, Measurement, about, launch, prepare_variants
+from mtrec.bench.launches import Asked, Measurement, about, launch, prepare_variants, spread
 from mtrec.run import Run, open_run
 from mtrec.terminal import console, say
 
@@ -261,11 +261,6 @@ def launch_peer(python: Path, source: Path, config: str, folder: Path, layout: L
         raise RuntimeError(f"TorchEasyRec failed:\n{(folder / f'said{failed}').read_text()}")
     found: dict[str, Any] = json.loads((folder / "found").read_text())
     return found
-
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Median and range."""
-    return {"median": statistics.median(values), "low": min(values), "high": max(values), "values": list(values)}
 
 
 def ours(precision: str) -> str:

@@ -104,6 +104,7 @@ class Clock:
         progress = pipeline.progress
 
         def timed(batches: Any) -> Any:
+            """`progress`, as it is; then the time, and its losses."""
             done = progress(batches)
             self.times.append(time.perf_counter())
             if len(self.first) < LOSSES:
