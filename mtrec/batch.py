@@ -224,7 +224,7 @@ def join_examples(
 
     `stream_rows` must sum to these rows; None: all are of one stream.
     """
-    num_rows = sum(stop - start for _, start, stop in parts)
+    num_rows = sum([stop - start for _, start, stop in parts])
     of_streams = (num_rows,) if stream_rows is None else tuple(stream_rows)
     if sum(of_streams) != num_rows:
         raise ValueError(f"`stream_rows` should sum to the {num_rows} rows of the batch. Found {of_streams}.")
@@ -237,6 +237,7 @@ def join_examples(
             weights=torch.from_numpy(encoded.weights),
             lengths=torch.from_numpy(encoded.weighted_lengths_KB).reshape(-1),
             stride=num_rows,
+            length_per_key=encoded.weighted_counts,
         )
     labels_TB = torch.from_numpy(np.concatenate([each.labels_TB[:, start:stop] for each, start, stop in parts], axis=1))
     weights = [each.sample_weight_B[start:stop] for each, start, stop in parts if each.sample_weight_B is not None]
@@ -247,6 +248,7 @@ def join_examples(
             values=torch.from_numpy(encoded.values),
             lengths=torch.from_numpy(encoded.lengths_KB).reshape(-1),
             stride=num_rows,
+            length_per_key=encoded.counts,
         ),
         weighted=weighted,
         labels=dict(zip(parts[0][0].tasks, labels_TB.unbind(), strict=True)),

@@ -146,10 +146,13 @@ class Dataset:
                     return None
                 decoded += raw.num_rows
                 if as_stored:
-                    arrays = raw.select(schema.names).columns
+                    batch = raw.select(schema.names).replace_schema_metadata()
+                    if not batch.schema.equals(schema):  # in what may be null
+                        batch = pa.RecordBatch.from_arrays(batch.columns, schema=schema)
                 else:
-                    arrays = [self._column(raw, field, file, row_group) for field in fields]
-                batch = pa.RecordBatch.from_arrays(arrays, schema=schema) if fields else raw
+                    batch = pa.RecordBatch.from_arrays(
+                        [self._column(raw, field, file, row_group) for field in fields], schema=schema
+                    )
                 if row_group.filtered and self.condition is not None:
                     return batch.select(list(columns)), conditions.mask(self.condition, batch)
                 return batch, None

@@ -181,16 +181,20 @@ def _without(piece: Piece, rows: NDArray[np.int64]) -> Piece:
     """The piece without some rows: their places in the streams stay empty, as those of rows that `where` drops."""
     kept = np.ones(sum(piece.stream_rows), np.bool_)
     kept[rows] = False
-    stream_rows, parts, cuts, start = [], [], [], 0
+    stream_rows, cuts, first = [], [], 0
     for count in piece.stream_rows:
-        stream_rows.append(int(kept[start : start + count].sum()))
-        start += count
-    start = 0
-    for part, cut in zip(piece.parts, piece.cuts or (), strict=True):
-        kept_here = kept[start : start + len(part.rows)]
-        start += len(part.rows)
-        parts.append(part._replace(rows=part.rows[kept_here]))
-        cuts.append(cut if cut.rows is None or kept_here.all() else cut._replace(rows=cut.rows.filter(pa.array(kept_here))))
+        stream_rows.append(int(kept[first : first + count].sum()))
+        first += count
+    first = 0
+    for window, start, stop in piece.cuts or ():
+        kept_here = kept[first : first + stop - start]
+        first += stop - start
+        if window.rows is not None and not kept_here.all():
+            place = window.place._replace(numbers=window.place.numbers[start:stop][kept_here])
+            rows_here = window.rows.slice(start, stop - start).filter(pa.array(kept_here))
+            window, start, stop = window._replace(place=place, rows=rows_here), 0, rows_here.num_rows
+        cuts.append((window, start, stop))
+    parts = [(window.place, start, stop) for window, start, stop in cuts]
     return dataclasses.replace(piece, cuts=tuple(cuts), stream_rows=tuple(stream_rows), parts=tuple(parts))
 
 
@@ -227,16 +231,16 @@ def feed(
 
     def batch_of(piece: Piece) -> Fed:
         """The batch of a piece, from what was prepared of its cuts; the others are encoded here."""
-        examples, before = [], 0
-        for number in range(len(piece.parts)):
-            assert piece.cuts is not None
-            cut = piece.cuts[number]
-            if cut.prepared is not None:
-                examples.append((cut.prepared, cut.start, cut.stop))
+        assert piece.cuts is not None
+        examples = [(window.prepared, start, stop) for window, start, stop in piece.cuts]
+        before = 0
+        for number, (prepared, start, stop) in enumerate(examples):
+            if prepared is None:
+                piece, prepared = _encoded(piece, number, before)
+                examples[number] = prepared, 0, prepared.num_rows
+                before += prepared.num_rows
             else:
-                piece, made = _encoded(piece, number, before)
-                examples.append((made, 0, made.num_rows))
-            before += len(piece.parts[number].rows)
+                before += stop - start
         if not examples:
             (nothing,) = make_examples(piece.record_batch, encoder, labels, sample_weight, [slice(0, 0)])
             examples = [(nothing, 0, 0)]
@@ -244,15 +248,16 @@ def feed(
         if bad is not None:
             bad.keep(batch.num_rows)
         if not keep_rows:
-            piece = dataclasses.replace(piece, cuts=None)
+            piece = piece.without_rows()
         return Fed(piece, batch.pin_memory() if pin else batch)
 
     def _encoded(piece: Piece, number: int, before: int) -> tuple[Piece, Examples]:
         """Cut `number`, which begins `before` rows into the piece, and the piece without its bad rows."""
         while True:
             assert piece.cuts is not None
-            rows = piece.cuts[number].rows
-            assert rows is not None
+            window, start, stop = piece.cuts[number]
+            assert window.rows is not None
+            rows = window.rows.slice(start, stop - start)
             try:
                 return piece, make_examples(rows, encoder, labels, sample_weight, [slice(0, rows.num_rows)])[0]
             except BadRowsError as error:

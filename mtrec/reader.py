@@ -37,23 +37,31 @@ Prepare = Callable[[pa.RecordBatch, Sequence[np.ndarray | slice]], Sequence[Any]
 WINDOWS_DECODED = 4  # of a large row group at once, and prepared: what a call and a column cost is shared by their rows
 
 
-class Part(NamedTuple):
-    """Some rows of a window: the window's spans, and for each row its number among the window's rows before `where`."""
-
-    window: Window
-    rows: np.ndarray
-
-
-class Cut(NamedTuple):
-    """Rows of one window: [start, stop) of what `prepare` made of it, and the same rows as they are in the files.
-
-    `prepared` is None where `prepare` was not given or declined; `rows` is None where it did not, and rows are not kept.
+class Place(NamedTuple):
+    """Where the rows of a window come from: its spans, and for each row that `where` left, in the order in which they are read,
+    its number among the window's rows.
     """
 
+    window: Window
+    numbers: np.ndarray
+
+
+class Loaded(NamedTuple):
+    """A window in its final order, without the rows that `where` drops: what `prepare` made of it, its rows, or both.
+
+    `prepared` is None where `prepare` was not given or declined; `rows` is None where it did not, and rows are not kept.
+    `kept_before`: rows kept of the first n, for n = 0 ... window rows; None if all are.
+    """
+
+    place: Place
     prepared: Any
-    start: int
-    stop: int
     rows: pa.RecordBatch | None
+    kept_before: np.ndarray | None
+
+
+# Rows [start, stop) of a window. Tuples: a batch is cut from many, and names would cost a call for each.
+Cut = tuple[Loaded, int, int]
+Part = tuple[Place, int, int]
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class Piece:
         index: the number of the global batch in the epoch, from 0.
         cuts: the rows that `where` left, window by window, may have none; None where they were let go (they hold whole windows).
         stream_rows: rows of each stream that this rank owns, in order; adds up to the rows of `cuts`.
-        parts: where the rows of each cut come from, in their order; see `Reader.locate`.
+        parts: where the rows of each cut come from; see `Reader.locate`.
     """
 
     epoch: int
@@ -78,12 +86,16 @@ class Piece:
     @cached_property
     def record_batch(self) -> pa.RecordBatch:
         """The rows as they are in the files. Raises ValueError where the reader was not told to keep them."""
-        batches = [cut.rows for cut in self.cuts or () if cut.rows is not None]
+        batches = [window.rows.slice(start, stop - start) for window, start, stop in self.cuts or () if window.rows is not None]
         if self.cuts is None or len(batches) < len(self.cuts):
             raise ValueError("`keep_rows` should be set where the rows of a piece are read beside what is prepared of them.")
         if not batches:  # the owned streams are one row shorter than others, and at their end
             return pa.RecordBatch.from_pylist([], self.schema)
         return batches[0] if len(batches) == 1 else pa.concat_batches(batches)
+
+    def without_rows(self) -> "Piece":
+        """The piece with its cuts let go."""
+        return Piece(self.epoch, self.index, None, self.stream_rows, self.parts, self.schema)
 
 
 class Row(NamedTuple):
@@ -220,10 +232,10 @@ class Reader:
 
     def locate(self, piece: Piece, row: int) -> Row:
         """The place in the files of row `row` of `piece.record_batch`, for error messages."""
-        for part in piece.parts:
-            if row < len(part.rows):
-                return self._row(part.window, int(part.rows[row]))
-            row -= len(part.rows)
+        for (window, numbers), start, stop in piece.parts:
+            if row < stop - start:
+                return self._row(window, int(numbers[start + row]))
+            row -= stop - start
         raise IndexError(f"The piece has no such row: {row} rows too few.")
 
     def _row(self, window: Window, number: int) -> Row:
@@ -236,26 +248,25 @@ class Reader:
 
     def sources(self, piece: Piece) -> list[tuple[str, int]]:
         """The (file, row group) pairs that the piece's windows come from, each once."""
-        groups = [self.dataset.row_groups[span.row_group] for part in piece.parts for span in part.window]
+        groups = [self.dataset.row_groups[span.row_group] for place, _, _ in piece.parts for span in place.window]
         return list(dict.fromkeys((self.dataset.files[group.file_index].path, group.index) for group in groups))
 
 
-class _Loaded(NamedTuple):
-    """A window in its final order, without the rows that `where` drops: what `prepare` made of it, its rows, or both."""
+class _Load:
+    """A window that is, or will be, loaded by a background thread."""
 
-    window: Window
-    prepared: Any
-    batch: pa.RecordBatch | None
-    rows: np.ndarray  # number of each row among the window's rows before `where`
-    kept_before: np.ndarray | None  # rows kept of the first n places, for n = 0 ... window rows; None if all are
+    def __init__(self, future: "Future[Loaded]") -> None:
+        self._future = future
+        self._loaded: Loaded | None = None
+
+    def wait(self) -> Loaded:
+        """The window, once it is there. Asked for by every piece that is cut from it, of which a future would lock each time."""
+        if self._loaded is None:
+            self._loaded = self._future.result()
+        return self._loaded
 
 
-class _Slice(NamedTuple):
-    """Places [start, stop) of a window that is, or will be, loaded."""
-
-    loaded: "Future[_Loaded]"
-    start: int
-    stop: int
+_Slice = tuple[_Load, int, int]  # places [start, stop) of a window
 
 
 class _Decoder:
@@ -273,7 +284,7 @@ class _Decoder:
     ) -> None:
         self.dataset, self.columns, self.windows, self.shuffle_window, self.key = dataset, columns, windows, shuffle_window, key
         self.prepare, self.keep_rows = prepare, keep_rows
-        self.made: deque[_Loaded] = deque()  # windows decoded with one that was asked for
+        self.made: deque[Loaded] = deque()  # windows decoded with one that was asked for
         self.row_group = -1
         self.chunks: Generator[tuple[pa.RecordBatch, pa.BooleanArray | None], None, None] | None = None
         self.chunk: tuple[pa.RecordBatch, pa.BooleanArray | None] | None = None
@@ -284,7 +295,7 @@ class _Decoder:
             self.chunks.close()
         self.chunks = self.chunk = None
 
-    def load(self, number: int) -> _Loaded:
+    def load(self, number: int) -> Loaded:
         """Window `number`; they are asked for in order. Those decoded with it are made at once, so that the rows can go."""
         if not self.made:
             number = self._make_from(number)
@@ -315,7 +326,7 @@ class _Decoder:
 
     def _make(
         self, windows: Sequence[tuple[int, Window]], parts: Sequence[tuple[pa.RecordBatch, pa.BooleanArray | None]]
-    ) -> list[_Loaded]:
+    ) -> list[Loaded]:
         """Numbered windows whose rows are `parts`: `where` applied, permuted, prepared together."""
         rows_of = [self._permuted(number, window) for number, window in windows]
         begins = np.cumsum([0, *map(len, rows_of)])  # among the rows of the parts
@@ -338,11 +349,10 @@ class _Decoder:
                 orders.append(begin + rows if places is None else places[begin + rows])
         prepared = [None] * len(windows) if self.prepare is None else self.prepare(batch, orders)
         return [
-            _Loaded(
-                window,
+            Loaded(
+                Place(window, rows.astype(np.int32)),
                 ready,
                 rows_in(batch, order) if ready is None or self.keep_rows else None,
-                rows.astype(np.int32),
                 before,
             )
             for (_, window), ready, order, rows, before in zip(windows, prepared, orders, rows_of, kept_before, strict=True)
@@ -410,19 +420,18 @@ def _assemble(
     epoch: int, index: int, streams: Sequence[Sequence[_Slice]], schema: pa.Schema, transform: Callable[[Piece], T]
 ) -> T:
     """Waits for the windows that a piece is cut from, and puts its rows together."""
-    cuts, parts, stream_rows = [], [], []
+    cuts: list[Cut] = []
+    stream_rows = []
     for slices in streams:
         rows = 0
-        for piece_slice in slices:
-            loaded = piece_slice.loaded.result()
-            start, stop = piece_slice.start, piece_slice.stop
+        for load, start, stop in slices:
+            loaded = load.wait()
             if loaded.kept_before is not None:
-                start, stop = int(loaded.kept_before[start]), int(loaded.kept_before[stop])
+                start, stop = loaded.kept_before.item(start), loaded.kept_before.item(stop)
             rows += stop - start
-            held = None if loaded.batch is None else loaded.batch.slice(start, stop - start)
-            cuts.append(Cut(loaded.prepared, start, stop, held))
-            parts.append(Part(loaded.window, loaded.rows[start:stop]))
+            cuts.append((loaded, start, stop))
         stream_rows.append(rows)
+    parts = [(loaded.place, start, stop) for loaded, start, stop in cuts]
     return transform(Piece(epoch, index, tuple(cuts), tuple(stream_rows), tuple(parts), schema))
 
 
@@ -443,8 +452,8 @@ class _Stream:
         while self.number < len(self.lengths) and self.row >= self.lengths[self.number]:
             self.row -= self.lengths[self.number]
             self.number += 1
-        self.loads: deque[Future[_Loaded]] = deque()  # of window `number` and perhaps the one after it
-        self.before: Future[_Loaded] | None = None
+        self.loads: deque[_Load] = deque()  # of window `number` and perhaps the one after it
+        self.before: _Load | None = None
 
     def take(self, rows: int) -> list[_Slice]:
         """The next `rows` rows, or what is left."""
@@ -454,7 +463,7 @@ class _Stream:
                 self._load(self.number)
             length = self.lengths[self.number]
             stop = min(length, self.row + rows)
-            slices.append(_Slice(self.loads[0], self.row, stop))
+            slices.append((self.loads[0], self.row, stop))
             rows -= stop - self.row
             self.row = stop
             if stop > self.begin * length and len(self.loads) == 1 and self.number + 1 < len(self.lengths):
@@ -467,10 +476,10 @@ class _Stream:
     def _load(self, number: int) -> None:
         before = self.before
 
-        def load() -> _Loaded:
+        def load() -> Loaded:
             if before is not None:
-                before.result()  # the decoder goes through the windows in order, one at a time
+                before.wait()  # the decoder goes through the windows in order, one at a time
             return self.decoder.load(number)
 
-        self.before = self.pool.submit(load)
+        self.before = _Load(self.pool.submit(load))
         self.loads.append(self.before)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 BY_ROW_GROUP, BY_ROW = 1, 2  # what a key of `permutation` is for: first number of the key
 
@@ -38,9 +39,28 @@ def permutation(num_rows: int, *key: int) -> np.ndarray:
     words = np.random.PCG64(np.random.SeedSequence(key)).random_raw(num_rows)
     words &= ~low_bits
     words |= np.arange(num_rows, dtype=np.uint64)
-    words.sort()
-    words &= low_bits
-    return words.view(np.int64)
+    return _sorted_places(words)
+
+
+def _sorted_places(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """Where each of different words stands, in ascending order of the words: `words.argsort()`.
+
+    By their upper halves in two passes of 16 bits, which numpy sorts by counting (its AVX-512 sort of whole words takes three
+    times as long on a Zen 4); the few that agree in these, by all bits.
+    """
+    places = _digits(words, 32).argsort(kind="stable")
+    places = places.take(_digits(words, 48).take(places).argsort(kind="stable"))
+    ordered = words.take(places)
+    halves = (ordered >> np.uint64(32)).astype(np.uint32)
+    same = halves[1:] == halves[:-1]
+    if same.any():
+        tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
+        places[tied] = places[tied[ordered[tied].argsort()]]
+    return places
+
+
+def _digits(words: npt.NDArray[np.uint64], shift: int) -> npt.NDArray[np.uint16]:
+    return (words >> np.uint64(shift)).astype(np.uint16)
 
 
 def plan_streams(

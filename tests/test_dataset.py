@@ -52,6 +52,17 @@ def test_window_over_a_named_column_of_timestamps_includes_the_last_day(tmp_path
 # One schema
 
 
+def test_rows_come_in_the_datasets_schema_whatever_a_file_says_beside_the_types(tmp_path: Path) -> None:
+    fields = [pa.field("x", pa.int64(), nullable=False, metadata={"from": "x"}), pa.field("tags", pa.list_(pa.int64()))]
+    for number, schema in enumerate([pa.schema(fields, {"pandas": "{}"}), None]):
+        pq.write_table(pa.table({"x": [number], "tags": [[number]]}, schema), tmp_path / f"{number}.parquet")
+    dataset = open_dataset(Source(str(tmp_path)), ["x", "tags"], place="data.train")
+    batches = [batch for group in dataset.row_groups for batch, _ in dataset.chunks(group, ["tags", "x"], 10)]
+    wanted = pa.schema([dataset.schema.field("tags"), dataset.schema.field("x")])
+    assert [(batch.schema.equals(wanted), batch.schema.metadata) for batch in batches] == [(True, None)] * 2
+    assert pa.concat_batches(batches).to_pylist() == [{"tags": [0], "x": 0}, {"tags": [1], "x": 1}]
+
+
 def test_schema_drift_is_read_and_said(tmp_path: Path) -> None:
     write(
         tmp_path / "1.parquet",

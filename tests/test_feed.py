@@ -66,6 +66,7 @@ def assert_equal(one: Batch, other: Batch) -> None:
         assert a.keys() == b.keys()
         assert torch.equal(a.values(), b.values())
         assert torch.equal(a.lengths(), b.lengths())
+        assert a.length_per_key() == a.lengths().view(len(a.keys()), -1).sum(dim=1).tolist()
     assert torch.equal(one.weighted.weights(), other.weighted.weights())  # type: ignore[union-attr]
     for name, label in one.labels.items():
         assert torch.equal(label.nan_to_num(-1), other.labels[name].nan_to_num(-1))
@@ -196,7 +197,7 @@ def test_parts_whose_keys_hold_one_value_in_one_and_lists_in_another_are_joined(
     (nothing,) = encoder.encode_rows(pa.record_batch({"a": [5], "b": pa.nulls(1)}), [np.array([0])])
     joined = join([(lists, 0, 2), (nothing, 0, 1), (lists, 1, 2)])
     assert joined.values.tolist() == [3, 4, 7, 4, 5, 6, 0]
-    assert joined.lengths_KB.tolist() == [[1, 1, 1, 1], [2, 0, 1, 0]]
+    assert (joined.lengths_KB.tolist(), joined.counts) == ([[1, 1, 1, 1], [2, 0, 1, 0]], [4, 3])
     assert joined.single == (True, False)
     assert joined.values.dtype == np.int32
 
@@ -219,5 +220,5 @@ def test_weights_of_joined_parts_stay_with_their_keys() -> None:
     assert nothing.weighted.single == (True, True, True)
     joined, wanted = join([(lists, 0, 2), (nothing, 0, 1)]), encoder.encode(rows)
     assert wanted.weights.tolist() == [0.5, 0.25, 2.0, 1.0, 2.0, 1.0, 3.0, 4.0, 5.0]
-    for name in ("weighted_values", "weighted_lengths_KB", "weights"):
+    for name in ("weighted_values", "weighted_lengths_KB", "weighted_counts", "weights"):
         np.testing.assert_array_equal(getattr(joined, name), getattr(wanted, name), err_msg=name)

@@ -18,7 +18,7 @@ from mtrec import dataset as dataset_module
 from mtrec.dataset import Dataset, Source, open_dataset
 from mtrec.files import ChangedFile
 from mtrec.reader import Piece, Reader, Row, rows_in, windows_held
-from mtrec.row_order import BY_ROW, BY_ROW_GROUP, Span, permutation, plan_streams, plan_windows
+from mtrec.row_order import BY_ROW, permutation
 
 COLUMNS = ["row", "text", "tags", "number"]
 
@@ -230,62 +230,6 @@ def test_rows_are_mixed_evenly_inside_windows(tmp_path: Path) -> None:
     assert all(len({row // 100 for stream in batch for row in stream}) == 8 for batch in batches)
 
 
-def test_permutation_is_one_and_depends_on_the_whole_key() -> None:
-    for size in (0, 1, 2, 3, 1000, 16_384):
-        assert sorted(permutation(size, 5, size)) == list(range(size))
-    keys = [(0,), (1,), (0, 1), (1, 0, 0, 0, 1), (0, 0, 0, 0, 1), (2**63,)]
-    assert len({tuple(permutation(50, *key)) for key in keys}) == len(keys)
-    # every row is equally likely at every place: chi-squared over 5 x 5 cells, 16 degrees of freedom
-    counts = collections.Counter((i, int(v)) for draw in range(5_000) for i, v in enumerate(permutation(5, draw)))
-    assert sum((counts[i, v] - 1000) ** 2 / 1000 for i in range(5) for v in range(5)) < 39.3  # p = .001
-
-
-@given(
-    row_groups=st.lists(st.integers(1, 50), min_size=1, max_size=30),
-    num_streams=st.integers(1, 9),
-    window=st.integers(1, 60),
-    shuffle=st.booleans(),
-)
-def test_plan_covers_every_row_once_in_equal_streams(
-    row_groups: list[int], num_streams: int, window: int, shuffle: bool
-) -> None:
-    streams = plan_streams(row_groups, num_streams, seed=1, epoch=2, shuffle=shuffle)
-    covered = collections.Counter(
-        (span.row_group, row) for spans in streams for span in spans for row in range(span.start, span.stop)
-    )
-    assert covered == {(group, row): 1 for group, count in enumerate(row_groups) for row in range(count)}
-    lengths = [sum(span.stop - span.start for span in spans) for spans in streams]
-    assert max(lengths) - min(lengths) <= 1
-    assert sum(map(len, streams)) <= len(row_groups) + num_streams - 1  # few row groups are cut
-    for spans in streams:
-        windows = plan_windows(spans, row_groups, window)
-        assert all(0 < sum(span.stop - span.start for span in one) <= window for one in windows)
-        unwound = [(span.row_group, row) for one in windows for span in one for row in range(span.start, span.stop)]
-        assert unwound == [(span.row_group, row) for span in spans for row in range(span.start, span.stop)]
-
-
-def test_row_groups_are_dealt_in_the_order_drawn_by_seed_and_epoch() -> None:
-    sizes = [5, 7, 5, 5, 6, 7, 8]
-    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
-        order = permutation(len(sizes), BY_ROW_GROUP, seed, epoch).tolist()
-        ordered = plan_streams([sizes[group] for group in order], 2, seed=0, epoch=0, shuffle=False)
-        expected = [[span._replace(row_group=order[span.row_group]) for span in spans] for spans in ordered]
-        assert plan_streams(sizes, 2, seed=seed, epoch=epoch, shuffle=True) == expected
-
-
-def test_row_groups_of_a_size_are_dealt_in_turn_and_the_rest_is_cut_as_it_lies() -> None:
-    dealt = plan_streams([5, 5, 5, 5], 2, seed=0, epoch=0, shuffle=False)
-    assert dealt == [[Span(0, 0, 5), Span(2, 0, 5)], [Span(1, 0, 5), Span(3, 0, 5)]]
-    cut = plan_streams([5, 4, 5], 4, seed=0, epoch=0, shuffle=False)
-    assert cut == [[Span(0, 0, 3)], [Span(0, 3, 5), Span(1, 0, 2)], [Span(1, 2, 4), Span(2, 0, 1)], [Span(2, 1, 5)]]
-
-
-def test_equal_row_groups_are_not_cut() -> None:
-    streams = plan_streams([100] * 24 + [70] * 8, 8, seed=0, epoch=0, shuffle=True)
-    assert all(span.start == 0 for spans in streams for span in spans)
-    assert [sorted(span.stop for span in spans) for spans in streams] == [[70, 100, 100, 100]] * 8
-
-
 def test_each_row_group_is_decoded_at_most_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = write_files(tmp_path, [[1_000, 900, 800], [950, 1_100]])
     decoded: collections.Counter[int] = collections.Counter()
@@ -439,9 +383,9 @@ def test_what_is_prepared_of_several_windows_is_cut_into_the_same_rows(
 
     def prepared_rows(piece: Piece) -> list[tuple[list[int], bool]]:
         found = []
-        for cut in piece.cuts or ():
-            rows_of = cut.rows if cut.prepared is None else cut.prepared.slice(cut.start, cut.stop - cut.start)
-            found.append(([row - 2**60 for row in rows_of["row"].to_pylist()], cut.prepared is not None))
+        for window, start, stop in piece.cuts or ():
+            rows_of = (window.rows if window.prepared is None else window.prepared).slice(start, stop - start)
+            found.append(([row - 2**60 for row in rows_of["row"].to_pylist()], window.prepared is not None))
         return found
 
     options = {"batch_size": 12, "num_streams": 2, "shuffle_window": 10, "shuffle": shuffle, "start_batch": 3}
@@ -462,7 +406,9 @@ def test_the_rows_of_a_piece_are_those_of_all_its_windows_or_refused(tmp_path: P
     assert len(piece.cuts) == 3
     assert rows(piece) == list(range(25))
     for missing in range(3):
-        cuts = [cut._replace(rows=None) if number == missing else cut for number, cut in enumerate(piece.cuts)]
+        cuts = list(piece.cuts)
+        window, start, stop = cuts[missing]
+        cuts[missing] = window._replace(rows=None), start, stop
         with pytest.raises(ValueError, match="`keep_rows` should be set"):
             rows(dataclasses.replace(piece, cuts=tuple(cuts)))
 

@@ -39,7 +39,6 @@ from mtrec.train import Progress, be_deterministic, make_reader, train
 
 Found = dict[str, Any]
 SUMMED = ("encode", "score")  # stages of which every process measures, and writes, its share
-ROWS_IN_MEMORY = 393_216  # so many that a lookup is not always in the cache
 
 
 def _data(run: Run) -> Dataset:
@@ -50,18 +49,18 @@ def _specs(run: Run) -> Any:
     return MultiTaskModel(run.experiment, run.encoder, run.labels, torch.device("meta")).specs
 
 
-def _batches(run: Run) -> Iterator[Batch]:
-    yield from _batches_of(run, _data(run), labels_of(run.experiment, _specs(run)))
-
-
 def _batches_of(run: Run, data: Dataset, labels: dict[str, Label]) -> Iterator[Batch]:
     for _, batch in feed(make_reader(run, data, Progress()), run.encoder, labels, None):
         yield batch
 
 
 def _in_memory(run: Run, device: torch.device) -> list[Batch]:
-    count = max(8, ROWS_IN_MEMORY // _batch_size(run))
-    return [copy_ahead(batch, device) for batch in itertools.islice(_batches(run), count)]
+    """The whole batches of an epoch, which training from Parquet reads: of fewer rows fewer of a table's are looked up, and more
+    of these are in the cache.
+    """
+    data, labels = _data(run), labels_of(run.experiment, _specs(run))
+    count = max(1, data.num_rows // _batch_size(run))
+    return [copy_ahead(batch, device) for batch in itertools.islice(_batches_of(run, data, labels), count)]
 
 
 def device_of(spec: Found) -> torch.device:

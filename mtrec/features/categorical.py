@@ -5,6 +5,7 @@ Shapes: B rows, n values.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -206,14 +207,22 @@ class IdentityRows:
 
     def rows(self, keys_n: npt.NDArray[np.int64]) -> Rows:
         """(n,) rows of int64 keys."""
-        bits_n, ids = keys_n.view(np.uint64), np.uint64(self.num_embeddings - FIRST_ROW)
+        bits_n = keys_n.view(np.uint64)
         # first: it brings what the next passes read into the cache
-        all_known = not len(bits_n) or np.maximum.reduce(bits_n) < ids
-        rows_n: Rows = keys_n.astype(row_type(self.num_embeddings))
+        all_known = not len(bits_n) or np.maximum.reduce(bits_n) < self._num_ids
+        rows_n: Rows = keys_n.astype(self._dtype)
         rows_n += FIRST_ROW
         if not all_known:
-            rows_n[bits_n >= ids] = UNSEEN_ROW
+            rows_n[bits_n >= self._num_ids] = UNSEEN_ROW
         return rows_n
+
+    @cached_property
+    def _num_ids(self) -> np.uint64:
+        return np.uint64(self.num_embeddings - FIRST_ROW)
+
+    @cached_property
+    def _dtype(self) -> type[np.signedinteger[Any]]:
+        return row_type(self.num_embeddings)
 
 
 class CategoricalEncoding:

@@ -6,7 +6,7 @@ Shapes: B rows, F dense columns, K sparse keys, S those of them with one value a
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,17 +33,19 @@ class Ids:
 class Encoded:
     """A batch as arrays. Values lie key after key (in the order of the encoder's keys), and row after row within a key.
 
-    `dense_BF` float32; `values` rows of tables (int32 or int64) and `lengths_KB` int32 of the unweighted keys, `single` whether
-    every row is known to have one value of a key; `weighted_values`, `weighted_lengths_KB` and `weights` (float32, one a value)
-    of the weighted ones.
+    `dense_BF` float32; of the unweighted keys `values`, rows of tables (int32 or int64), `lengths_KB` int32, `counts` of values a
+    key, `single` whether every row is known to have one value of a key; of the weighted ones `weighted_values`,
+    `weighted_lengths_KB`, `weighted_counts` and `weights` (float32, one a value).
     """
 
     dense_BF: Floats
     values: Integers
     lengths_KB: npt.NDArray[np.int32]
+    counts: list[int]
     single: tuple[bool, ...]
     weighted_values: Integers
     weighted_lengths_KB: npt.NDArray[np.int32]
+    weighted_counts: list[int]
     weights: Floats
 
     @property
@@ -212,58 +214,76 @@ def join(parts: Sequence[Part]) -> Encoded:
     >>> join([(encoded, 1, 3), (encoded, 0, 1)]).values.tolist()
     [6, 7, 5]
     """
-    values, lengths_KB, _ = _joined([(rows.ids, start, stop) for rows, start, stop in parts])
-    weighted_values, weighted_lengths_KB, weights = _joined([(rows.weighted, start, stop) for rows, start, stop in parts])
-    kinds = {rows.ids.single for rows, _, _ in parts}
+    values, lengths_KB, counts, single, _ = _joined([(rows.ids, start, stop) for rows, start, stop in parts])
+    weighted = _joined([(rows.weighted, start, stop) for rows, start, stop in parts])
     return Encoded(
         dense_BF=np.concatenate([rows.dense_BF[start:stop] for rows, start, stop in parts]),
         values=values,
         lengths_KB=lengths_KB,
-        single=kinds.pop() if len(kinds) == 1 else tuple(all(each) for each in zip(*kinds, strict=True)),
-        weighted_values=weighted_values,
-        weighted_lengths_KB=weighted_lengths_KB,
-        weights=weights,
+        counts=counts,
+        single=single,
+        weighted_values=weighted.values,
+        weighted_lengths_KB=weighted.lengths_KB,
+        weighted_counts=weighted.counts,
+        weights=weighted.weights,
     )
 
 
-def _joined(parts: Sequence[tuple[EncodedIds, int, int]]) -> tuple[Integers, npt.NDArray[np.int32], Floats]:
-    """(values, lengths_KB, weights) of one group of keys."""
-    if len({ids.single for ids, _, _ in parts}) > 1:
-        parts = [(ids.all_as_bags(), start, stop) for ids, start, stop in parts]
-    single, num_rows = parts[0][0].single, sum(stop - start for _, start, stop in parts)
-    dtype = np.result_type(*(ids.rows_SB for ids, _, _ in parts))
+class _Joined(NamedTuple):
+    """What `Encoded` holds of the keys that have no weights, or of those that have."""
+
+    values: Integers
+    lengths_KB: npt.NDArray[np.int32]
+    counts: list[int]
+    single: tuple[bool, ...]
+    weights: Floats
+
+
+def _joined(parts: Sequence[tuple[EncodedIds, int, int]]) -> _Joined:
+    """Of one group of keys."""
+    num_rows = sum([stop - start for _, start, stop in parts])
+    like = parts[0][0]
+    single = like.single
     if not single:
-        return np.empty(0, dtype), np.empty((0, num_rows), np.int32), np.empty(0, np.float32)
-    cut = [[_cut(ids.bags[bag], start, stop) for ids, start, stop in parts] for bag in range(len(parts[0][0].bags))]
-    of_bags = [sum(len(values) for values, _, _ in each) for each in cut]
-    total = sum(single) * num_rows + sum(of_bags)
-    values, lengths_KB = np.empty(total, dtype), np.ones((len(single), num_rows), np.int32)
-    weighted = parts[0][0].weights_SB is not None
-    weights = np.empty(total if weighted else 0, np.float32)
+        return _Joined(like.rows_SB.reshape(-1)[:0], np.empty((0, num_rows), np.int32), [], single, np.empty(0, np.float32))
+    kinds = {ids.single for ids, _, _ in parts}
+    if len(kinds) > 1:
+        single = tuple(all(each) for each in zip(*kinds, strict=True))
+        parts = [(ids.all_as_bags(), start, stop) for ids, start, stop in parts]
+        like = parts[0][0]
+    weighted = like.weights_SB is not None
+    cuts = [_cuts([ids.bags[bag] for ids, _, _ in parts], parts) for bag in range(len(like.bags))]
+    of_bags = iter([sum([end - first for _, first, end in each]) for each in cuts])
+    counts = [num_rows if one else next(of_bags) for one in like.single]
+    values, lengths_KB = np.empty(sum(counts), like.rows_SB.dtype), np.empty((len(counts), num_rows), np.int32)
+    weights = np.empty(len(values) if weighted else 0, np.float32)
     at = 0  # in `values`
-    for run in _runs(single):
+    for run in _runs(like.single):
+        keys = slice(run.key, run.key + run.count)
+        there = slice(at, at + sum(counts[keys]))
         if run.single:
-            many, size = slice(run.first, run.first + run.count), run.count * num_rows
-            rows_SB = values[at : at + size].reshape(run.count, num_rows)
-            np.concatenate([ids.rows_SB[many, i:j] for ids, i, j in parts], axis=1, out=rows_SB)
+            many, shape = slice(run.first, run.first + run.count), (run.count, num_rows)
+            np.concatenate([ids.rows_SB[many, i:j] for ids, i, j in parts], axis=1, out=values[there].reshape(shape))
+            lengths_KB[keys] = 1
             if weighted:
                 chosen = [ids.weights_SB[many, i:j] for ids, i, j in parts if ids.weights_SB is not None]
-                np.concatenate(chosen, axis=1, out=weights[at : at + size].reshape(run.count, num_rows))
+                np.concatenate(chosen, axis=1, out=weights[there].reshape(shape))
         else:
-            size, bags = of_bags[run.first], cut[run.first]
-            np.concatenate([each for each, _, _ in bags], out=values[at : at + size])
-            np.concatenate([each for _, each, _ in bags], out=lengths_KB[run.key])
+            bags = cuts[run.first]
+            np.concatenate([bag.values[first:end] for bag, first, end in bags], out=values[there])
+            lengths = [bag.lengths_B[i:j] for (bag, _, _), (_, i, j) in zip(bags, parts, strict=True)]
+            np.concatenate(lengths, out=lengths_KB[run.key])
             if weighted:
-                np.concatenate([each for _, _, each in bags if each is not None], out=weights[at : at + size])
-        at += size
-    return values, lengths_KB, weights
+                chosen = [bag.weights[first:end] for bag, first, end in bags if bag.weights is not None]
+                np.concatenate(chosen, out=weights[there])
+        at = there.stop
+    return _Joined(values, lengths_KB, counts, single, weights)
 
 
-def _cut(bags: _Bags, start: int, stop: int) -> tuple[Integers, npt.NDArray[np.int32], Floats | None]:
-    """(values, lengths, weights) of rows [start, stop)."""
-    first, end = bags.offsets[start], bags.offsets[stop]
-    weights = None if bags.weights is None else bags.weights[first:end]
-    return bags.values[first:end], bags.lengths_B[start:stop], weights
+def _cuts(bags: Sequence[_Bags], parts: Sequence[tuple[EncodedIds, int, int]]) -> list[tuple[_Bags, int, int]]:
+    """Where the values of each part's rows lie in its bags."""
+    pairs = zip(bags, parts, strict=True)
+    return [(bag, bag.offsets.item(start), bag.offsets.item(stop)) for bag, (_, start, stop) in pairs]
 
 
 @dataclass(frozen=True)
