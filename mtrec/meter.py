@@ -84,9 +84,9 @@ def gate_statistics(state: TrainState, x_BD: Tensor | None) -> dict[str, float]:
     if x_BD is None or not hasattr(state.model.dense.architecture, "gates"):
         return {}
     with torch.no_grad():
-        state.model.eval()
+        state.model.dense.eval()  # not the tables, which are many modules
         sums = {name: gate_BE.sum(0) for name, gate_BE in state.model.dense.gates(x_BD).items()}
-        state.model.train()
+        state.model.dense.train()
     if not sums:
         return {}
     flat = torch.cat([*sums.values(), torch.tensor([float(len(x_BD))], device=state.device)])
