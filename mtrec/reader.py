@@ -214,6 +214,8 @@ class Reader:
                 slices = [stream.take(self.piece_rows) for stream in streams]
                 ready.append(pool.submit(_assemble, self.epoch, index, slices, schema, transform))
                 if len(ready) > self.prefetch:
+                    if not ready[0].done():  # for several at once: each that is waited for takes the interpreter from a thread
+                        ready[self.prefetch // 2].exception()
                     yield ready.popleft().result()
             while ready:
                 yield ready.popleft().result()

@@ -29,7 +29,7 @@ class Ids:
     null_rows: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Encoded:
     """A batch as arrays. Values lie key after key (in the order of the encoder's keys), and row after row within a key.
 
@@ -246,9 +246,8 @@ def _joined(parts: Sequence[tuple[EncodedIds, int, int]]) -> _Joined:
     single = like.single
     if not single:
         return _Joined(like.rows_SB.reshape(-1)[:0], np.empty((0, num_rows), np.int32), [], single, np.empty(0, np.float32))
-    kinds = {ids.single for ids, _, _ in parts}
-    if len(kinds) > 1:
-        single = tuple(all(each) for each in zip(*kinds, strict=True))
+    if any(ids.single != single for ids, _, _ in parts):
+        single = tuple(all(each) for each in zip(*(ids.single for ids, _, _ in parts), strict=True))
         parts = [(ids.all_as_bags(), start, stop) for ids, start, stop in parts]
         like = parts[0][0]
     weighted = like.weights_SB is not None
