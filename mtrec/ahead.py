@@ -39,11 +39,9 @@ def arrive(device: torch.device) -> torch.cuda.Stream | None:
 
 
 def copy_ahead(batch: Batch, device: torch.device) -> Batch:
-    """The batch on the device, itself where that is the CPU. From page-locked memory the copy to a GPU waits for nothing, and
-    overlaps with the steps that the device has still to do.
+    """The batch on the device. From page-locked memory the copy to a GPU waits for nothing, and overlaps with the steps that
+    the device has still to do.
     """
-    if device.type == "cpu":
-        return batch
     if device.type == "cuda":
         device = torch.empty(0, device=device).device  # with its index
         for ids in _ids(batch):

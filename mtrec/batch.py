@@ -52,8 +52,12 @@ class Batch:
         return len(self.dense_BF)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
-        """The batch on a device; copies overlap with computation where the batch is pinned."""
+        """The batch on a device, itself where it is on the CPU and stays there; copies overlap with computation where the batch
+        is pinned.
+        """
         device = torch.device(device)
+        if device.type == self.dense_BF.device.type == "cpu":
+            return self
         weight = self.sample_weight_B
         return Batch(
             self.dense_BF.to(device, non_blocking=non_blocking),

@@ -17,7 +17,7 @@ from mtrec.dataset import Dataset
 from mtrec.features import BadRowsError, Encoder, Feature
 from mtrec.features.encoded import Order
 from mtrec.kinds import counted
-from mtrec.reader import Piece, Reader, rows_in
+from mtrec.reader import Loaded, Piece, Reader, parts_of, rows_in
 
 LOOK_ROWS = 65_536
 
@@ -186,16 +186,15 @@ def _without(piece: Piece, rows: NDArray[np.int64]) -> Piece:
         stream_rows.append(int(kept[first : first + count].sum()))
         first += count
     first = 0
-    for window, start, stop in piece.cuts or ():
+    for loaded, start, stop in piece.cuts or ():
         kept_here = kept[first : first + stop - start]
         first += stop - start
-        if window.rows is not None and not kept_here.all():
-            place = window.place._replace(numbers=window.place.numbers[start:stop][kept_here])
-            rows_here = window.rows.slice(start, stop - start).filter(pa.array(kept_here))
-            window, start, stop = window._replace(place=place, rows=rows_here), 0, rows_here.num_rows
-        cuts.append((window, start, stop))
-    parts = [(window.place, start, stop) for window, start, stop in cuts]
-    return dataclasses.replace(piece, cuts=tuple(cuts), stream_rows=tuple(stream_rows), parts=tuple(parts))
+        if loaded.rows is not None and not kept_here.all():
+            origin = loaded.origin._replace(numbers=loaded.origin.numbers[start:stop][kept_here])
+            rows_here = loaded.rows.slice(start, stop - start).filter(pa.array(kept_here))
+            loaded, start, stop = Loaded(origin, None, rows_here, None), 0, rows_here.num_rows
+        cuts.append((loaded, start, stop))
+    return dataclasses.replace(piece, cuts=tuple(cuts), stream_rows=tuple(stream_rows), parts=parts_of(cuts))
 
 
 def feed(
@@ -232,7 +231,7 @@ def feed(
     def batch_of(piece: Piece) -> Fed:
         """The batch of a piece, from what was prepared of its cuts; the others are encoded here."""
         assert piece.cuts is not None
-        examples = [(window.prepared, start, stop) for window, start, stop in piece.cuts]
+        examples = [(loaded.prepared, start, stop) for loaded, start, stop in piece.cuts]
         before = 0
         for number, (prepared, start, stop) in enumerate(examples):
             if prepared is None:
@@ -248,16 +247,16 @@ def feed(
         if bad is not None:
             bad.keep(batch.num_rows)
         if not keep_rows:
-            piece = piece.without_rows()
+            piece = piece.without_cuts()
         return Fed(piece, batch.pin_memory() if pin else batch)
 
     def _encoded(piece: Piece, number: int, before: int) -> tuple[Piece, Examples]:
         """Cut `number`, which begins `before` rows into the piece, and the piece without its bad rows."""
         while True:
             assert piece.cuts is not None
-            window, start, stop = piece.cuts[number]
-            assert window.rows is not None
-            rows = window.rows.slice(start, stop - start)
+            loaded, start, stop = piece.cuts[number]
+            assert loaded.rows is not None
+            rows = loaded.rows.slice(start, stop - start)
             try:
                 return piece, make_examples(rows, encoder, labels, sample_weight, [slice(0, rows.num_rows)])[0]
             except BadRowsError as error:

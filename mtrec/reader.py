@@ -37,7 +37,7 @@ Prepare = Callable[[pa.RecordBatch, Sequence[np.ndarray | slice]], Sequence[Any]
 WINDOWS_DECODED = 4  # of a large row group at once, and prepared: what a call and a column cost is shared by their rows
 
 
-class Place(NamedTuple):
+class Origin(NamedTuple):
     """Where the rows of a window come from: its spans, and for each row that `where` left, in the order in which they are read,
     its number among the window's rows.
     """
@@ -53,15 +53,22 @@ class Loaded(NamedTuple):
     `kept_before`: rows kept of the first n, for n = 0 ... window rows; None if all are.
     """
 
-    place: Place
+    origin: Origin
     prepared: Any
     rows: pa.RecordBatch | None
     kept_before: np.ndarray | None
 
 
-# Rows [start, stop) of a window. Tuples: a batch is cut from many, and names would cost a call for each.
+# tuples: a batch is cut from many windows, and names would cost a call for each
 Cut = tuple[Loaded, int, int]
-Part = tuple[Place, int, int]
+"""Rows [start, stop) of a window."""
+Part = tuple[Origin, int, int]
+"""Where these rows of a window come from: its `numbers` [start, stop)."""
+
+
+def parts_of(cuts: Sequence[Cut]) -> tuple[Part, ...]:
+    """Where the rows of each cut come from."""
+    return tuple([(loaded.origin, start, stop) for loaded, start, stop in cuts])
 
 
 @dataclass(frozen=True)
@@ -86,14 +93,14 @@ class Piece:
     @cached_property
     def record_batch(self) -> pa.RecordBatch:
         """The rows as they are in the files. Raises ValueError where the reader was not told to keep them."""
-        batches = [window.rows.slice(start, stop - start) for window, start, stop in self.cuts or () if window.rows is not None]
+        batches = [loaded.rows.slice(start, stop - start) for loaded, start, stop in self.cuts or () if loaded.rows is not None]
         if self.cuts is None or len(batches) < len(self.cuts):
             raise ValueError("`keep_rows` should be set where the rows of a piece are read beside what is prepared of them.")
         if not batches:  # the owned streams are one row shorter than others, and at their end
             return pa.RecordBatch.from_pylist([], self.schema)
         return batches[0] if len(batches) == 1 else pa.concat_batches(batches)
 
-    def without_rows(self) -> "Piece":
+    def without_cuts(self) -> "Piece":
         """The piece with its cuts let go."""
         return Piece(self.epoch, self.index, None, self.stream_rows, self.parts, self.schema)
 
@@ -194,6 +201,8 @@ class Reader:
     ) -> Generator[T]:
         """The pieces, each transformed in a background thread, in order. Ends its threads when it is closed or dropped.
 
+        Where one has to be waited for, and one thread reads, those up to the middle of `prefetch` are waited for with it.
+
         Args:
             transform: of pieces; may run in several threads at once where `num_threads` is above 1.
             prepare: called in a background thread with the rows of all windows that were decoded together, in the order of
@@ -214,7 +223,9 @@ class Reader:
                 slices = [stream.take(self.piece_rows) for stream in streams]
                 ready.append(pool.submit(_assemble, self.epoch, index, slices, schema, transform))
                 if len(ready) > self.prefetch:
-                    if not ready[0].done():  # for several at once: each that is waited for takes the interpreter from a thread
+                    if self.num_threads == 1 and not ready[0].done():
+                        # for several at once: each wait that ends takes the interpreter from the thread; more than one thread
+                        # would lack windows, which are asked for here
                         ready[self.prefetch // 2].exception()
                     yield ready.popleft().result()
             while ready:
@@ -250,11 +261,11 @@ class Reader:
 
     def sources(self, piece: Piece) -> list[tuple[str, int]]:
         """The (file, row group) pairs that the piece's windows come from, each once."""
-        groups = [self.dataset.row_groups[span.row_group] for place, _, _ in piece.parts for span in place.window]
+        groups = [self.dataset.row_groups[span.row_group] for origin, _, _ in piece.parts for span in origin.window]
         return list(dict.fromkeys((self.dataset.files[group.file_index].path, group.index) for group in groups))
 
 
-class _Load:
+class _Pending:
     """A window that is, or will be, loaded by a background thread."""
 
     def __init__(self, future: "Future[Loaded]") -> None:
@@ -268,7 +279,7 @@ class _Load:
         return self._loaded
 
 
-_Slice = tuple[_Load, int, int]  # places [start, stop) of a window
+_Slice = tuple[_Pending, int, int]  # places [start, stop) of a window
 
 
 class _Decoder:
@@ -352,7 +363,7 @@ class _Decoder:
         prepared = [None] * len(windows) if self.prepare is None else self.prepare(batch, orders)
         return [
             Loaded(
-                Place(window, rows.astype(np.int32)),
+                Origin(window, rows.astype(np.int32)),
                 ready,
                 rows_in(batch, order) if ready is None or self.keep_rows else None,
                 before,
@@ -426,15 +437,14 @@ def _assemble(
     stream_rows = []
     for slices in streams:
         rows = 0
-        for load, start, stop in slices:
-            loaded = load.wait()
+        for pending, start, stop in slices:
+            loaded = pending.wait()
             if loaded.kept_before is not None:
                 start, stop = loaded.kept_before.item(start), loaded.kept_before.item(stop)
             rows += stop - start
             cuts.append((loaded, start, stop))
         stream_rows.append(rows)
-    parts = [(loaded.place, start, stop) for loaded, start, stop in cuts]
-    return transform(Piece(epoch, index, tuple(cuts), tuple(stream_rows), tuple(parts), schema))
+    return transform(Piece(epoch, index, tuple(cuts), tuple(stream_rows), parts_of(cuts), schema))
 
 
 class _Stream:
@@ -454,8 +464,8 @@ class _Stream:
         while self.number < len(self.lengths) and self.row >= self.lengths[self.number]:
             self.row -= self.lengths[self.number]
             self.number += 1
-        self.loads: deque[_Load] = deque()  # of window `number` and perhaps the one after it
-        self.before: _Load | None = None
+        self.loads: deque[_Pending] = deque()  # of window `number` and perhaps the one after it
+        self.before: _Pending | None = None
 
     def take(self, rows: int) -> list[_Slice]:
         """The next `rows` rows, or what is left."""
@@ -483,5 +493,5 @@ class _Stream:
                 before.wait()  # the decoder goes through the windows in order, one at a time
             return self.decoder.load(number)
 
-        self.before = _Load(self.pool.submit(load))
+        self.before = _Pending(self.pool.submit(load))
         self.loads.append(self.before)

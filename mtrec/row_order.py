@@ -45,8 +45,8 @@ def permutation(num_rows: int, *key: int) -> np.ndarray:
 def _sorted_places(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
     """Where each of different words stands, in ascending order of the words: `words.argsort()`.
 
-    By their upper halves in two passes of 16 bits, which numpy sorts by counting (its AVX-512 sort of whole words takes three
-    times as long on a Zen 4); the few that agree in these, by all bits.
+    By their upper halves in two passes of 16 bits, which numpy sorts by counting; the few that agree in these, by all bits. Of
+    16,384 words that is 10 ns a word on a Zen 4; numpy's sort of all bits takes 27 there with AVX-512, and 7 without.
     """
     places = _digits(words, 32).argsort(kind="stable")
     places = places.take(_digits(words, 48).take(places).argsort(kind="stable"))

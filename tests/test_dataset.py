@@ -52,7 +52,7 @@ def test_window_over_a_named_column_of_timestamps_includes_the_last_day(tmp_path
 # One schema
 
 
-def test_rows_come_in_the_datasets_schema_whatever_a_file_says_beside_the_types(tmp_path: Path) -> None:
+def test_rows_come_in_the_datasets_types_whatever_a_file_says_beside_them(tmp_path: Path) -> None:
     fields = [pa.field("x", pa.int64(), nullable=False, metadata={"from": "x"}), pa.field("tags", pa.list_(pa.int64()))]
     for number, schema in enumerate([pa.schema(fields, {"pandas": "{}"}), None]):
         pq.write_table(pa.table({"x": [number], "tags": [[number]]}, schema), tmp_path / f"{number}.parquet")

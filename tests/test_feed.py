@@ -153,6 +153,24 @@ def test_a_window_with_bad_rows_gives_its_other_rows_and_names_the_bad_ones(tmp_
         list(feed(Reader(data, columns, batch_size=8, num_streams=1, shuffle=False), encoder, LABELS, "weight"))
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_rows_beside_bad_ones_are_found_in_the_files_also_where_some_are_dropped(tmp_path: Path, shuffle: bool) -> None:
+    encoder, columns = write_broken(tmp_path, click={3: 7, 14: 7, 25: 7, 31: 7})
+    columns += ["row_id"]
+    data = open_dataset(Source(str(tmp_path), where="bought >= 10"), columns, place="data.train")
+    bad, seen = BadRows(0.5, 40), []
+    reader = Reader(data, columns, batch_size=12, num_streams=2, shuffle_window=10, shuffle=shuffle)
+    for piece, batch in feed(reader, encoder, LABELS, "weight", keep_rows=True, bad=bad):
+        ids = piece.record_batch["row_id"].to_pylist()
+        found = [reader.locate(piece, number) for number in range(batch.num_rows)]
+        assert [20 * row.row_group + row.row for row in found] == ids
+        assert sum(piece.stream_rows) == len(ids)
+        assert_equal(batch, make_batch(piece.record_batch, encoder, LABELS, "weight", piece.stream_rows))
+        seen += ids
+    assert sorted(seen) == [row for row in range(10, 40) if row not in (14, 25, 31)]
+    assert sum(bad.skipped.values()) == 3
+
+
 def write_broken(folder: Path, **values: dict[int, float]) -> tuple[Encoder, list[str]]:
     """40 rows in two row groups, of which some are given other values; an encoder and the columns to read."""
     encoder = files(folder, [40], 20)

@@ -294,18 +294,33 @@ def test_the_transform_runs_in_the_background_in_order(tmp_path: Path) -> None:
     assert all(name.startswith("mtrec-reader") for _, name in found)
 
 
-def test_an_error_in_the_transform_is_raised_at_its_piece(tmp_path: Path) -> None:
+def test_a_consumer_that_has_to_wait_gets_several_pieces(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def transform(piece: Piece) -> int:
+        time.sleep(0.05)
+        made.append(piece.index)
+        return piece.index
+
+    pieces = Reader(write_files(tmp_path, SIZES), COLUMNS, batch_size=64, prefetch=4).map(transform)
+    assert next(pieces) == 0
+    assert len(made) >= 3
+    assert [*pieces] == made[1:]
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2, 4, 5])
+def test_an_error_in_the_transform_is_raised_at_its_piece(tmp_path: Path, bad: int) -> None:
     dataset = write_files(tmp_path, SIZES)
     reader = Reader(dataset, COLUMNS, batch_size=64)
 
     def transform(piece: Piece) -> int:
-        if piece.index == 4:
+        if piece.index == bad:
             path, row_group, row = reader.locate(piece, 0)
             raise ValueError(f"bad label in {path}, row group {row_group}, row {row}")
         return piece.index
 
     iterator = reader.map(transform)
-    assert [next(iterator) for _ in range(4)] == [0, 1, 2, 3]
+    assert [next(iterator) for _ in range(bad)] == list(range(bad))
     with pytest.raises(ValueError, match=r"bad label in .*\.parquet, row group \d, row \d+"):
         next(iterator)
     assert reader_threads() == []

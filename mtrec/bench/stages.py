@@ -54,12 +54,12 @@ def _batches_of(run: Run, data: Dataset, labels: dict[str, Label]) -> Iterator[B
         yield batch
 
 
-def _in_memory(run: Run, device: torch.device) -> list[Batch]:
-    """The whole batches of an epoch, which training from Parquet reads: of fewer rows fewer of a table's are looked up, and more
-    of these are in the cache.
+def _in_memory(run: Run, device: torch.device, steps: int) -> list[Batch]:
+    """As many batches as there are steps, of the whole ones of an epoch: rows that are looked up again are in the cache, which
+    those that training from Parquet reads are not.
     """
     data, labels = _data(run), labels_of(run.experiment, _specs(run))
-    count = max(1, data.num_rows // _batch_size(run))
+    count = max(1, min(steps, data.num_rows // _batch_size(run)))
     return [copy_ahead(batch, device) for batch in itertools.islice(_batches_of(run, data, labels), count)]
 
 
@@ -144,10 +144,11 @@ def yardstick(run: Run, spec: Found) -> Found:
     device = device_of(spec)
     torch.set_num_threads(spec["threads"])
     with parallel.process_group(torch.device("cpu")):
-        batches = [inputs(batch) for batch in _in_memory(run, device)]
+        batches = [inputs(batch) for batch in _in_memory(run, device, spec["warmup"] + spec["steps"])]
     model = BareModel(run.encoder.tables, run.encoder.num_dense, run.experiment, device)
     train_bare(model, batches, spec["warmup"])
-    return {"rows_per_second": spec["steps"] * _batch_size(run) / train_bare(model, batches, spec["steps"])}
+    seconds = train_bare(model, batches[-spec["steps"] :], spec["steps"])
+    return {"rows_per_second": spec["steps"] * _batch_size(run) / seconds}
 
 
 class Phases:
@@ -181,7 +182,8 @@ def compute(run: Run, spec: Found) -> Found:
     if run.experiment.training.deterministic and device.type == "cpu":
         be_deterministic()
     with parallel.process_group(device, share_memory=run.experiment.training.exchange == "auto"):
-        batches = _in_memory(run, device)
+        split = min(spec["steps"], 50)  # steps whose phases are timed
+        batches = _in_memory(run, device, spec["warmup"] + spec["steps"] + split + 1)
         state = _fresh_state(run, spec["warmup"] + 2 * spec["steps"], device)
         endless = itertools.pairwise(itertools.cycle(batches))
         for batch, upcoming in itertools.islice(endless, spec["warmup"]):
@@ -197,7 +199,7 @@ def compute(run: Run, spec: Found) -> Found:
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu_started
         phases = Phases(device)
         state.mark = phases.mark
-        for batch, upcoming in itertools.islice(endless, min(spec["steps"], 50)):
+        for batch, upcoming in itertools.islice(endless, split):
             train_step(state, batch, upcoming=upcoming)
             phases.mark("between")
         total = sum(phases.seconds.values())

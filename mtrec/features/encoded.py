@@ -29,7 +29,7 @@ class Ids:
     null_rows: int
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(frozen=True, eq=False)
 class Encoded:
     """A batch as arrays. Values lie key after key (in the order of the encoder's keys), and row after row within a key.
 
@@ -214,14 +214,14 @@ def join(parts: Sequence[Part]) -> Encoded:
     >>> join([(encoded, 1, 3), (encoded, 0, 1)]).values.tolist()
     [6, 7, 5]
     """
-    values, lengths_KB, counts, single, _ = _joined([(rows.ids, start, stop) for rows, start, stop in parts])
+    ids = _joined([(rows.ids, start, stop) for rows, start, stop in parts])
     weighted = _joined([(rows.weighted, start, stop) for rows, start, stop in parts])
     return Encoded(
         dense_BF=np.concatenate([rows.dense_BF[start:stop] for rows, start, stop in parts]),
-        values=values,
-        lengths_KB=lengths_KB,
-        counts=counts,
-        single=single,
+        values=ids.values,
+        lengths_KB=ids.lengths_KB,
+        counts=ids.counts,
+        single=ids.single,
         weighted_values=weighted.values,
         weighted_lengths_KB=weighted.lengths_KB,
         weighted_counts=weighted.counts,
@@ -240,12 +240,12 @@ class _Joined(NamedTuple):
 
 
 def _joined(parts: Sequence[tuple[EncodedIds, int, int]]) -> _Joined:
-    """Of one group of keys."""
+    """The ids of one group of keys in all parts together."""
     num_rows = sum([stop - start for _, start, stop in parts])
     like = parts[0][0]
     single = like.single
     if not single:
-        return _Joined(like.rows_SB.reshape(-1)[:0], np.empty((0, num_rows), np.int32), [], single, np.empty(0, np.float32))
+        return _Joined(like.rows_SB.reshape(-1), np.empty((0, num_rows), np.int32), [], single, np.empty(0, np.float32))
     if any(ids.single != single for ids, _, _ in parts):
         single = tuple(all(each) for each in zip(*(ids.single for ids, _, _ in parts), strict=True))
         parts = [(ids.all_as_bags(), start, stop) for ids, start, stop in parts]
@@ -262,14 +262,15 @@ def _joined(parts: Sequence[tuple[EncodedIds, int, int]]) -> _Joined:
         there = slice(at, at + sum(counts[keys]))
         if run.single:
             many, shape = slice(run.first, run.first + run.count), (run.count, num_rows)
-            np.concatenate([ids.rows_SB[many, i:j] for ids, i, j in parts], axis=1, out=values[there].reshape(shape))
+            rows_SB = [ids.rows_SB[many, i:j] for ids, i, j in parts]
+            np.concatenate(rows_SB, axis=1, out=values[there].reshape(shape), casting="equiv")  # never cut to fewer bits
             lengths_KB[keys] = 1
             if weighted:
                 chosen = [ids.weights_SB[many, i:j] for ids, i, j in parts if ids.weights_SB is not None]
                 np.concatenate(chosen, axis=1, out=weights[there].reshape(shape))
         else:
             bags = cuts[run.first]
-            np.concatenate([bag.values[first:end] for bag, first, end in bags], out=values[there])
+            np.concatenate([bag.values[first:end] for bag, first, end in bags], out=values[there], casting="equiv")
             lengths = [bag.lengths_B[i:j] for (bag, _, _), (_, i, j) in zip(bags, parts, strict=True)]
             np.concatenate(lengths, out=lengths_KB[run.key])
             if weighted:
