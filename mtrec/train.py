@@ -206,7 +206,7 @@ def _loop(
         with closing(feed(reader, run.encoder, labels, experiment.data.sample_weight, pin=pin, bad=bad)) as fed:
             for piece, batch, upcoming in _with_upcoming(meter.waiting(fed), state.device):
                 to_log = (state.step + 1) % config.log_every == 0 or state.step + 1 == total_steps
-                meter.add(
+                meter.add(  # no name holds the result: x_BD of a logged step would stay until the next step's is there
                     train_step(state, batch, stop=stop_requested(), upcoming=upcoming, keep_x=to_log), batch.num_rows
                 )
                 progress.next_batch += 1

@@ -251,8 +251,8 @@ def _joined(parts: Sequence[tuple[EncodedIds, int, int]]) -> _Joined:
         parts = [(ids.all_as_bags(), start, stop) for ids, start, stop in parts]
         like = parts[0][0]
     weighted = like.weights_SB is not None
-    cuts = [_cuts([ids.bags[bag] for ids, _, _ in parts], parts) for bag in range(len(like.bags))]
-    of_bags = iter([sum([end - first for _, first, end in each]) for each in cuts])
+    cuts = [[_cut(ids.bags[bag], start, stop) for ids, start, stop in parts] for bag in range(len(like.bags))]
+    of_bags = iter([sum([len(values) for values, _, _ in each]) for each in cuts])
     counts = [num_rows if one else next(of_bags) for one in like.single]
     values, lengths_KB = np.empty(sum(counts), like.rows_SB.dtype), np.empty((len(counts), num_rows), np.int32)
     weights = np.empty(len(values) if weighted else 0, np.float32)
@@ -270,20 +270,19 @@ def _joined(parts: Sequence[tuple[EncodedIds, int, int]]) -> _Joined:
                 np.concatenate(chosen, axis=1, out=weights[there].reshape(shape))
         else:
             bags = cuts[run.first]
-            np.concatenate([bag.values[first:end] for bag, first, end in bags], out=values[there], casting="equiv")
-            lengths = [bag.lengths_B[i:j] for (bag, _, _), (_, i, j) in zip(bags, parts, strict=True)]
-            np.concatenate(lengths, out=lengths_KB[run.key])
+            np.concatenate([each for each, _, _ in bags], out=values[there], casting="equiv")
+            np.concatenate([each for _, each, _ in bags], out=lengths_KB[run.key])
             if weighted:
-                chosen = [bag.weights[first:end] for bag, first, end in bags if bag.weights is not None]
-                np.concatenate(chosen, out=weights[there])
+                np.concatenate([each for _, _, each in bags if each is not None], out=weights[there])
         at = there.stop
     return _Joined(values, lengths_KB, counts, single, weights)
 
 
-def _cuts(bags: Sequence[_Bags], parts: Sequence[tuple[EncodedIds, int, int]]) -> list[tuple[_Bags, int, int]]:
-    """Where the values of each part's rows lie in its bags."""
-    pairs = zip(bags, parts, strict=True)
-    return [(bag, bag.offsets.item(start), bag.offsets.item(stop)) for bag, (_, start, stop) in pairs]
+def _cut(bags: _Bags, start: int, stop: int) -> tuple[Integers, npt.NDArray[np.int32], Floats | None]:
+    """(values, lengths, weights) of rows [start, stop)."""
+    first, end = bags.offsets.item(start), bags.offsets.item(stop)
+    weights = None if bags.weights is None else bags.weights[first:end]
+    return bags.values[first:end], bags.lengths_B[start:stop], weights
 
 
 @dataclass(frozen=True)
