@@ -1,4 +1,4 @@
-"""Runs prepared from the small log, and training them on spawned ranks."""
+"""Runs prepared from the small log, training them on spawned ranks, scoring with them."""
 
 import copy
 import os
@@ -13,9 +13,11 @@ from ranks import run_ranks
 from mtrec import parallel
 from mtrec.checkpoint import Saver, find, read
 from mtrec.config import apply_overrides, parse_experiment
+from mtrec.dataset import Source
 from mtrec.events import Step, Validation
 from mtrec.prepare import prepare
 from mtrec.run import Run
+from mtrec.scored_files import Asked, score_files
 from mtrec.step import TrainState
 from mtrec.train import train
 
@@ -60,3 +62,9 @@ def trained(folder: str, resume: bool = False) -> dict[str, Any]:
 def train_on(world_size: int, run: Run, resume: bool = False) -> dict[str, Any]:
     """What rank 0 saw when `world_size` spawned ranks trained the run."""
     return run_ranks(world_size, trained, str(run.folder), resume, folder=run.folder / "ranks")[0]
+
+
+def score(run: Run, source: Path | str, out: Path, **options: Any) -> dict[str, Any]:
+    """The manifest of a job in this process; `options` are those of `Asked`, and `where`."""
+    where = options.pop("where", None)
+    return score_files(Asked(str(run.folder), Source(str(source), where), str(out), **options))

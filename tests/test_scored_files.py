@@ -1,9 +1,10 @@
-"""How scoring cuts its input into batches, rows that cannot be scored, which columns of its output get a dictionary, files that
-fail at the last moment.
+"""How scoring cuts its input into batches and reads it ahead, rows that cannot be scored, which columns of its output get a
+dictionary, files that fail at the last moment.
 """
 
 import dataclasses
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,17 @@ def test_a_dictionary_is_written_where_the_input_shows_that_values_repeat(tmp_pa
     schema = pa.schema([*given.schema, pa.field("day", pa.int32()), pa.field("score", pa.float32(), nullable=False)])
     found = output.repeating_paths(schema, footer)
     assert found == ["few", "name", "few_lists.list.element", "day"]  # strings, and the keys of folders, as before
+
+
+def test_what_is_read_ahead_comes_in_order_and_errors_at_their_place() -> None:
+    def numbers() -> Iterator[int]:
+        yield from range(5)
+        raise OSError("disk")
+
+    source = pieces.ahead(numbers(), 3)
+    assert [next(source) for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(OSError, match="disk"):
+        next(source)
 
 
 def test_what_goes_wrong_before_a_file_is_at_its_place_leaves_the_old_one_and_nothing_else(tmp_path: Path) -> None:
