@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from mtrec.batch import Label, label_values, make_examples
-from mtrec.config import Experiment, Source
 from mtrec.dataset import Dataset, common_files
 from mtrec.evaluate import check_best_metric
+from mtrec.experiment import Experiment, Source
 from mtrec.features import BadRowsError, Encoder, Feature, psi
 from mtrec.feed import bad_row, bad_rows, check_encodes, label_looks, usable_rows, without_bad_rows
 from mtrec.formula import ranking_formula

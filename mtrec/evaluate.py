@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from mtrec import parallel
 from mtrec.batch import Batch
-from mtrec.config import Experiment
 from mtrec.dataset import Dataset
 from mtrec.events import DIVERGED, NotFiniteError
+from mtrec.experiment import Experiment
 from mtrec.features import Encoder
 from mtrec.feed import BadRows, bad_rows, feed
 from mtrec.kinds import nearest

@@ -12,8 +12,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mtrec.batch import Batch, Examples, Label, join_examples, label_values, make_examples, sample_weights
-from mtrec.config import Data
 from mtrec.dataset import Dataset
+from mtrec.experiment import Data
 from mtrec.features import BadRowsError, Encoder, Feature
 from mtrec.features.encoded import Order
 from mtrec.kinds import counted

@@ -16,7 +16,7 @@ from functools import reduce
 import numpy as np
 import numpy.typing as npt
 
-from mtrec.config import Experiment
+from mtrec.experiment import Experiment
 from mtrec.kinds import nearest
 from mtrec.model import task_specs
 from mtrec.tasks import Objectives

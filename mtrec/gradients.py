@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mtrec import parallel
 from mtrec.architectures.products import backward_to
 from mtrec.balancing import make_balancer
-from mtrec.config import Experiment
+from mtrec.experiment import Experiment
 from mtrec.model import ANY_WIDTH, DensePart, task_specs
 
 

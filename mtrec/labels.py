@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mtrec.batch import Label, label_values, sample_weights
-from mtrec.config import Experiment
+from mtrec.experiment import Experiment
 from mtrec.tasks import Objectives, TaskSpec
 from mtrec.written import as_written
 

@@ -10,10 +10,10 @@ import torch
 
 from mtrec import checkpoint, parallel
 from mtrec.atomic import check_file, check_folder, write_atomically
-from mtrec.config import Experiment, Source
 from mtrec.display import TrainDisplay
 from mtrec.display_scoring import ScoreDisplay
 from mtrec.evaluate import check_best_metric, check_one_value, evaluate
+from mtrec.experiment import Experiment, Source
 from mtrec.locking import locked
 from mtrec.model import task_specs
 from mtrec.predictions import load_model

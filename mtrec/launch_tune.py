@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mtrec import terminal
 from mtrec.atomic import check_file, check_folder
-from mtrec.config import Experiment
+from mtrec.experiment import Experiment
 from mtrec.run import dated_folder
 from mtrec.tune.plan import load_plan
 from mtrec.tune.table import show_results

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from mtrec.architectures import ARCHITECTURES, Towers
 from mtrec.batch import Batch
-from mtrec.config import Experiment
 from mtrec.dropout import Dropout
 from mtrec.embeddings import Embeddings
+from mtrec.experiment import Experiment
 from mtrec.features import Encoder
 from mtrec.interactions import INTERACTIONS
 from mtrec.kinds import check_members, check_options, resolve

@@ -7,7 +7,7 @@ import torch
 import torchrec
 from torch import Tensor, nn
 
-from mtrec.config import DenseOptimizer, Experiment, TableOptimizer
+from mtrec.experiment import DenseOptimizer, Experiment, TableOptimizer
 
 REFERENCE_BATCH = 512  # the dense learning rate's default was found at this batch size
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from mtrec import checkpoint, parallel
 from mtrec.batch import Batch, make_batch
 from mtrec.checkpoint import Checkpoint
-from mtrec.config import Experiment
+from mtrec.experiment import Experiment
 from mtrec.model import MultiTaskModel
 from mtrec.run import SAMPLE_FILE, Run
 from mtrec.step import build_state

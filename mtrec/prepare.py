@@ -16,8 +16,9 @@ from mtrec import labels as label_fit
 from mtrec.architectures.products import emulates_bf16
 from mtrec.atomic import write_atomically
 from mtrec.batch import Label
-from mtrec.config import Experiment, to_yaml
+from mtrec.config import to_yaml
 from mtrec.dataset import Dataset
+from mtrec.experiment import Experiment
 from mtrec.features import BadRowsError, Encoder, Feature, id_columns
 from mtrec.features.tables import plan_tables
 from mtrec.feed import bad_row, bad_rows, check_encodes, label_looks, usable_rows, without_bad_rows

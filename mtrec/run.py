@@ -23,7 +23,8 @@ from mtrec import checkpoint
 from mtrec import labels as label_fit
 from mtrec.atomic import is_unfinished
 from mtrec.checkpoint import Checkpoint
-from mtrec.config import Experiment, parse_experiment, to_yaml
+from mtrec.config import parse_experiment, to_yaml
+from mtrec.experiment import Experiment
 from mtrec.features import Encoder
 from mtrec.labels import LabelStatistics
 from mtrec.mirror import Mirror

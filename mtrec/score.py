@@ -22,7 +22,7 @@ from mtrec import parallel
 from mtrec.allocator import keep_freed_memory
 from mtrec.batch import Batch, Label, label_values, make_batch
 from mtrec.checkpoint import Checkpoint, CheckpointError
-from mtrec.config import Experiment
+from mtrec.experiment import Experiment
 from mtrec.features import Encoder, FeatureCounts
 from mtrec.formula import SCORE, Formula, prediction_columns
 from mtrec.labels import labels_of

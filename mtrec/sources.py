@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from mtrec import dataset
-from mtrec.config import Experiment, Source
 from mtrec.dataset import Dataset
+from mtrec.experiment import Experiment, Source
 from mtrec.features import FEATURES, Feature, check_schema
 from mtrec.features.arrays import is_number
 from mtrec.kinds import check_options, resolve

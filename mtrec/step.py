@@ -18,9 +18,9 @@ from mtrec.architectures.fan_out import apart
 from mtrec.balancing import Balancer, make_balancer
 from mtrec.balancing.static import Static
 from mtrec.batch import Batch
-from mtrec.config import Balancing, Experiment
 from mtrec.dropout import stream_dropout
 from mtrec.embeddings import table_name, write_initial_rows
+from mtrec.experiment import Balancing, Experiment
 from mtrec.flags import Flags
 from mtrec.gradients import (
     TaskGradients,

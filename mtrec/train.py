@@ -21,10 +21,10 @@ from mtrec.ahead import copy_ahead
 from mtrec.allocator import keep_freed_memory
 from mtrec.batch import Batch
 from mtrec.checkpoint import WHOLE_VALIDATION, Checkpoint, Saver
-from mtrec.config import EarlyStopping, Training
 from mtrec.dataset import Dataset
 from mtrec.evaluate import check_bad_rows, evaluate, score_metric
 from mtrec.events import DIVERGED, Ended, Event, NotFiniteError, Saved, Validation, WarmStarted
+from mtrec.experiment import EarlyStopping, Training
 from mtrec.feed import Fed, bad_rows, feed
 from mtrec.kinds import counted
 from mtrec.labels import labels_of

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from mtrec import checkpoint, parallel
-from mtrec.config import Experiment
 from mtrec.embeddings import Embeddings
+from mtrec.experiment import Experiment
 from mtrec.features import FIRST_ROW, Encoder, Table
 from mtrec.model import DensePart, task_specs
 from mtrec.run import Run

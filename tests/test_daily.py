@@ -12,7 +12,8 @@ from logs import experiment_tree
 from recipes import recipe
 
 from mtrec.compare.gate import NonInferiority
-from mtrec.config import Source, parse_experiment
+from mtrec.config import parse_experiment
+from mtrec.experiment import Source
 from mtrec.run import open_run
 
 daily: Any = recipe("daily/daily.py")

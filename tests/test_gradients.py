@@ -19,9 +19,10 @@ from mtrec.atomic import write_atomically
 from mtrec.balancing import BALANCERS
 from mtrec.batch import Batch
 from mtrec.checkpoint import find
-from mtrec.config import Experiment, apply_overrides, parse_experiment, to_yaml
+from mtrec.config import apply_overrides, parse_experiment, to_yaml
 from mtrec.dropout import stream_dropout
 from mtrec.events import Step
+from mtrec.experiment import Experiment
 from mtrec.feed import feed
 from mtrec.gradients import check_place, gramian, gramian_of_parameters, sampled_rows, task_gradients
 from mtrec.labels import labels_of

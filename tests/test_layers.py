@@ -34,6 +34,7 @@ LAYERS = [
     ["tasks"],
     ["balancing"],
     ["metrics"],
+    ["experiment"],
     ["config"],
     ["feed", "ahead", "pooled_exchange", "sources"],
     ["ids_exchange"],

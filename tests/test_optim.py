@@ -10,7 +10,8 @@ from runs import small_run
 from torch.testing import assert_close
 
 from mtrec import parallel
-from mtrec.config import DenseOptimizer, TableOptimizer, apply_overrides, parse_experiment
+from mtrec.config import apply_overrides, parse_experiment
+from mtrec.experiment import DenseOptimizer, TableOptimizer
 from mtrec.model import MultiTaskModel
 from mtrec.optim import Schedules, dense_optimizer, schedule, table_optimizer
 from mtrec.step import build_state

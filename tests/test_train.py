@@ -23,8 +23,8 @@ import mtrec.train
 from mtrec import parallel
 from mtrec.batch import Batch
 from mtrec.checkpoint import Checkpoint, Saver, find, read
-from mtrec.config import Training
 from mtrec.events import Ended, Saved, Step, Validation
+from mtrec.experiment import Training
 from mtrec.meter import gate_statistics
 from mtrec.run import Run, open_run
 from mtrec.step import StepResult, TrainState, build_state, train_step

@@ -18,8 +18,9 @@ from logs import experiment_tree, write_log
 from mtrec.checkpoint import CheckpointError
 from mtrec.compare.runs import prepared, train_here
 from mtrec.compare.space import Parameter, active, place_of
-from mtrec.config import Experiment, apply_overrides, load_experiment, parse_experiment, with_absolute_paths
+from mtrec.config import apply_overrides, load_experiment, parse_experiment, with_absolute_paths
 from mtrec.events import Failed
+from mtrec.experiment import Experiment
 from mtrec.locking import LockedError, locked
 from mtrec.prepare import prepare
 from mtrec.recorder import Recorder

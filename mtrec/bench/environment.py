@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mtrec.atomic import write_atomically
-from mtrec.config import Experiment
+from mtrec.experiment import Experiment
 from mtrec.run import Run
 from mtrec.sources import open_source
 from mtrec.synthetic.reference import CARDINALITIES, NUM_DENSE

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mtrec.batch import Batch
-from mtrec.config import Experiment
+from mtrec.experiment import Experiment
 from mtrec.features import Table
 
 

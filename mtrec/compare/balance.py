@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mtrec.compare.figures import COLOURS, FEW, POINTS_SHOWN, Figure, figure
+from mtrec.compare.drawing import COLOURS, FEW, POINTS_SHOWN, Figure, figure
 from mtrec.compare.page import Page
 
 PLACES = {  # of balancing.at

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mtrec.compare.runs import LABEL, LOG, PREDICTIONS, SEGMENT, USER, WEIGHT, folder_of
 from mtrec.compare.sample import METRIC_NAMES, Floats, Scores
-from mtrec.config import Experiment
+from mtrec.experiment import Experiment
 from mtrec.model import task_specs
 from mtrec.tasks import Objectives
 

@@ -24,19 +24,10 @@ from mtrec.architectures import ARCHITECTURES
 from mtrec.compare.sample import METRIC_NAMES
 from mtrec.compare.space import Space, active
 from mtrec.compare.sweep import points
-from mtrec.config import (
-    DIALECT,
-    Experiment,
-    FolderName,
-    Section,
-    Source,
-    apply_overrides,
-    load_experiment,
-    parse_experiment,
-    with_absolute_paths,
-)
+from mtrec.config import DIALECT, apply_overrides, load_experiment, parse_experiment, with_absolute_paths
 from mtrec.dataset import Dataset, common_files
 from mtrec.evaluate import MAIN_METRIC, Measures, check_best_metric, check_one_value
+from mtrec.experiment import Experiment, FolderName, Section, Source
 from mtrec.formula import ranking_formula
 from mtrec.gradients import check_place
 from mtrec.kinds import PositiveFloat, PositiveInt, check_options, explain, nearest, resolve

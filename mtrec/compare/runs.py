@@ -35,10 +35,11 @@ from mtrec.batch import make_batch
 from mtrec.checkpoint import Checkpoint
 from mtrec.compare.plan import Budget, Plan, dense_size, matched, search_draws, varied
 from mtrec.compare.space import active, at_edge
-from mtrec.config import Experiment, Source, parse_experiment, to_yaml
+from mtrec.config import parse_experiment, to_yaml
 from mtrec.embeddings import Embeddings
 from mtrec.evaluate import check_bad_rows, whole_reader
 from mtrec.events import Event, Step
+from mtrec.experiment import Experiment, Source
 from mtrec.feed import bad_row, bad_rows, check_encodes, feed, refused_rows
 from mtrec.labels import labels_of
 from mtrec.metrics import group_keys

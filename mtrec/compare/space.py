@@ -15,7 +15,8 @@ import pydantic
 from pydantic import BeforeValidator, Field, Strict
 
 from mtrec.balancing import Balancer
-from mtrec.config import KNOWN, Balancing, Section, Task
+from mtrec.config import KNOWN
+from mtrec.experiment import Balancing, Section, Task
 from mtrec.kinds import option_types, resolve
 
 Number = Annotated[float, Strict()]

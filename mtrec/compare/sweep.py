@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mtrec.balancing import BALANCERS
-from mtrec.config import Experiment
+from mtrec.experiment import Experiment
 from mtrec.kinds import nearest, option_types, resolve
 
 OPTIONS = ("preference", "weights")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mtrec.config import Experiment, Source
+from mtrec.experiment import Experiment, Source
 from mtrec.files import find_files
 from mtrec.kinds import counted, own_modules
 

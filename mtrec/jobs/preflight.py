@@ -20,7 +20,8 @@ import yaml
 
 from mtrec.atomic import write_atomically
 from mtrec.check import check_experiment
-from mtrec.config import Experiment, parse_experiment, to_yaml
+from mtrec.config import parse_experiment, to_yaml
+from mtrec.experiment import Experiment
 from mtrec.jobs.cluster import check_workers
 from mtrec.jobs.connection import connect
 from mtrec.jobs.packing import SOURCES, pin, user_modules

@@ -20,7 +20,8 @@ from mtrec.allocator import KEPT
 from mtrec.atomic import check_folder
 from mtrec.check import check_experiment
 from mtrec.compare.plan import Plan, load_plan
-from mtrec.config import Experiment, load_experiment
+from mtrec.config import load_experiment
+from mtrec.experiment import Experiment
 from mtrec.files import check_not_empty, find_files
 from mtrec.jobs import packing
 from mtrec.jobs.cluster import Cluster, check_versions, check_workers, choose_address, connect_client, describe

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mtrec.compare.figures import COLOURS, Figure, Style, dots, figure, named_below, short
+from mtrec.compare.drawing import COLOURS, Figure, Style, dots, figure, named_below, short
 from mtrec.compare.space import Parameter, place_of
 from mtrec.tune.table import short_paths, short_value
 from mtrec.tune.trials import AS_WRITTEN

@@ -21,8 +21,9 @@ from pydantic import BeforeValidator, Field
 
 from mtrec.compare.plan import COUNTS, Budget, varied
 from mtrec.compare.space import Parameter, Space, active
-from mtrec.config import DIALECT, KNOWN, Experiment, Section
+from mtrec.config import DIALECT, KNOWN
 from mtrec.evaluate import LARGER_IS_BETTER, SMALLER_IS_BETTER, Measures, check_best_metric
+from mtrec.experiment import Experiment, Section
 from mtrec.formula import ranking_formula
 from mtrec.gradients import check_place
 from mtrec.kinds import NonNegativeInt, PositiveInt, explain, nearest, option_types, resolve

@@ -32,8 +32,9 @@ from study_report import markdown
 
 from mtrec.atomic import write_atomically
 from mtrec.balancing import BALANCERS
-from mtrec.config import Experiment, apply_overrides, parse_experiment, to_yaml
+from mtrec.config import apply_overrides, parse_experiment, to_yaml
 from mtrec.events import Step, Validation
+from mtrec.experiment import Experiment
 from mtrec.prepare import prepare
 from mtrec.run import Run, versions
 from mtrec.synthetic import write_log

@@ -43,8 +43,9 @@ from mtrec.batch import Batch
 from mtrec.bench.floor import timed
 from mtrec.bench.launches import Asked, about, bench
 from mtrec.checkpoint import Checkpoint, find
-from mtrec.config import Source, apply_overrides, parse_experiment
+from mtrec.config import apply_overrides, parse_experiment
 from mtrec.events import Validation
+from mtrec.experiment import Source
 from mtrec.feed import feed
 from mtrec.formula import ranking_formula
 from mtrec.labels import labels_of

@@ -27,8 +27,9 @@ from typing import Any
 import torch
 
 from mtrec.allocator import KEPT
-from mtrec.config import Experiment, apply_overrides, parse_experiment
+from mtrec.config import apply_overrides, parse_experiment
 from mtrec.dataset import Source
+from mtrec.experiment import Experiment
 from mtrec.launch import evaluate_run
 from mtrec.prepare import prepare
 from mtrec.run import Run, open_run, versions

@@ -39,7 +39,8 @@ from mtrec.compare.interval import metric_interval
 from mtrec.compare.measured import Measured
 from mtrec.compare.plan import primary_metrics
 from mtrec.compare.runs import folder_of, predict_test
-from mtrec.config import Experiment, Source, load_experiment
+from mtrec.config import load_experiment
+from mtrec.experiment import Experiment, Source
 from mtrec.files import find_files
 from mtrec.launch import launch, local_device
 from mtrec.run import Run, open_run
