@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 BY_ROW_GROUP, BY_ROW = 1, 2  # what a key of `permutation` is for: first number of the key
 
@@ -26,41 +25,22 @@ Window = tuple[Span, ...]
 def permutation(num_rows: int, *key: int) -> np.ndarray:
     """A random order of `num_rows` rows, int64, that depends on the key alone.
 
-    Sorts random 64-bit words whose low bits are replaced by the row's number. numpy promises the words of its bit
-    generators, not the results of `Generator.permutation`: an order drawn from those could change with numpy's version,
-    and a resumed run would then repeat rows.
+    Sorts random words, of 16 bits for up to 16,384 rows, which numpy sorts by counting: 4 ns a row in place of 28 for words of
+    64 bits on a Zen 4. Rows of the same word, one in five, stay as they lie: one comes before a later one with a chance of
+    1/2 + 2^-17. Beyond that words have 32 bits. numpy promises the words of its bit generators, not the results of
+    `Generator.permutation`: an order drawn from those could change with numpy's version, and a resumed run would then repeat
+    rows.
 
     >>> permutation(5, 7, 0).tolist()
-    [3, 4, 0, 2, 1]
+    [2, 0, 4, 3, 1]
     """
-    if num_rows == 0:
-        return np.empty(0, dtype=np.int64)
-    low_bits = np.uint64((1 << (num_rows - 1).bit_length()) - 1)
-    words = np.random.PCG64(np.random.SeedSequence(key)).random_raw(num_rows)
-    words &= ~low_bits
-    words |= np.arange(num_rows, dtype=np.uint64)
-    return _sorted_places(words)
-
-
-def _sorted_places(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-    """Where each of different words stands, in ascending order of the words: `words.argsort()`.
-
-    By their upper halves in two passes of 16 bits, which numpy sorts by counting; the few that agree in these, by all bits. Of
-    16,384 words that is 10 ns a word on a Zen 4; numpy's sort of all bits takes 27 there with AVX-512, and 7 without.
-    """
-    places = _digits(words, 32).argsort(kind="stable")
-    places = places.take(_digits(words, 48).take(places).argsort(kind="stable"))
-    ordered = words.take(places)
-    halves = (ordered >> np.uint64(32)).astype(np.uint32)
-    same = halves[1:] == halves[:-1]
-    if same.any():
-        tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
-        places[tied] = places[tied[ordered[tied].argsort()]]
+    digits = 1 if num_rows <= 1 << 14 else 2  # of 16 bits, the least significant first
+    drawn = np.random.PCG64(np.random.SeedSequence(key)).random_raw(-(-num_rows * digits // 4))
+    words = drawn.astype("<u8", copy=False).view("<u2")[: num_rows * digits].reshape(digits, num_rows)
+    places: np.ndarray = words[0].argsort(kind="stable")
+    for digit in words[1:]:
+        places = places.take(digit.take(places).argsort(kind="stable"))
     return places
-
-
-def _digits(words: npt.NDArray[np.uint64], shift: int) -> npt.NDArray[np.uint16]:
-    return (words >> np.uint64(shift)).astype(np.uint16)
 
 
 def plan_streams(
