@@ -7,6 +7,7 @@ import platform
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 KEPT = {
     "MALLOC_ARENA_MAX": "1",  # Ray's workers train in a thread, whose own arena would give freed memory back each step
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # pages of 2 MiB, where the kernel has some: fewer addresses to look up
     "MIMALLOC_PURGE_DELAY": "60000",  # milliseconds; Arrow's allocator gives back what was not used for 10
 }
 """Environment of processes that are to keep freed memory from their start."""
@@ -21,15 +22,15 @@ def keep_freed_memory() -> bool:
     by page, each cleared: up to a sixth of a step. Threads that begin later share the main heap, not one of their own, which
     would give back whatever lies in 64 MiB that are free; but where threads have had one before this is called, as those that
     importing torch starts, later ones take these. So it is called first, or `KEPT` is in the environment.
-    Nothing is changed on other C libraries, nor where the environment already tunes glibc (a variable MALLOC_..._,
-    GLIBC_TUNABLES): MALLOC_TRIM_THRESHOLD_=131072 switches this off.
+    Nothing is changed on other C libraries, nor where the environment already says when glibc gives memory back (a variable
+    MALLOC_..._, or a threshold in GLIBC_TUNABLES): MALLOC_TRIM_THRESHOLD_=131072 switches this off.
 
     Arrow has an allocator of its own, which gives decoded row groups back before the next one is decoded; where pyarrow is
     imported after this, it keeps them for a minute. MIMALLOC_PURGE_DELAY=10 switches that off.
     """
     os.environ.setdefault("MIMALLOC_PURGE_DELAY", KEPT["MIMALLOC_PURGE_DELAY"])
-    tuned = any(name.startswith("MALLOC_") and name.endswith("_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ
-    if tuned or platform.libc_ver()[0] != "glibc":
+    tuned = any(name.startswith("MALLOC_") and name.endswith("_") for name in os.environ)
+    if tuned or "_threshold" in os.environ.get("GLIBC_TUNABLES", "") or platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
     if "MALLOC_ARENA_MAX" not in os.environ:

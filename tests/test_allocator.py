@@ -3,8 +3,19 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 from mtrec.allocator import KEPT
+
+HUGE_PAGES = """
+from pathlib import Path
+block = b"1" * (48 << 20)
+rollup = dict(line.split(":", 1) for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
+print(int(rollup["AnonHugePages"].split()[0]) >> 10)
+"""
+MADVISED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 PAGE_FAULTS = """
 import resource, sys, tempfile, time
@@ -36,8 +47,16 @@ def run(script: str, *arguments: str, **environment: str) -> str:
 
 def test_memory_that_is_freed_is_kept_unless_the_user_tunes_the_allocator() -> None:
     script = "from mtrec.allocator import keep_freed_memory; print(keep_freed_memory())"
-    for tuned, kept in (({}, "True"), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, "False"), ({"GLIBC_TUNABLES": ""}, "False")):
-        assert run(script, **tuned) == kept
+    assert run(script) == run(script, GLIBC_TUNABLES=KEPT["GLIBC_TUNABLES"]) == "True"
+    assert run(script, MALLOC_TRIM_THRESHOLD_="131072") == "False"
+    assert run(script, GLIBC_TUNABLES="glibc.malloc.trim_threshold=131072") == "False"
+
+
+@pytest.mark.skipif(not MADVISED.exists() or "[madvise]" not in MADVISED.read_text(), reason="No huge pages where asked for.")
+def test_a_process_started_with_it_has_huge_pages() -> None:
+    kept = {name: KEPT[name] for name in ("GLIBC_TUNABLES", "MALLOC_ARENA_MAX")}
+    script = "from mtrec.allocator import keep_freed_memory; keep_freed_memory()\n" + HUGE_PAGES
+    assert int(run(script)) < 8 < int(run(script, **kept))
 
 
 def test_decoded_row_groups_are_kept_for_the_next_ones(tmp_path: object) -> None:

@@ -53,7 +53,7 @@ import pyarrow.parquet as pq
 from rich.table import Table
 
 import mtrec.bench
-from mtrec.allocator import KEPT_AT_THE_END, LARGEST_KEPT
+from mtrec.allocator import KEPT, KEPT_AT_THE_END, LARGEST_KEPT
 from mtrec.atomic import write_atomically
 from mtrec.bench.environment import IDS, LABELS, LISTS, NUMBERS, interpreter
 from mtrec.bench.launches import Asked, Measurement, about, launch, prepare_variants, spread
@@ -66,7 +66,11 @@ NEEDED = (
     *("psutil==7.2.2", "safetensors==0.8.0", "anytree==2.13.0"),
     *("protobuf==4.25.8", "grpcio-tools==1.62.3", "tensorboard==2.19.0"),
 )
-GLIBC = {"MALLOC_MMAP_THRESHOLD_": str(LARGEST_KEPT), "MALLOC_TRIM_THRESHOLD_": str(KEPT_AT_THE_END)}
+GLIBC = {
+    "MALLOC_MMAP_THRESHOLD_": str(LARGEST_KEPT),
+    "MALLOC_TRIM_THRESHOLD_": str(KEPT_AT_THE_END),
+    "GLIBC_TUNABLES": KEPT["GLIBC_TUNABLES"],
+}
 BATCH_SIZE = 4096
 PRECISIONS = ("bf16", "fp32")
 SAME, BEST = "2 processes x 1 thread", "its best"
