@@ -100,7 +100,7 @@ class EncodedIds:
 
 @dataclass(frozen=True, eq=False)
 class EncodedRows:
-    """Some rows, encoded. `dense_BF` float32; `ids` of the unweighted keys, `weighted` of the others."""
+    """Some rows, encoded. `dense_BF` float32, in any layout; `ids` of the unweighted keys, `weighted` of the others."""
 
     dense_BF: Floats
     ids: EncodedIds
@@ -216,8 +216,10 @@ def join(parts: Sequence[Part]) -> Encoded:
     """
     ids = _joined([(rows.ids, start, stop) for rows, start, stop in parts])
     weighted = _joined([(rows.weighted, start, stop) for rows, start, stop in parts])
+    dense = [rows.dense_BF[start:stop] for rows, start, stop in parts]
+    dense_BF = np.empty((sum([len(each) for each in dense]), dense[0].shape[1]), np.float32)
     return Encoded(
-        dense_BF=np.concatenate([rows.dense_BF[start:stop] for rows, start, stop in parts]),
+        dense_BF=np.concatenate(dense, out=dense_BF),
         values=ids.values,
         lengths_KB=ids.lengths_KB,
         counts=ids.counts,

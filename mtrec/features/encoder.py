@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from mtrec.features.arrays import is_plain, plain
 from mtrec.features.categorical import Categorical, CategoricalEncoding
-from mtrec.features.encoded import Encoded, EncodedIds, EncodedRows, Ids, Order, encoded_ids, join, taken
+from mtrec.features.encoded import Encoded, EncodedIds, EncodedRows, Ids, Order, encoded_ids, join, num_rows, put, taken
 from mtrec.features.fit import Fitted, fit, rows_of_table
 from mtrec.features.kinds import FEATURES
 from mtrec.features.profile import FeatureCounts, FeatureProfile
@@ -175,35 +175,44 @@ class Encoder:
         all rows of the batch.
         """
         places = self._places_in(batch.schema)
-        dense_BF = self._encode_dense(batch, counts, places)
+        dense = self._encode_dense(batch, orders, counts, places)
 
         def ids(keys: Sequence[str], weighted: bool) -> list[EncodedIds]:
             encoded = (self._encode_ids(name, batch, counts, places) for name in keys)
             return encoded_ids(encoded, len(keys), orders, weighted=weighted, dtype=self._rows_dtype)
 
-        groups = zip(orders, ids(self.sparse_keys, weighted=False), ids(self.weighted_keys, weighted=True), strict=True)
-        return [EncodedRows(taken(dense_BF, order), unweighted, weighted) for order, unweighted, weighted in groups]
+        groups = zip(dense, ids(self.sparse_keys, weighted=False), ids(self.weighted_keys, weighted=True), strict=True)
+        return [EncodedRows(*group) for group in groups]
 
-    def _encode_dense(self, batch: pa.RecordBatch, counts: FeatureCounts | None, places: "_Places") -> npt.NDArray[np.float32]:
-        """(B, F). Numbers are written column after column and then collected, which is faster; vectors go to their place."""
-        dense_BF = np.empty((batch.num_rows, self.num_dense), np.float32)
-        numbers_FB = _columns(sum(run.stop - run.start for run in self._numbers), batch.num_rows)
-        at = 0  # in numbers_FB
-        for feature, encoding, columns, is_vector in self._dense:
-            if is_vector:
-                out_BW = dense_BF[:, columns]
-            else:
-                out_BW = numbers_FB[at : at + len(encoding.names)].T
-                at += len(encoding.names)
-            missing = encoding.encode(self._column(batch, feature, 0, places), out_BW)
-            if counts is not None:
-                rows = batch.num_rows
-                counts.add(self._index[feature.name], rows=rows, nulls=missing, values=rows, unseen=0)
+    def _encode_dense(
+        self, batch: pa.RecordBatch, orders: Sequence[Order], counts: FeatureCounts | None, places: "_Places"
+    ) -> list[npt.NDArray[np.float32]]:
+        """(b, F) of each order. Numbers are scaled and put in order column by column, while a column is in the cache, and where
+        there is nothing else they stay so: a view of (F, b), which `join` brings into rows. Vectors are rows from the start.
+        """
+        rows, num_numbers = batch.num_rows, sum(run.stop - run.start for run in self._numbers)
+        numbers = [_columns(num_numbers, num_rows(order)) for order in orders]  # (numbers, b) each
+        vectors_BF = np.empty((rows, self.num_dense if num_numbers < self.num_dense else 0), np.float32)
         at = 0
-        for run in self._numbers:
-            dense_BF[:, run] = numbers_FB[at : at + run.stop - run.start].T
-            at += run.stop - run.start
-        return dense_BF
+        for feature, encoding, columns, is_vector in self._dense:
+            width = len(encoding.names)
+            out_WB = vectors_BF[:, columns].T if is_vector else np.empty((width, rows), np.float32)
+            missing = encoding.encode(self._column(batch, feature, 0, places), out_WB.T)
+            if not is_vector:
+                for column, out_B in enumerate(out_WB, at):
+                    put((each[column] for each in numbers), out_B, orders)
+                at += width
+            if counts is not None:
+                counts.add(self._index[feature.name], rows=rows, nulls=missing, values=rows, unseen=0)
+        if num_numbers == self.num_dense:
+            return [each.T for each in numbers]
+        dense = [taken(vectors_BF, order) for order in orders]
+        for dense_BF, each in zip(dense, numbers, strict=True):
+            at = 0
+            for run in self._numbers:
+                dense_BF[:, run] = each[at : at + run.stop - run.start].T
+                at += run.stop - run.start
+        return dense
 
     def profile(self, batches: Iterable[pa.RecordBatch]) -> dict[str, FeatureProfile]:
         """{feature: profile of its values in these batches}, in the bins of the fit; compare with `psi`."""
