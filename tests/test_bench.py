@@ -15,15 +15,17 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from runs import small_run
 from typer.testing import CliRunner
 
+from mtrec import checkpoint
 from mtrec.architectures import ARCHITECTURES as KINDS
 from mtrec.bench import launches
 from mtrec.bench.environment import PEERS, PINS, make_environment
 from mtrec.bench.launches import ARCHITECTURES, Asked, Measurement, bench, launch, measurements, prepare_variants, summary
 from mtrec.bench.page import page
 from mtrec.bench.peers.workload import Workload, read
-from mtrec.bench.stages import Phases, device_of
+from mtrec.bench.stages import Phases, device_of, whole, whole_from_memory
 from mtrec.bench.table import show
 from mtrec.cli import app
 from mtrec.kinds import check_options
@@ -106,6 +108,21 @@ def test_one_precision_alone_is_measured_where_the_other_is_emulated() -> None:
     assert summary(asked, [Measurement("ceilings", "ceilings", "fp32")], {}, rounds)["ratios"] == {
         "score fp32, 2 workers / yardstick": {"median": 6.0, "low": 6.0, "high": 6.0, "values": [6.0]}
     }
+
+
+def test_steps_that_are_fed_from_memory_train_as_those_from_parquet(tmp_path: Path) -> None:
+    overrides = ("data.validation=null", "training.max_steps=6", "training.log_every=1", "training.checkpoint_every=3")
+    run = small_run(tmp_path, *overrides)
+    spec = {"device": "cpu", "steps": 4, "warmup": 2}
+    found, weights = [], []
+    for stage in (whole, whole_from_memory):
+        found.append(stage(run, spec))
+        newest = checkpoint.newest(run.checkpoints)
+        assert newest is not None
+        weights.append(checkpoint.read(newest.folder))
+    assert [each["checkpoints"] for each in found] == [2, 2]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
 
 
 def test_phases_add_up_to_the_time_between_the_marks() -> None:
@@ -303,7 +320,7 @@ def test_a_small_measurement_from_parquet_to_weights(tmp_path: Path) -> None:
     tree["data"]["batch_size"] = 64
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(tree))
     launch_bench(
-        ["compute", "encode"],
+        ["compute", "encode", "train"],
         experiment=tmp_path / "small.yaml",
         work=tmp_path / "work",
         workers=1,
@@ -322,3 +339,5 @@ def test_a_small_measurement_from_parquet_to_weights(tmp_path: Path) -> None:
     assert sum(compute["phases"].values()) == pytest.approx(1.0)
     assert compute["rows_per_second"]["median"] > 0
     assert 0 < found["ratios"]["encode / decode"]["median"] < 10
+    assert found["stages"]["train bf16, 1 worker, fed from memory"]["checkpoints"]["median"] >= 1
+    assert 0 < found["ratios"]["train bf16, 1 worker / train bf16, 1 worker, fed from memory"]["median"] < 10

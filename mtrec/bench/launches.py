@@ -43,7 +43,7 @@ ARCHITECTURES = {
 STAGE_NAMES = ("read", "encode", "compute", "train", "score", "startup", "all")
 RAY_STAGES = {"ray_data": "mtrec.jobs.bench", "empty_trainer": "mtrec.jobs.empty_trainer"}
 STARTUP_ROWS = 20_000
-STEPS_FROM_MEMORY = 160  # they are all alike
+BARE_STEPS = 160  # timed, of batches in memory: they are all alike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Asked:
         workers: of training, encoding and scoring, one thread each.
         device: cpu or cuda.
         rounds: launches of each measurement.
-        steps, warmup: timed and untimed steps of a launch; from memory at most `STEPS_FROM_MEMORY` are timed.
+        steps, warmup: timed and untimed steps of a launch; of bare steps at most `BARE_STEPS` are timed.
         rows: of the reference log.
         overrides: of the experiment, as `mtrec train --set`.
         peers: also time torch-rechub and deepctr-torch, in an environment of their own in `work`.
@@ -109,6 +109,11 @@ def predictions(peer: str) -> str:
     return f"{peer} predict"
 
 
+def from_memory(kind: str, workers: int) -> str:
+    """What training of batches that lie in memory is called."""
+    return f"train {kind}, {counted(workers)}, fed from memory"
+
+
 def measurements(asked: Asked) -> list[Measurement]:
     """What is launched in a round, in order."""
     wanted = set(asked.stages)
@@ -130,6 +135,8 @@ def measurements(asked: Asked) -> list[Measurement]:
             found += [Measurement(f"{stage} {kind}, {counted(many)}", stage, kind, many) for kind in asked.precisions]
             if many > 1:
                 found.append(Measurement(f"{stage} {best}, 1 worker", stage, best))
+            if stage == "train" and asked.device == "cpu":
+                found += [Measurement(from_memory(kind, many), "train_from_memory", kind, many) for kind in asked.precisions]
     if every or "score" in wanted:
         if not every and "train" not in wanted:  # whose checkpoint is scored with
             found.append(Measurement(f"train {best}, {counted(many)}", "train", best, many))
@@ -212,7 +219,7 @@ def launch(each: Measurement, run: Path, asked: Asked) -> dict[str, Any]:
         "stage": each.stage,
         "run": str(run),
         "device": asked.device,
-        "steps": asked.steps if each.stage == "train" else min(asked.steps, STEPS_FROM_MEMORY),
+        "steps": min(asked.steps, BARE_STEPS) if each.stage in ("compute", "yardstick") else asked.steps,
         "warmup": asked.warmup,
         "threads": threads,
         "files": 4,
@@ -352,7 +359,7 @@ def summary(
             stages[each.name]["phases"] = {
                 phase: statistics.median(one["phases"].get(phase, 0.0) for one in found) for phase in found[0]["phases"]
             }
-        if each.stage in ("compute", "train", "score"):
+        if each.stage in ("compute", "train", "train_from_memory", "score"):
             stages[each.name]["floor"] = _floor(each, runs[each.variant], ceilings, asked)
             stages[each.name]["of_floor"] = stages[each.name]["rows_per_second"]["median"] / stages[each.name]["floor"]
     ratios = {name: spread(values) for name, values in _ratios(asked, rounds).items()}
@@ -376,6 +383,7 @@ def _ratios(asked: Asked, rounds: Sequence[dict[str, dict[str, Any]]]) -> dict[s
         *((f"train {kind}, {counted(many)}", "yardstick") for kind in asked.precisions),
         *((f"compute {kind}, {counted(many)}", "yardstick") for kind in asked.precisions),
         *((f"train {kind}, {counted(many)}", f"compute {kind}, {counted(many)}") for kind in asked.precisions),
+        *((f"train {kind}, {counted(many)}", from_memory(kind, many)) for kind in asked.precisions),
         (f"train {best}, {counted(many)}", f"train {best}, 1 worker"),
         (f"compute {best}, {counted(many)}", f"compute {best}, 1 worker"),
         ("read", "decode"),

@@ -18,6 +18,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyarrow.parquet as pq
 import torch
@@ -29,9 +30,10 @@ from mtrec.batch import Batch, Label
 from mtrec.bench import floor
 from mtrec.dataset import Dataset
 from mtrec.events import Saved, Step
-from mtrec.feed import feed
+from mtrec.feed import Fed, feed
 from mtrec.labels import labels_of
 from mtrec.model import MultiTaskModel
+from mtrec.reader import Reader
 from mtrec.run import Run, open_run
 from mtrec.sources import label_columns, open_source
 from mtrec.step import TrainState, build_state, train_step
@@ -239,6 +241,19 @@ def whole(run: Run, spec: Found) -> Found:
     }
 
 
+def whole_from_memory(run: Run, spec: Found) -> Found:
+    """`whole` with an epoch's batches, read before the first step, in place of the reading: the same workers, fed from memory."""
+    held: list[Fed] = []
+
+    def from_memory(reader: Reader, *arguments: Any, **options: Any) -> Generator[Fed]:
+        if not held:
+            held.extend(feed(reader, *arguments, **options))
+        yield from itertools.islice(itertools.cycle(held), reader.num_batches - reader.start_batch)
+
+    with mock.patch("mtrec.train.feed", from_memory):
+        return whole(run, spec)
+
+
 def score(run: Run, spec: Found) -> Found:
     """Parquet to Parquet: this process's share of the files, through what `mtrec score` runs in each of its workers. The first
     file is scored once before, untimed, so that the memory has been touched; the peak is of that.
@@ -293,6 +308,7 @@ STAGES: dict[str, Callable[[Run, Found], Found]] = {
     "yardstick": yardstick,
     "compute": compute,
     "train": whole,
+    "train_from_memory": whole_from_memory,
     "score": score,
     "ceilings": ceilings,
 }
