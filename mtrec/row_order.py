@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 BY_ROW_GROUP, BY_ROW = 1, 2  # what a key of `permutation` is for: first number of the key
+ROW_ORDER = 2
+"""Which order this module shuffles to. Checkpoints note it: within an epoch that was begun in another one nobody can go on."""
 
 
 class Span(NamedTuple):
@@ -25,11 +27,11 @@ Window = tuple[Span, ...]
 def permutation(num_rows: int, *key: int) -> np.ndarray:
     """A random order of `num_rows` rows, int64, that depends on the key alone.
 
-    Sorts random words, of 16 bits for up to 16,384 rows, which numpy sorts by counting: 4 ns a row in place of 28 for words of
-    64 bits on a Zen 4. Rows of the same word, one in five, stay as they lie: one comes before a later one with a chance of
-    1/2 + 2^-17. Beyond that words have 32 bits. numpy promises the words of its bit generators, not the results of
-    `Generator.permutation`: an order drawn from those could change with numpy's version, and a resumed run would then repeat
-    rows.
+    Sorts random words, of 16 bits for up to 16,384 rows, which numpy sorts by counting: 4 ns a row on a Zen 4, where its sort of
+    64 bits takes 28. Rows of the same word (of 16,384 rows one in five has such a word) stay as they lie, next to each other: a
+    row comes before a later one with a chance of 1/2 + 2^-17. Beyond 16,384 rows words have 32 bits. numpy promises the words
+    of its bit generators, not the results of `Generator.permutation`: an order drawn from those could change with numpy's
+    version, and a resumed run would then repeat rows.
 
     >>> permutation(5, 7, 0).tolist()
     [2, 0, 4, 3, 1]

@@ -32,6 +32,7 @@ from mtrec.meter import Meter
 from mtrec.model import MultiTaskModel
 from mtrec.predictions import TrainingSample
 from mtrec.reader import Piece, Reader
+from mtrec.row_order import ROW_ORDER
 from mtrec.run import Run, open_run
 from mtrec.sources import evaluation_columns, label_columns, open_source
 from mtrec.step import TrainState, build_state, reset_tables, train_step
@@ -51,6 +52,7 @@ class Progress:
     validations_since_best: int = 0
     metric: float | None = None  # of the newest validation, if it was at this step
     to_validate: bool = False  # a validation of this step is due and not done
+    row_order: int = ROW_ORDER  # of the epoch's batches
 
 
 def train(
@@ -95,7 +97,7 @@ def train(
             checkpoint.load(resume_from.folder, state.tensors())
             state.tables.forget_cached_rows()
             state.step = resume_from.step
-            progress = Progress(**resume_from.state["progress"])
+            progress = _reached(resume_from, run, total_steps)
         elif run.info["warm_start"] is not None:
             started = warm_start(state, run, open_run(run.info["warm_start"]))
             yield WarmStarted(0, str(started.folder), started.notes)
@@ -126,6 +128,20 @@ def _sources(run: Run) -> tuple[Dataset, Dataset | None]:
     if noted is not None and noted["source"] == source.model_dump(mode="json"):  # a comparison's runs share one run.json
         _check_unchanged(run, validation, noted)
     return train, validation
+
+
+def _reached(resumed: Checkpoint, run: Run, total_steps: int) -> Progress:
+    """Where a checkpoint stands. ValueError where it is to be gone on within an epoch that was shuffled in another way."""
+    progress = Progress(**{"row_order": 1, **resumed.state["progress"]})  # order 1 was not noted
+    within = progress.next_batch > 0 and resumed.step < total_steps
+    if progress.row_order != ROW_ORDER and within and run.experiment.data.shuffle:
+        raise ValueError(
+            f"{resumed.folder} stands within an epoch whose rows its mtrec shuffled in another way than this one does: some "
+            "would come twice, others not at all. Resume it with that mtrec (run.json names its versions), or start a new run "
+            "(with --warm-start to keep the weights)."
+        )
+    progress.row_order = ROW_ORDER
+    return progress
 
 
 def _check_unchanged(run: Run, data: Dataset, noted: Mapping[str, Any]) -> None:

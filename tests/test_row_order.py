@@ -21,8 +21,8 @@ def test_permutation_is_one_and_depends_on_the_whole_key() -> None:
     assert sum((counts[i, v] - 1000) ** 2 / 1000 for i in range(5) for v in range(5)) < 39.3  # p = .001
 
 
-def test_permutations_are_those_of_earlier_versions() -> None:
-    # a resumed run would read other rows
+def test_permutations_are_those_of_this_row_order() -> None:
+    # others need a higher ROW_ORDER: a resumed run would read other rows
     found = [hashlib.sha256(permutation(size, 1, 2, 3).astype("<i8").tobytes()) for size in (1_000, 16_384, 100_000)]
     assert [each.hexdigest()[:16] for each in found] == ["ecf554f3adce0147", "1500a0e7fb83a21f", "a868fa414a6e27bc"]
 

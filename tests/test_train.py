@@ -4,6 +4,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mtrec.checkpoint import Checkpoint, Saver, find, read
 from mtrec.events import Ended, Saved, Step, Validation
 from mtrec.experiment import Training
 from mtrec.meter import gate_statistics
+from mtrec.row_order import ROW_ORDER
 from mtrec.run import Run, open_run
 from mtrec.step import StepResult, TrainState, build_state, train_step
 from mtrec.train import reading_threads, train
@@ -106,6 +108,30 @@ def test_adam_of_the_tables_counts_steps_and_not_look_ups(tmp_path: Path, monkey
     late = next(found for found in find(run.checkpoints) if epoch < found.step < 2 * epoch)
     resumed = counts(late)
     assert resumed == {step: whole[step] for step in range(late.step + 1, 2 * epoch + 1)}
+
+
+def test_an_epoch_that_was_shuffled_in_another_way_is_not_gone_on_with(tmp_path: Path) -> None:
+    stops = ("training.max_steps=7", "training.checkpoint_every=3", "training.keep_last=9")
+    run = small_run(tmp_path, "data.validation=null", *stops)
+    events(run)
+
+    def of_before(checkpoint: Checkpoint, **position: int) -> Checkpoint:
+        progress = {name: value for name, value in checkpoint.state["progress"].items() if name != "row_order"} | position
+        return replace(checkpoint, state={**checkpoint.state, "progress": progress})
+
+    ended, *_, early = find(run.checkpoints)
+    assert (early.step, early.state["progress"]["next_batch"]) == (3, 3)
+    with pytest.raises(ValueError, match=r"step-0*3 stands within an epoch whose rows .* in another way .* --warm-start"):
+        list(train(run, device=CPU, resume_from=of_before(early)))
+    for fine in (early, of_before(early, epoch=0, next_batch=0), of_before(ended)):  # as now, between epochs, at the end
+        *_, last = train(run, device=CPU, resume_from=fine)
+        assert last.step == 7
+        assert all(each.state["progress"]["row_order"] == ROW_ORDER for each in find(run.checkpoints))
+    as_they_lie = small_run(tmp_path, "data.validation=null", "data.shuffle=false", *stops)
+    events(as_they_lie)
+    *_, early = find(as_they_lie.checkpoints)
+    *_, last = train(as_they_lie, device=CPU, resume_from=of_before(early))
+    assert last.step == 7
 
 
 def test_early_stopping_and_the_best_checkpoint(tmp_path: Path) -> None:
