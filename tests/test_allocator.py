@@ -1,21 +1,24 @@
 """Freed memory stays with the process, unless the user has tuned the allocators."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from mtrec.allocator import KEPT
+from mtrec.allocator import KEPT, huge_pages, kept
 
-HUGE_PAGES = """
+ADVISED = """
+import re
 from pathlib import Path
-block = b"1" * (48 << 20)
-rollup = dict(line.split(":", 1) for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
-print(int(rollup["AnonHugePages"].split()[0]) >> 10)
+maps = Path("/proc/self/smaps").read_text()
+heap = maps[maps.index("[heap]"):]
+print("hg" in re.search("VmFlags: (.*)", heap)[1].split())
 """
-MADVISED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+MODES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+OLD = platform.libc_ver()[0] != "glibc" or tuple(map(int, platform.libc_ver()[1].split("."))) < (2, 35)
 
 PAGE_FAULTS = """
 import resource, sys, tempfile, time
@@ -47,16 +50,33 @@ def run(script: str, *arguments: str, **environment: str) -> str:
 
 def test_memory_that_is_freed_is_kept_unless_the_user_tunes_the_allocator() -> None:
     script = "from mtrec.allocator import keep_freed_memory; print(keep_freed_memory())"
-    assert run(script) == run(script, GLIBC_TUNABLES=KEPT["GLIBC_TUNABLES"]) == "True"
+    for tunables in ("", "glibc.malloc.hugetlb=1", "glibc.cpu.x86_rep_movsb_threshold=4096"):
+        assert run(script, GLIBC_TUNABLES=tunables) == "True"
+    assert run(script) == "True"
     assert run(script, MALLOC_TRIM_THRESHOLD_="131072") == "False"
-    assert run(script, GLIBC_TUNABLES="glibc.malloc.trim_threshold=131072") == "False"
+    for tunables in ("glibc.malloc.trim_threshold=131072", "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=8"):
+        assert run(script, GLIBC_TUNABLES=tunables) == "False"
 
 
-@pytest.mark.skipif(not MADVISED.exists() or "[madvise]" not in MADVISED.read_text(), reason="No huge pages where asked for.")
-def test_a_process_started_with_it_has_huge_pages() -> None:
-    kept = {name: KEPT[name] for name in ("GLIBC_TUNABLES", "MALLOC_ARENA_MAX")}
-    script = "from mtrec.allocator import keep_freed_memory; keep_freed_memory()\n" + HUGE_PAGES
-    assert int(run(script)) < 8 < int(run(script, **kept))
+@pytest.mark.skipif(not huge_pages({}), reason="Pages of more than 4 KiB.")
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, "glibc.malloc.hugetlb=1"),
+        ("glibc.rtld.nns=4", "glibc.malloc.hugetlb=1:glibc.rtld.nns=4"),
+        ("glibc.rtld.nns=4:glibc.malloc.hugetlb=0", "glibc.rtld.nns=4:glibc.malloc.hugetlb=0"),
+    ],
+)
+def test_huge_pages_are_asked_for_beside_the_users_tunables(given: str | None, expected: str) -> None:
+    assert kept({} if given is None else {"GLIBC_TUNABLES": given}) == {**KEPT, "GLIBC_TUNABLES": expected}
+
+
+@pytest.mark.skipif(OLD or not MODES.exists() or "[madvise]" not in MODES.read_text(), reason="Nobody can ask for huge pages.")
+def test_a_process_that_is_started_so_asks_for_huge_pages() -> None:
+    asked = {name: kept({})[name] for name in ("GLIBC_TUNABLES", "MALLOC_ARENA_MAX")}
+    assert (run(ADVISED), run(ADVISED, **asked)) == ("False", "True")
+    # as Ray leaves it where the cluster has no tunables of its own
+    assert run(ADVISED, GLIBC_TUNABLES=asked["GLIBC_TUNABLES"] + ":") == "True"
 
 
 def test_decoded_row_groups_are_kept_for_the_next_ones(tmp_path: object) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import yaml
 
-from mtrec.allocator import KEPT
+from mtrec.allocator import kept
 from mtrec.architectures.products import emulates_bf16
 from mtrec.bench.environment import PEERS, interpreter, make_environment, versions_of_peers, workload
 from mtrec.bench.floor import floor_rows_per_second
@@ -228,9 +228,8 @@ def launch(each: Measurement, run: Path, asked: Asked) -> dict[str, Any]:
         "launched": time.time(),
     }
     command = [sys.executable, "-m", RAY_STAGES.get(each.stage, "mtrec.bench.stages")]
-    # as the commands and Ray's workers have it, before anything is imported; bare loops and peers as they come (Arrow's part
-    # they inherit)
-    kept, paths = {} if each.stage in ("peer", "yardstick") else KEPT, {}
+    # as Ray's workers have it, before anything is imported; bare loops and peers as they come (Arrow's part they inherit)
+    from_start, paths = {} if each.stage in ("peer", "yardstick") else kept(os.environ), {}
     if each.stage == "peer":
         spec = workload(open_run(run), asked.warmup, asked.steps, asked.rows)
         command = [str(interpreter(asked.environment)), "-m", f"peers.{PEERS[each.name]}"]
@@ -241,7 +240,7 @@ def launch(each: Measurement, run: Path, asked: Asked) -> dict[str, Any]:
         free.close()
         processes = []
         for rank in range(each.workers):
-            environment = {**kept, **os.environ, "OMP_NUM_THREADS": str(threads), **paths}
+            environment = {**os.environ, **from_start, "OMP_NUM_THREADS": str(threads), **paths}
             if each.workers > 1 and each.stage != "score":  # a scoring process holds all tables, and knows no others
                 environment |= {
                     "RANK": str(rank),

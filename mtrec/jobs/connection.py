@@ -15,7 +15,7 @@ import warnings
 from concurrent.futures import Future
 from typing import NoReturn
 
-from mtrec.allocator import KEPT
+from mtrec.allocator import kept
 
 ANSWER_SECONDS = 5.0
 
@@ -94,8 +94,7 @@ def set_environment() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # in place of 2: how late an end or a death is noticed
-    for name, value in KEPT.items():
-        os.environ.setdefault(name, value)
+    os.environ.update(kept(os.environ))
 
 
 def _connect() -> None:

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mtrec.allocator import KEPT
+from mtrec.allocator import TUNABLES, huge_pages, kept
 from mtrec.atomic import check_folder
 from mtrec.check import check_experiment
 from mtrec.compare.plan import Plan, load_plan
@@ -313,8 +313,11 @@ def active_job(client: Any, job: Job) -> str | None:
 
 
 def job_variables() -> dict[str, str]:
-    """A job's environment; what becomes of freed memory there is as it is here, where that is said."""
-    return JOB_VARIABLES | {name: os.environ.get(name, value) for name, value in KEPT.items()}
+    """A job's environment. What becomes of freed memory there, and the size of pages, is as it is here, where that is said;
+    glibc's other tunables stay the cluster's, which come last and count (Ray puts them in the place of their name).
+    """
+    pages = huge_pages(os.environ)
+    return JOB_VARIABLES | kept(os.environ) | {TUNABLES: f"{pages}:${{{TUNABLES}}}" if pages else f"${{{TUNABLES}}}"}
 
 
 def _send(client: Any, job: Job, cluster: Cluster, say: Callable[[str], None]) -> str:

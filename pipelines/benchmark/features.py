@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mtrec.allocator import KEPT, keep_freed_memory
+from mtrec.allocator import keep_freed_memory, kept
 from mtrec.bench.launches import processor
 from mtrec.dataset import Dataset, Source, open_dataset
 from mtrec.features import Bucketized, Categorical, Dense, Encoder
@@ -142,7 +142,7 @@ def main() -> None:
     for number in range(arguments.rounds):
         for way in list(WAYS) if number % 2 == 0 else list(WAYS)[::-1]:
             command = [sys.executable, __file__, "--work", str(arguments.work), "--way", way]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **KEPT})
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **kept(os.environ)})
             found[way].append(json.loads(done.stdout))
             print(f"round {number + 1}, {way}: {found[way][-1]}", flush=True)
     ways = {}

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from mtrec.allocator import KEPT
+from mtrec.allocator import kept
 from mtrec.config import apply_overrides, parse_experiment
 from mtrec.dataset import Source
 from mtrec.experiment import Experiment
@@ -97,7 +97,7 @@ def run_launch(stage: str, work: Path, data: Path) -> None:
 def launch_process(stage: str, work: Path, data: Path) -> dict[str, Any]:
     """Measurements of a fresh process."""
     command = [sys.executable, __file__, "--stage", stage, "--work", str(work), "--data", str(data)]
-    environment = {**KEPT, **os.environ, "OMP_NUM_THREADS": "1"}  # what commands and Ray's workers keep is kept here, too
+    environment = {**os.environ, **kept(os.environ), "OMP_NUM_THREADS": "1"}  # as Ray's workers have it
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return measured

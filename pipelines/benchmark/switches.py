@@ -23,9 +23,13 @@ WAYS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {  # name: environment
     AS_IT_IS: ({}, ()),
     "exchange through gloo (training.exchange=gloo)": ({}, ("training.exchange=gloo",)),
     "freed memory goes back (MALLOC_TRIM_THRESHOLD_=131072)": ({"MALLOC_TRIM_THRESHOLD_": "131072"}, ()),
+    "small pages (GLIBC_TUNABLES=glibc.malloc.hugetlb=0)": ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, ()),
     "fp32 products through MKL, as on Intel's processors anyway (MTREC_ONEDNN=0)": ({"MTREC_ONEDNN": "0"}, ()),
     "fp32 products through oneDNN, as elsewhere anyway (MTREC_ONEDNN=1)": ({"MTREC_ONEDNN": "1"}, ()),
-    "all of these": ({"MALLOC_TRIM_THRESHOLD_": "131072", "MTREC_ONEDNN": "0"}, ("training.exchange=gloo",)),
+    "all of these": (
+        {"MALLOC_TRIM_THRESHOLD_": "131072", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0", "MTREC_ONEDNN": "0"},
+        ("training.exchange=gloo",),
+    ),
 }
 
 

@@ -74,7 +74,10 @@ def test_paths_of_other_options_become_absolute(place: Path, monkeypatch: pytest
 def test_a_job_keeps_freed_memory_as_its_submitter_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIMALLOC_PURGE_DELAY", "10")
     monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
-    assert job_variables().items() >= {"MIMALLOC_PURGE_DELAY": "10", "MALLOC_ARENA_MAX": "1", "COLUMNS": "130"}.items()
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.rtld.nns=4:glibc.malloc.hugetlb=0")
+    sent = job_variables()
+    assert sent.items() >= {"MIMALLOC_PURGE_DELAY": "10", "MALLOC_ARENA_MAX": "1", "COLUMNS": "130"}.items()
+    assert sent["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=0:${GLIBC_TUNABLES}"  # the others are the cluster's own
 
 
 def test_with_code_sends_this_mtrec() -> None:
