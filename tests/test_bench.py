@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,10 @@ from mtrec.bench.peers.workload import Workload, read
 from mtrec.bench.stages import Phases, device_of, whole, whole_from_memory
 from mtrec.bench.table import show
 from mtrec.cli import app
+from mtrec.feed import Fed, feed
 from mtrec.kinds import check_options
 from mtrec.launch_bench import REFERENCE, launch_bench
+from mtrec.reader import Reader
 
 CEILINGS = {"fp32_flops": 1e11, "bf16_flops": 2e11, "gather_bytes": 2e9}
 
@@ -90,6 +92,10 @@ def test_the_table_and_the_page_show_what_was_measured() -> None:
 def test_all_stages_are_launched_once_a_round() -> None:
     names = [each.name for each in measurements(Asked(Path("e.yaml"), Path("work"), workers=2))]
     assert len(names) == len(set(names))
+    from_memory = ["train bf16, 2 workers, fed from memory", "train fp32, 2 workers, fed from memory"]
+    assert [name for name in names if "fed from memory" in name] == from_memory
+    on_a_gpu = measurements(Asked(Path("e.yaml"), Path("work"), workers=2, device="cuda"))
+    assert not [each.name for each in on_a_gpu if "fed from memory" in each.name]  # `compute` holds its batches on the device
     assert {each.stage for each in measurements(Asked(Path("e.yaml"), Path("work"), stages=("encode",)))} == {
         "ceilings",
         "decode",
@@ -110,7 +116,16 @@ def test_one_precision_alone_is_measured_where_the_other_is_emulated() -> None:
     }
 
 
-def test_steps_that_are_fed_from_memory_train_as_those_from_parquet(tmp_path: Path) -> None:
+def test_steps_that_are_fed_from_memory_train_as_those_from_parquet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings: list[int] = []
+
+    def counted(reader: Reader, *arguments: Any, **options: Any) -> Generator[Fed]:
+        readings.append(reader.num_batches)
+        return feed(reader, *arguments, **options)
+
+    monkeypatch.setattr("mtrec.bench.stages.feed", counted)
     overrides = ("data.validation=null", "training.max_steps=6", "training.log_every=1", "training.checkpoint_every=3")
     run = small_run(tmp_path, *overrides)
     spec = {"device": "cpu", "steps": 4, "warmup": 2}
@@ -120,9 +135,14 @@ def test_steps_that_are_fed_from_memory_train_as_those_from_parquet(tmp_path: Pa
         newest = checkpoint.newest(run.checkpoints)
         assert newest is not None
         weights.append(checkpoint.read(newest.folder))
+        assert len(readings) == len(found) - 1  # the second stage's, before its steps: training itself reads by another name
     assert [each["checkpoints"] for each in found] == [2, 2]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
+    short = small_run(tmp_path, *overrides, "training.epochs=6", rows=300)
+    assert whole_from_memory(short, spec)["rows_per_second"] > 0
+    assert len(readings) == 2
+    assert readings[1] < 6  # its batches came once more in the next epochs
 
 
 def test_phases_add_up_to_the_time_between_the_marks() -> None:

@@ -16,9 +16,7 @@ import yaml
 from rich.console import Console
 from scipy import stats
 from sklearn.metrics import log_loss, mean_absolute_error, roc_auc_score
-from small_comparisons import comparison_file as _file
-from small_comparisons import conduct_here as _conduct_here
-from small_comparisons import write_logs
+from small_comparisons import comparison_file, conduct_here, write_logs
 from typer.testing import CliRunner
 
 from mtrec.cli import app
@@ -40,9 +38,9 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(log: Path) -> tuple[Plan, Path, dict[str, Any]]:
     """A finished comparison: plan, folder, results."""
-    plan = load_plan(_file(log))
+    plan = load_plan(comparison_file(log))
     folder = log / "out"
-    return plan, folder, compare(plan, folder, resume=False, conduct_all=_conduct_here)
+    return plan, folder, compare(plan, folder, resume=False, conduct_all=conduct_here)
 
 
 def test_every_run_is_there_and_widths_are_matched(whole: tuple[Plan, Path, dict[str, Any]]) -> None:
@@ -156,7 +154,7 @@ def test_runs_on_other_test_files_are_not_compared(whole: tuple[Plan, Path, dict
     with pytest.raises(ValueError, match=r"Found 2 fingerprints of `data\.test` \(.*; abc: shared_bottom/seed-1\)\. Files"):
         compute(plan, folder, facts)
     path.unlink()
-    assert compare(plan, folder, resume=True, conduct_all=_conduct_here)["complete"]
+    assert compare(plan, folder, resume=True, conduct_all=conduct_here)["complete"]
 
 
 def test_the_page_says_what_was_trained(whole: tuple[Plan, Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -258,7 +256,7 @@ def test_few_seeds_are_told_on_the_page_and_in_the_terminal(whole: tuple[Plan, P
 def test_resume_makes_only_what_is_missing(whole: tuple[Plan, Path, dict[str, Any]], log: Path) -> None:
     plan, folder, results = whole
     with pytest.raises(ValueError, match=r"holds a comparison already\. Add --resume"):
-        compare(plan, folder, resume=False, conduct_all=_conduct_here)
+        compare(plan, folder, resume=False, conduct_all=conduct_here)
     lost = folder / "runs" / "shared_bottom" / "seed-1"
     (lost / "done.json").unlink()
     (lost / "predictions.parquet").unlink()
@@ -266,14 +264,13 @@ def test_resume_makes_only_what_is_missing(whole: tuple[Plan, Path, dict[str, An
 
     def note(folder: Path, names: Sequence[str]) -> None:
         asked.extend(names)
-        _conduct_here(folder, names)
+        conduct_here(folder, names)
 
     again = compare(plan, folder, resume=True, conduct_all=note)
     assert asked == ["shared_bottom/seed-1"]
     assert again["differences"] == results["differences"]  # it was trained; only the predictions were made again
-    other = load_plan(
-        _file(log, variants={"shared_bottom": {"set": {"model.architecture": {"kind": "shared_bottom", "dropout": 0.1}}}})
-    )
+    changed = {"set": {"model.architecture": {"kind": "shared_bottom", "dropout": 0.1}}}
+    other = load_plan(comparison_file(log, variants={"shared_bottom": changed}))
     with pytest.raises(ValueError, match=r"made from another experiment than the comparison now describes for 'shared_bottom'"):
         compare(other, folder, resume=True, conduct_all=note)
     assert asked == ["shared_bottom/seed-1"]

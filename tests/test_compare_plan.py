@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from small_comparisons import base_tree as _tree
-from small_comparisons import comparison_file as _file
-from small_comparisons import write_logs
+from small_comparisons import base_tree, comparison_file, write_logs
 from typer.testing import CliRunner
 
 from mtrec.cli import app
@@ -23,7 +21,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_comparison_in_the_readme_makes_a_plan(log: Path, tmp_path: Path) -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     block = next(block for block in re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL) if "variants:" in block)
-    base = _tree(log)
+    base = base_tree(log)
     del base["data"]["test"]
     (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(base))
     path = tmp_path / "compare.yaml"
@@ -132,9 +130,9 @@ def test_the_comparison_in_the_readme_makes_a_plan(log: Path, tmp_path: Path) ->
 )
 def test_mistakes_are_told_before_anything_runs(log: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     before = sorted(tmp_path.iterdir())
-    base = _tree(log)
+    base = base_tree(log)
     with pytest.raises(ValueError, match=message) as caught:
-        load_plan(_file(tmp_path, base, **changes))
+        load_plan(comparison_file(tmp_path, base, **changes))
     assert str(caught.value).startswith(f"{tmp_path / 'comparison.yaml'}:")
     assert sorted(path.name for path in tmp_path.iterdir() if path not in before) == ["base.yaml", "comparison.yaml"]
 
@@ -142,17 +140,17 @@ def test_mistakes_are_told_before_anything_runs(log: Path, tmp_path: Path, chang
 def test_what_leaves_the_size_alone_is_searched_beside_matching(log: Path, tmp_path: Path) -> None:
     space = {"optimizer.dense.learning_rate": [1e-3, 1e-2], "data.batch_size": [64, 128], "model.dropout": [0.0, 0.1]}
     search = {"trials": 3, "space": {**space, "features.item_id.min_count": [1, 2]}}
-    assert load_plan(_file(tmp_path, _tree(log), search=search)).comparison.match == "parameters"
+    assert load_plan(comparison_file(tmp_path, base_tree(log), search=search)).comparison.match == "parameters"
 
 
 def test_a_budget_of_rows_is_for_other_files_but_not_for_other_shares_of_them(log: Path, tmp_path: Path) -> None:
     few = {"few": {"set": {"data.train.path": str(log / "train" / "part-0.parquet")}}}
-    load_plan(_file(tmp_path, _tree(log), variants=few, budget={"rows": 1_300}))
-    base = _tree(log)
+    load_plan(comparison_file(tmp_path, base_tree(log), variants=few, budget={"rows": 1_300}))
+    base = base_tree(log)
     base["data"]["train"] = {"path": str(log / "train"), "where": "age < 40"}
     with pytest.raises(ValueError, match=r"Variant 'few': `data\.train\.path` should be the base's .*Found .*part-0\.parquet\."):
-        load_plan(_file(tmp_path, base, variants=few, budget={"rows": 1_300}))
-    load_plan(_file(tmp_path, base, variants=few, budget={"steps": 10}))
+        load_plan(comparison_file(tmp_path, base, variants=few, budget={"rows": 1_300}))
+    load_plan(comparison_file(tmp_path, base, variants=few, budget={"steps": 10}))
 
 
 def test_test_rows_are_not_those_of_training_or_validation(log: Path, tmp_path: Path) -> None:
@@ -162,17 +160,17 @@ def test_test_rows_are_not_those_of_training_or_validation(log: Path, tmp_path: 
     (tmp_path / "link").symlink_to(log / "test")
     one_of_them = rf"`data\.test` should name other rows than `data\.train`\. Found '{log}/train/part-0\.parquet' in both: .*by"
     with pytest.raises(ValueError, match=rf"Variant 'mmoe' \(the base\): {one_of_them} `where`\.$"):
-        load_plan(_file(tmp_path, _tree(log), set={"data.test": source("train/part-0.parquet")}))
+        load_plan(comparison_file(tmp_path, base_tree(log), set={"data.test": source("train/part-0.parquet")}))
     with pytest.raises(ValueError, match=r"`data\.validation`\. Found .* With `data\.validation: null` the last checkpoint is"):
-        load_plan(_file(tmp_path, _tree(log), set={"data.test": source("validation")}))
-    load_plan(_file(tmp_path, _tree(log), set={"data.test": source("validation"), "data.validation": None}))
+        load_plan(comparison_file(tmp_path, base_tree(log), set={"data.test": source("validation")}))
+    load_plan(comparison_file(tmp_path, base_tree(log), set={"data.test": source("validation"), "data.validation": None}))
     mine = {"mine": {"set": {"data.train": [str(log / "train"), str(tmp_path / "link" / "part-1.parquet")]}}}
     with pytest.raises(ValueError, match=rf"Variant 'mine': .* Found '{log}/test/part-1\.parquet' in both"):
-        load_plan(_file(tmp_path, _tree(log), variants=mine))
+        load_plan(comparison_file(tmp_path, base_tree(log), variants=mine))
     apart = {"data.train": source("train", "age < 40"), "data.test": source("train", "age >= 40")}
-    load_plan(_file(tmp_path, _tree(log), set=apart))
+    load_plan(comparison_file(tmp_path, base_tree(log), set=apart))
     with pytest.raises(ValueError, match=r"`data\.test` should name other rows than `data\.train`"):
-        load_plan(_file(tmp_path, _tree(log), set={**apart, "data.test": source("train", "age < 40")}))
+        load_plan(comparison_file(tmp_path, base_tree(log), set={**apart, "data.test": source("train", "age < 40")}))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -188,7 +186,7 @@ def test_a_file_that_is_a_list_is_told_the_keys_of_a_comparison(tmp_path: Path) 
 
 
 def test_matching_reaches_the_target(log: Path, tmp_path: Path) -> None:
-    plan = load_plan(_file(tmp_path, _tree(log)))
+    plan = load_plan(comparison_file(tmp_path, base_tree(log)))
     for what, target in (("parameters", 20_000), ("flops", 60_000)):
         made, done = matched(plan.experiments["single_task"], 26, what, target)
         assert done["size"] == dense_size(made, 26)[what]

@@ -11,10 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from small_comparisons import base_tree as _tree
-from small_comparisons import comparison_file as _file
-from small_comparisons import conduct_here as _conduct_here
-from small_comparisons import write_logs
+from small_comparisons import base_tree, comparison_file, conduct_here, write_logs
 
 from mtrec.compare.plan import Budget, Comparison, load_plan
 from mtrec.compare.runs import Spec, chosen, conduct, folder_of, gate_shares, has_ended, make_folders, read_done, with_budget
@@ -35,10 +32,9 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_budget_and_search(log: Path, tmp_path: Path) -> None:
     search = {"trials": 2, "space": {"optimizer.dense.learning_rate": {"log_uniform": [1e-5, 1e-2]}}}
     variants = {"single_task": {"set": {"model.architecture.kind": "single_task"}}}
-    plan = load_plan(
-        _file(tmp_path, _tree(log), variants=variants, budget={"rows": 1_300}, search=search, match="none", segment=None)
-    )
-    results = compare(plan, tmp_path / "out", resume=False, conduct_all=_conduct_here)
+    options: dict[str, Any] = {"budget": {"rows": 1_300}, "search": search, "match": "none", "segment": None}
+    plan = load_plan(comparison_file(tmp_path, base_tree(log), variants=variants, **options))
+    results = compare(plan, tmp_path / "out", resume=False, conduct_all=conduct_here)
     for name in ("mmoe", "single_task"):
         fair = results["variants"][name]["search"]
         worse, better = sorted(fair["tried"], key=lambda each: each["metric"])
@@ -53,13 +49,13 @@ def test_budget_and_search(log: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_does_not_keep_back_what_the_others_say(log: Path, tmp_path: Path) -> None:
-    base = _tree(log)
+    base = base_tree(log)
     base["training"]["checkpoint_storage"] = (tmp_path / "store").as_uri()  # of the experiment's own run
     variants = {"tweedie": {"set": {"tasks.dwell.loss": "tweedie"}}, "narrow": {"set": {"model.tower_layers": [4]}}}
-    plan = load_plan(_file(tmp_path, base, variants=variants, budget={"steps": 3}, match="none", segment=None))
+    plan = load_plan(comparison_file(tmp_path, base, variants=variants, budget={"steps": 3}, match="none", segment=None))
 
     def all_but_one(folder: Path, names: Sequence[str]) -> None:
-        _conduct_here(folder, [name for name in names if name != "narrow/seed-1"])
+        conduct_here(folder, [name for name in names if name != "narrow/seed-1"])
         raise RuntimeError("1 run is missing")
 
     said: list[str] = []
@@ -71,10 +67,10 @@ def test_a_run_that_fails_does_not_keep_back_what_the_others_say(log: Path, tmp_
     assert {row["variant"] for row in results["differences"]} == {"tweedie", "mmoe again"}
     assert "xauc_given" in results["variants"]["tweedie"]["metrics"]["dwell"]
     assert "r2_log1p_given" not in results["variants"]["mmoe"]["metrics"]["dwell"]  # tweedie has no log scale
-    assert compare(plan, tmp_path / "out", resume=True, conduct_all=_conduct_here)["notes"] == results["notes"][-1:]
+    assert compare(plan, tmp_path / "out", resume=True, conduct_all=conduct_here)["notes"] == results["notes"][-1:]
     assert not (tmp_path / "store").exists()
 
-    failing = load_plan(_file(tmp_path, base, variants=variants, budget={"steps": 3}, match="none", segment=None))
+    failing = load_plan(comparison_file(tmp_path, base, variants=variants, budget={"steps": 3}, match="none", segment=None))
     with pytest.raises(RuntimeError, match="nothing was made"):
         compare(failing, tmp_path / "none", resume=False, conduct_all=_fails)
     assert not (tmp_path / "none" / "report.html").exists()
@@ -85,7 +81,7 @@ def _fails(folder: Path, names: Sequence[str]) -> None:
 
 
 def test_one_process_at_a_time_makes_a_comparison(log: Path, tmp_path: Path) -> None:
-    plan = load_plan(_file(tmp_path, _tree(log)))
+    plan = load_plan(comparison_file(tmp_path, base_tree(log)))
     with locked(tmp_path / "out" / "compare.lock", "it"), pytest.raises(LockedError, match=r"The comparison .*out is being"):
         compare(plan, tmp_path / "out", resume=True, conduct_all=_fails)
 
@@ -98,23 +94,23 @@ def test_test_rows_that_cannot_be_used_are_told_before_anything_is_trained(log: 
     (tmp_path / "test").mkdir()
     bad = table.set_column(place, "click", pa.array(clicks))
     pq.write_table(bad, tmp_path / "test" / "a.parquet", write_statistics=False, row_group_size=400)
-    base = _tree(log)
+    base = base_tree(log)
     base["data"]["test"] = str(tmp_path / "test")
-    plan = load_plan(_file(tmp_path, base, budget={"steps": 2}))
+    plan = load_plan(comparison_file(tmp_path, base, budget={"steps": 2}))
     with pytest.raises(ValueError, match=r"`data\.test`: '.*a\.parquet', row group 0, row 7: .*'click' should be 0, 1 or null"):
         compare(plan, tmp_path / "out", resume=False, conduct_all=_fails)
     pq.write_table(bad, tmp_path / "test" / "a.parquet")  # now the footer tells it
     with pytest.raises(ValueError, match=r"`tasks\.click\.label`: column 'click' should be 0 or 1\. Found 2"):
-        load_plan(_file(tmp_path, base))
+        load_plan(comparison_file(tmp_path, base))
     texts = table.set_column(table.column_names.index("user_id"), "user_id", table["user_id"].cast(pa.string()))
     pq.write_table(texts, tmp_path / "test" / "a.parquet")
     with pytest.raises(ValueError, match=r"`data\.test`: `features\.user_id\.column` should hold integers"):
-        compare(load_plan(_file(tmp_path, base)), tmp_path / "other", resume=False, conduct_all=_fails)
+        compare(load_plan(comparison_file(tmp_path, base)), tmp_path / "other", resume=False, conduct_all=_fails)
 
     pq.write_table(bad, tmp_path / "test" / "a.parquet")
     base["data"]["on_bad_rows"] = "skip"
-    plan = load_plan(_file(tmp_path, base, budget={"steps": 2}, match="none", segment=None))
-    assert compare(plan, tmp_path / "skipped", resume=False, conduct_all=_conduct_here)["test_rows"] == 798
+    plan = load_plan(comparison_file(tmp_path, base, budget={"steps": 2}, match="none", segment=None))
+    assert compare(plan, tmp_path / "skipped", resume=False, conduct_all=conduct_here)["test_rows"] == 798
 
     # a variant whose own feature refuses another row would be measured on other rows than the base
     prices = table["price"].to_numpy().copy()
@@ -122,16 +118,16 @@ def test_test_rows_that_cannot_be_used_are_told_before_anything_is_trained(log: 
     bad = bad.set_column(table.column_names.index("price"), "price", pa.array(prices))
     pq.write_table(bad, tmp_path / "test" / "a.parquet")
     weighted = {"weighted": {"set": {"features.user_id.weights": "price"}}}
-    plan = load_plan(_file(tmp_path, base, variants=weighted, match="none", segment=None))
+    plan = load_plan(comparison_file(tmp_path, base, variants=weighted, match="none", segment=None))
     with pytest.raises(ValueError, match=r"Variant 'weighted': `data\.on_bad_rows`: .* Found 3 skipped for this one and 2 for"):
         compare(plan, tmp_path / "unlike", resume=False, conduct_all=_fails)
     base["data"]["max_bad_fraction"] = 0.001
     with pytest.raises(ValueError, match=r"`data\.max_bad_fraction` \(0\.001\) is exceeded in `data\.test`: 2 bad rows"):
-        compare(load_plan(_file(tmp_path, base)), tmp_path / "many", resume=False, conduct_all=_fails)
+        compare(load_plan(comparison_file(tmp_path, base)), tmp_path / "many", resume=False, conduct_all=_fails)
 
 
 def test_a_run_that_was_asked_to_stop_is_to_go_on(log: Path, tmp_path: Path) -> None:
-    plan = load_plan(_file(tmp_path, _tree(log), budget={"steps": 6}))
+    plan = load_plan(comparison_file(tmp_path, base_tree(log), budget={"steps": 6}))
     spec = Spec("mmoe/seed-0", "mmoe", 0, plan.experiments["mmoe"])
     make_folders(plan, tmp_path / "out", [spec])
     place = folder_of(tmp_path / "out", spec.name)
@@ -151,13 +147,13 @@ def test_a_run_that_was_asked_to_stop_is_to_go_on(log: Path, tmp_path: Path) -> 
 
 
 def test_steps_of_a_budget_are_spread_over_epochs(log: Path, tmp_path: Path) -> None:
-    plan = load_plan(_file(tmp_path, _tree(log), budget={"steps": 40}))
+    plan = load_plan(comparison_file(tmp_path, base_tree(log), budget={"steps": 40}))
     training = with_budget(plan.experiments["mmoe"], 2_000, plan.comparison.budget, 8).training
     assert (training.max_steps, training.epochs, training.validate_every) == (40, 3, 5)
 
 
 def test_a_run_cut_short_while_its_folder_was_made_is_made_again(log: Path, tmp_path: Path) -> None:
-    plan = load_plan(_file(tmp_path, _tree(log)))
+    plan = load_plan(comparison_file(tmp_path, base_tree(log)))
     spec = Spec("mmoe/seed-0", "mmoe", 0, plan.experiments["mmoe"])
     place = folder_of(tmp_path / "out", spec.name)
     (place / "encoder").mkdir(parents=True)
@@ -173,7 +169,7 @@ def test_a_value_at_the_edge_is_at_an_end_of_its_range(log: Path, tmp_path: Path
     }
     space = {"model.architecture.kind": ["shared_bottom", "mmoe"], **ranges}
     search = {"trials": 8, "space": space}
-    plan = load_plan(_file(tmp_path, _tree(log), search=search, match="none"))
+    plan = load_plan(comparison_file(tmp_path, base_tree(log), search=search, match="none"))
     experiments = {"mmoe": plan.experiments["mmoe"]}
     shown = []
     for best in range(8):
@@ -203,12 +199,12 @@ def test_a_value_at_the_edge_is_at_an_end_of_its_range(log: Path, tmp_path: Path
 def test_a_resumed_comparison_keeps_what_its_runs_were_made_for(
     log: Path, tmp_path: Path, before: dict[str, Any], after: dict[str, Any], message: str
 ) -> None:
-    plan = load_plan(_file(tmp_path, _tree(log), **before))
+    plan = load_plan(comparison_file(tmp_path, base_tree(log), **before))
     specs = [Spec(f"mmoe/{name}", "mmoe", 0, plan.experiments["mmoe"], name == "seed-0") for name in ("seed-0", "trial-0")]
     make_folders(plan, tmp_path / "out", specs)
     made = (folder_of(tmp_path / "out", "mmoe/seed-0") / "compare.json").read_text()
     make_folders(plan, tmp_path / "out", specs)
-    other = load_plan(_file(tmp_path, _tree(log), **after))
+    other = load_plan(comparison_file(tmp_path, base_tree(log), **after))
     with pytest.raises(ValueError, match=rf"--resume: {message}"):
         make_folders(other, tmp_path / "out", specs)
     assert (folder_of(tmp_path / "out", "mmoe/seed-0") / "compare.json").read_text() == made
@@ -223,14 +219,14 @@ def test_gate_shares_are_read_from_the_log() -> None:
 
 
 def test_a_budget_of_seconds_ends_in_time(log: Path, tmp_path: Path) -> None:
-    base = _tree(log)
+    base = base_tree(log)
     base["training"]["epochs"] = 1_000
-    plan = load_plan(_file(tmp_path, base, budget={"seconds": 0.5}))
+    plan = load_plan(comparison_file(tmp_path, base, budget={"seconds": 0.5}))
     assert isinstance(plan.comparison, Comparison)
     assert plan.comparison.budget == Budget(seconds=0.5)
     spec = Spec("mmoe/seed-0", "mmoe", 0, plan.experiments["mmoe"])
     make_folders(plan, tmp_path / "out", [spec])
-    _conduct_here(tmp_path / "out", [spec.name])
+    conduct_here(tmp_path / "out", [spec.name])
     done = read_done(tmp_path / "out", spec.name)
     assert done["reason"] == "stopped"
     assert 1 <= done["steps"] < 16_000

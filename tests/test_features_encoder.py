@@ -111,8 +111,10 @@ def arrays_of(rows: EncodedRows) -> list[np.ndarray]:
     return found
 
 
-def test_parts_of_a_batch_are_as_if_each_was_encoded_alone_and_hold_no_other_rows() -> None:
+@pytest.mark.parametrize("with_vectors", [True, False])  # numbers alone stay columns
+def test_parts_of_a_batch_are_as_if_each_was_encoded_alone_and_hold_no_other_rows(with_vectors: bool) -> None:
     features, batch = every_kind()
+    features = [feature for feature in features if with_vectors or feature.name != "vector"]
     encoder = Encoder.fit(features, [batch], schema=batch.schema, embedding_dim=4)
     order = np.random.default_rng(0).permutation(200) + 120
     parts = encoder.encode_rows(batch, [slice(0, 120), order, slice(320, 500)])

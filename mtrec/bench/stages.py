@@ -242,12 +242,13 @@ def whole(run: Run, spec: Found) -> Found:
 
 
 def whole_from_memory(run: Run, spec: Found) -> Found:
-    """`whole` with an epoch's batches, read before the first step, in place of the reading: the same workers, fed from memory."""
+    """`whole` with batches that are read before the first step, those of an epoch at most: the same workers, fed from memory."""
     held: list[Fed] = []
 
     def from_memory(reader: Reader, *arguments: Any, **options: Any) -> Generator[Fed]:
         if not held:
-            held.extend(feed(reader, *arguments, **options))
+            with closing(feed(reader, *arguments, **options)) as read:
+                held.extend(itertools.islice(read, spec["warmup"] + spec["steps"]))
         yield from itertools.islice(itertools.cycle(held), reader.num_batches - reader.start_batch)
 
     with mock.patch("mtrec.train.feed", from_memory):

@@ -47,10 +47,9 @@ def notes(found: Mapping[str, Any]) -> list[str]:
     ]
     for name, each in found["stages"].items():
         if "data_wait" in each:
-            lines.append(
-                f"{name}: data wait {each['data_wait']['median']:.1%}, peak memory of a worker "
-                f"{each['peak_bytes']['median'] / 1e6:,.0f} MB"
-            )
+            peak = f", peak memory of a worker {each['peak_bytes']['median'] / 1e6:,.0f} MB"
+            own = each["stage"] != "train_from_memory"  # which holds the batches, too
+            lines.append(f"{name}: data wait {each['data_wait']['median']:.1%}{peak if own else ''}")
     versions = found["about"]["versions"]
     if peers := [f"{name} {versions[name]}" for name, each in found["stages"].items() if each["stage"] == "peer"]:
         lines.append(f"{', '.join(peers)}: as they come, fp32, from memory, one process on all cores")

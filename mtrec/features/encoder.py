@@ -107,6 +107,7 @@ class Encoder:
                 self._dense.append((by_name[name], encoding, columns, state.get("width") is not None))
                 dense += encoding.names
         self._numbers = _runs([columns for _, _, columns, is_vector in self._dense if not is_vector])
+        self._vectors = _runs([columns for _, _, columns, is_vector in self._dense if is_vector])
         self.dense_names = tuple(dense)
         self.num_dense = len(dense)
 
@@ -192,27 +193,33 @@ class Encoder:
         """
         rows, num_numbers = batch.num_rows, sum(run.stop - run.start for run in self._numbers)
         numbers = [_columns(num_numbers, num_rows(order)) for order in orders]  # (numbers, b) each
-        vectors_BF = np.empty((rows, self.num_dense if num_numbers < self.num_dense else 0), np.float32)
-        at = 0
-        for feature, encoding, columns, is_vector in self._dense:
-            width = len(encoding.names)
-            out_WB = vectors_BF[:, columns].T if is_vector else np.empty((width, rows), np.float32)
-            missing = encoding.encode(self._column(batch, feature, 0, places), out_WB.T)
+        vectors_BV = np.empty((rows, self.num_dense - num_numbers), np.float32)
+        at = {False: 0, True: 0}  # in the numbers, in the vectors
+        for feature, encoding, _, is_vector in self._dense:
+            first, stop = at[is_vector], at[is_vector] + len(encoding.names)
+            out_BW = vectors_BV[:, first:stop] if is_vector else np.empty((stop - first, rows), np.float32).T
+            missing = encoding.encode(self._column(batch, feature, 0, places), out_BW)
             if not is_vector:
-                for column, out_B in enumerate(out_WB, at):
-                    put((each[column] for each in numbers), out_B, orders)
-                at += width
+                for column in range(first, stop):
+                    put((each[column] for each in numbers), out_BW[:, column - first], orders)
+            at[is_vector] = stop
             if counts is not None:
                 counts.add(self._index[feature.name], rows=rows, nulls=missing, values=rows, unseen=0)
         if num_numbers == self.num_dense:
             return [each.T for each in numbers]
-        dense = [taken(vectors_BF, order) for order in orders]
-        for dense_BF, each in zip(dense, numbers, strict=True):
+        return [self._side_by_side(each.T, taken(vectors_BV, order)) for each, order in zip(numbers, orders, strict=True)]
+
+    def _side_by_side(
+        self, numbers_bN: npt.NDArray[np.float32], vectors_bV: npt.NDArray[np.float32]
+    ) -> npt.NDArray[np.float32]:
+        """(b, F): numbers and vectors in their columns."""
+        dense_bF = np.empty((len(numbers_bN), self.num_dense), np.float32)
+        for runs, values in ((self._numbers, numbers_bN), (self._vectors, vectors_bV)):
             at = 0
-            for run in self._numbers:
-                dense_BF[:, run] = each[at : at + run.stop - run.start].T
+            for run in runs:
+                dense_bF[:, run] = values[:, at : at + run.stop - run.start]
                 at += run.stop - run.start
-        return dense
+        return dense_bF
 
     def profile(self, batches: Iterable[pa.RecordBatch]) -> dict[str, FeatureProfile]:
         """{feature: profile of its values in these batches}, in the bins of the fit; compare with `psi`."""
@@ -381,10 +388,10 @@ def _columns(num_columns: int, num_rows: int) -> npt.NDArray[np.float32]:
     """(F, B), a column after the other, to be written each in one go.
 
     They lie such that a row's values, which are collected later, are in cache lines of different sets: columns of a multiple
-    of 4 KiB would meet in the same one, which holds eight.
+    of 4 KiB would meet in the same one, which holds eight. Shorter ones lie as close as they can.
     """
-    pages = -(-num_rows // 1024)
-    return np.empty((num_columns, pages * 1024 + 80), np.float32)[:, :num_rows]
+    spare = (80 - num_rows) % 1024 if num_rows >= 1024 else 0
+    return np.empty((num_columns, num_rows + spare), np.float32)[:, :num_rows]
 
 
 def _file(table: str) -> str:

@@ -1,4 +1,4 @@
-"""The plots of a search, as plain Plotly figures (see mtrec/compare/figures.py)."""
+"""The plots of a search, as plain Plotly figures (see mtrec/compare/drawing.py)."""
 
 import math
 from collections.abc import Mapping, Sequence
