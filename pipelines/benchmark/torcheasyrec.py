@@ -9,11 +9,11 @@ newer one). What else it imports is replaced by stubs where it is not installed 
 graphlearn and common_io, whose versions that it wants the index lacks, odps, alibabacloud_credentials, confluent_kafka. Training
 on encoded Parquet calls none of them, and a stub that is used raises.
 
-Every round launches each way once, in turning order: TorchEasyRec in one process with two threads and in two with one each, both
-also with glibc told to keep freed memory, in pages of 2 MiB; all in fp32 and in bf16 (its own `mixed_precision: "BF16"`: autocast,
-which works on a CPU as it is); and `mtrec bench`'s Parquet to weights on two workers. Timed is the steady state without validation,
-in rank 0: from the end of step `warmup` to that of the last one. Ratios are taken within a round, their medians count. `its best`
-is the layout whose median is the highest.
+Every round launches each way once, in turning order: TorchEasyRec in one process with two threads and in two with one each,
+both also with glibc told to keep freed memory, in pages of 2 MiB; all in fp32 and in bf16 (its own `mixed_precision:
+"BF16"`: autocast, which works on a CPU as it is); and `mtrec bench`'s Parquet to weights on two workers. Timed is the steady
+state without validation, in rank 0: from the end of step `warmup` to that of the last one. Ratios are taken within a round,
+their medians count. `its best` is the layout whose median is the highest.
 
 TorchEasyRec does what it does by itself: `train_and_evaluate` with its data loader, sharding planner and train pipeline, whose
 `progress` is called as it is between two looks at the clock. Its config is written here, of what is fastest for it: no processes
