@@ -16,7 +16,7 @@ from mtrec.config import apply_overrides, parse_experiment
 from mtrec.dataset import Source
 from mtrec.events import Step, Validation
 from mtrec.prepare import prepare
-from mtrec.run import Run
+from mtrec.run import Run, open_run
 from mtrec.scored_files import Asked, score_files
 from mtrec.step import TrainState
 from mtrec.train import train
@@ -62,6 +62,13 @@ def trained(folder: str, resume: bool = False) -> dict[str, Any]:
 def train_on(world_size: int, run: Run, resume: bool = False) -> dict[str, Any]:
     """What rank 0 saw when `world_size` spawned ranks trained the run."""
     return run_ranks(world_size, trained, str(run.folder), resume, folder=run.folder / "ranks")[0]
+
+
+def run_to_score(folder: Path, world_size: int) -> Run:
+    """A run that such many ranks have trained, with a learning rate that shows in what it predicts."""
+    run = small_run(folder, "optimizer.dense.learning_rate=0.02")
+    train_on(world_size, run)
+    return open_run(run.folder)
 
 
 def score(run: Run, source: Path | str, out: Path, **options: Any) -> dict[str, Any]:

@@ -75,8 +75,9 @@ def test_huge_pages_are_asked_for_beside_the_users_tunables(given: str | None, e
 def test_a_process_that_is_started_so_asks_for_huge_pages() -> None:
     asked = {name: kept({})[name] for name in ("GLIBC_TUNABLES", "MALLOC_ARENA_MAX")}
     assert (run(ADVISED), run(ADVISED, **asked)) == ("False", "True")
-    # as Ray leaves it where the cluster has no tunables of its own
+    # as Ray leaves it where the cluster has no tunables of its own, and where it has one that says otherwise
     assert run(ADVISED, GLIBC_TUNABLES=asked["GLIBC_TUNABLES"] + ":") == "True"
+    assert run(ADVISED, GLIBC_TUNABLES=asked["GLIBC_TUNABLES"] + ":glibc.malloc.hugetlb=0") == "False"
 
 
 def test_decoded_row_groups_are_kept_for_the_next_ones(tmp_path: object) -> None:

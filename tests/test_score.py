@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from logs import write_log
-from runs import score, small_run, train_on
+from runs import run_to_score, score, train_on
 from sklearn.metrics import roc_auc_score
 from typer.testing import CliRunner
 
@@ -44,9 +44,7 @@ DATA = Path(os.environ.get("KUAIRAND") or Path(__file__).parents[2] / "shared/da
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Trained on two ranks, so that golden rows come from both."""
-    run = small_run(tmp_path_factory.mktemp("score"), "optimizer.dense.learning_rate=0.02")
-    train_on(2, run)
-    return open_run(run.folder)
+    return run_to_score(tmp_path_factory.mktemp("score"), 2)
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from logs import experiment_tree
-from runs import score, small_run, train_on
+from runs import run_to_score, score
 
 from mtrec.config import parse_experiment
 from mtrec.display_scoring import show_scoring
 from mtrec.formula import ranking_formula
 from mtrec.launch import evaluate_run
 from mtrec.model import task_specs
-from mtrec.run import Run, open_run
+from mtrec.run import Run
 from mtrec.score import LabelledSums, Tally, open_scorer
 from mtrec.tasks import Objectives
 
@@ -26,9 +26,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = small_run(tmp_path_factory.mktemp("tally"), "optimizer.dense.learning_rate=0.02")
-    train_on(1, run)
-    return open_run(run.folder)
+    return run_to_score(tmp_path_factory.mktemp("tally"), 1)
 
 
 @pytest.fixture(scope="module")

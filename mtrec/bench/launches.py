@@ -135,7 +135,7 @@ def measurements(asked: Asked) -> list[Measurement]:
             found += [Measurement(f"{stage} {kind}, {counted(many)}", stage, kind, many) for kind in asked.precisions]
             if many > 1:
                 found.append(Measurement(f"{stage} {best}, 1 worker", stage, best))
-            if stage == "train" and asked.device == "cpu":
+            if stage == "train" and asked.device == "cpu":  # a GPU's time is short, and its batches would come from the host
                 found += [Measurement(from_memory(kind, many), "train_from_memory", kind, many) for kind in asked.precisions]
     if every or "score" in wanted:
         if not every and "train" not in wanted:  # whose checkpoint is scored with
