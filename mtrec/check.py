@@ -30,9 +30,9 @@ from mtrec.metrics import auc
 from mtrec.mirror import Mirror
 from mtrec.model import MultiTaskModel, check_buffers, loss_weights, task_specs
 from mtrec.prepare import check_device, check_footers, row_not_fitted, slow_precision
-from mtrec.reader import windows_held
 from mtrec.sources import evaluation_columns, feature_list, label_columns, open_source, resolve_auto
 from mtrec.tasks import Objectives, TaskSpec
+from mtrec.windows import windows_held
 
 BATCH_ROWS = 16_384
 LEAK_AUC = 0.95  # of one feature alone

@@ -17,7 +17,8 @@ from mtrec.experiment import Data
 from mtrec.features import BadRowsError, Encoder, Feature
 from mtrec.features.encoded import Order
 from mtrec.kinds import counted
-from mtrec.reader import Loaded, Piece, Reader, parts_of, rows_in
+from mtrec.reader import Piece, Reader, parts_of
+from mtrec.windows import Loaded, rows_in
 
 LOOK_ROWS = 65_536
 

@@ -22,41 +22,16 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mtrec.dataset import Dataset
-from mtrec.row_order import BY_ROW, Span, Window, permutation, plan_streams, plan_windows, window_rows
+from mtrec.row_order import BY_ROW, Window, plan_streams, plan_windows
+from mtrec.windows import Decoder, Loaded, Origin, Prepare
 
 T = TypeVar("T")
-Prepare = Callable[[pa.RecordBatch, Sequence[np.ndarray | slice]], Sequence[Any]]
-
-WINDOWS_DECODED = 4  # of a large row group at once, and prepared: what a call and a column cost is shared by their rows
-
-
-class Origin(NamedTuple):
-    """Where the rows of a window come from: its spans, and for each row that `where` left, in the order in which they are read,
-    its number among the window's rows.
-    """
-
-    window: Window
-    numbers: np.ndarray
-
-
-class Loaded(NamedTuple):
-    """A window in its final order, without the rows that `where` drops: what `prepare` made of it, its rows, or both.
-
-    `prepared` is None where `prepare` was not given or declined; `rows` is None where it did not, and rows are not kept.
-    `kept_before`: rows kept of the first n, for n = 0 ... window rows; None if all are.
-    """
-
-    origin: Origin
-    prepared: Any
-    rows: pa.RecordBatch | None
-    kept_before: np.ndarray | None
+MOST_TOGETHER = 8  # pieces: between steps of training all that puts one together has left the cache, code and rows alike
 
 
 # tuples: a batch is cut from many windows, and names would cost a call for each
@@ -117,10 +92,11 @@ class Reader:
     """Iterates over this rank's pieces of an epoch's global batches, from `start_batch` on; see the module's text.
 
     Every rank gets the same number of pieces, `num_batches - start_batch`; the pieces may differ in rows, down to none.
-    Reading goes on in background threads (pyarrow and numpy only) up to `prefetch` pieces ahead; they end with the
-    iteration, also when it is left early. What goes wrong there is raised at the piece it belongs to, or where what was
-    decoded with it begins. Memory: for each owned stream up to five windows of `shuffle_window` rows (as they are, or as
-    `prepare` made them, or both), four being decoded for each thread, and `prefetch` pieces.
+    Reading goes on in background threads (pyarrow and numpy only), `prefetch` pieces ahead; they end with the iteration, also
+    when it is left early. Small pieces are put together several at a time, where one thread reads: up to eight, of at most
+    `shuffle_window` rows. What goes wrong there is raised at the piece it belongs to, or where what was decoded with it begins.
+    Memory: for each owned stream up to five windows of `shuffle_window` rows (as they are, or as `prepare` made them, or both),
+    four being decoded for each thread, `prefetch` pieces and those that are put together with the last of them.
 
     Args:
         dataset: what to read.
@@ -185,6 +161,9 @@ class Reader:
         self._spans = plan_streams(self._row_group_rows, num_streams, seed=seed, epoch=epoch, shuffle=shuffle)
         self._stream_rows = [sum(span.stop - span.start for span in spans) for spans in self._spans]
         self.owned = tuple(stream for stream in range(num_streams) if stream * world_size // num_streams == rank)
+        # within as many rows as a window has no more than one stream comes to where its next window is loaded
+        together = min(MOST_TOGETHER, shuffle_window // (self.piece_rows * len(self.owned)))
+        self._together = max(1, together) if num_threads == 1 else 1
         if not 0 <= start_batch <= self.num_batches:
             raise ValueError(f"`start_batch` should be between 0 and {self.num_batches}. Found {start_batch}.")
 
@@ -201,8 +180,6 @@ class Reader:
     ) -> Generator[T]:
         """The pieces, each transformed in a background thread, in order. Ends its threads when it is closed or dropped.
 
-        Where one has to be waited for, and one thread reads, those up to the middle of `prefetch` are waited for with it.
-
         Args:
             transform: of pieces; may run in several threads at once where `num_threads` is above 1.
             prepare: called in a background thread with the rows of all windows that were decoded together, in the order of
@@ -217,19 +194,22 @@ class Reader:
         # their windows end together: begun at different places, the next ones are not all loaded within the same batches
         begin = [(place + 0.5) / len(self.owned) for place in range(len(self.owned))]
         streams = [self._stream(*each, pool, prepare, keep_rows) for each in zip(self.owned, begin, strict=True)]
-        ready: deque[Future[T]] = deque()
+        pending: deque[Future[_Made[T]]] = deque()
+        made, asked = _Made[T](deque(), None), self.start_batch  # pieces at hand; how many were asked for
         try:
             for index in range(self.start_batch, self.num_batches):
-                slices = [stream.take(self.piece_rows) for stream in streams]
-                ready.append(pool.submit(_assemble, self.epoch, index, slices, schema, transform))
-                if len(ready) > self.prefetch:
-                    if self.num_threads == 1 and not ready[0].done():
-                        # for several at once: each wait that ends takes the interpreter from the thread; more than one thread
-                        # would lack windows, which are asked for here
-                        ready[self.prefetch // 2].exception()
-                    yield ready.popleft().result()
-            while ready:
-                yield ready.popleft().result()
+                while asked < self.num_batches and asked - index <= self.prefetch:
+                    numbers = range(asked, min(asked + self._together, self.num_batches))
+                    pieces = ([stream.take(self.piece_rows) for stream in streams] for _ in numbers)
+                    pending.append(pool.submit(_assemble, self.epoch, numbers, [*pieces], schema, transform))
+                    asked = numbers.stop
+                    for stream in streams:
+                        stream.load_ahead()
+                while not made.pieces:
+                    if made.error is not None:
+                        raise made.error
+                    made = pending.popleft().result()
+                yield made.pieces.popleft()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             for stream in streams:
@@ -240,7 +220,7 @@ class Reader:
     ) -> "_Stream":
         windows = plan_windows(self._spans[stream], self._row_group_rows, self.shuffle_window)
         key = (BY_ROW, self.seed, self.epoch, stream) if self.shuffle else None
-        decoder = _Decoder(self.dataset, self.columns, windows, self.shuffle_window, key, prepare, keep_rows)
+        decoder = Decoder(self.dataset, self.columns, windows, self.shuffle_window, key, prepare, keep_rows)
         return _Stream(windows, self.start_batch * self.piece_rows, begin, decoder, pool)
 
     def locate(self, piece: Piece, row: int) -> Row:
@@ -282,157 +262,37 @@ class _Pending:
 _Slice = tuple[_Pending, int, int]  # places [start, stop) of a window
 
 
-class _Decoder:
-    """Loads the windows of a stream, in order; keeps the row group open in which the last one ended."""
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        columns: Sequence[str],
-        windows: Sequence[Window],
-        shuffle_window: int,
-        key: tuple[int, ...] | None,
-        prepare: Prepare | None,
-        keep_rows: bool,
-    ) -> None:
-        self.dataset, self.columns, self.windows, self.shuffle_window, self.key = dataset, columns, windows, shuffle_window, key
-        self.prepare, self.keep_rows = prepare, keep_rows
-        self.made: deque[Loaded] = deque()  # windows decoded with one that was asked for
-        self.row_group = -1
-        self.chunks: Generator[tuple[pa.RecordBatch, pa.BooleanArray | None], None, None] | None = None
-        self.chunk: tuple[pa.RecordBatch, pa.BooleanArray | None] | None = None
-        self.at = 0  # row of the row group at which `chunk` begins
-
-    def close(self) -> None:
-        if self.chunks is not None:
-            self.chunks.close()
-        self.chunks = self.chunk = None
-
-    def load(self, number: int) -> Loaded:
-        """Window `number`; they are asked for in order. Those decoded with it are made at once, so that the rows can go."""
-        if not self.made:
-            number = self._make_from(number)
-            while self._holds(number):
-                number = self._make_from(number)
-        return self.made.popleft()
-
-    def _holds(self, number: int) -> bool:
-        """Whether all rows of a window are among those decoded last."""
-        if self.chunk is None or number == len(self.windows):
-            return False
-        first, *more = self.windows[number]
-        if more or first.row_group != self.row_group:
-            return False
-        return self.at <= first.start and first.stop <= self.at + self.chunk[0].num_rows
-
-    def _make_from(self, number: int) -> int:
-        """Makes window `number`, and those after it that were decoded with it; returns the number of the next one."""
-        window = self.windows[number]
-        parts, stop = [part for span in window for part in self._decode(span)], number + 1
-        if len(parts) == 1:
-            while self._holds(stop):
-                stop += 1
-            if stop > number + 1:
-                parts = list(self._decode(Span(window[0].row_group, window[0].start, self.windows[stop - 1][0].stop)))
-        self.made += self._make(list(enumerate(self.windows[number:stop], number)), parts)
-        return stop
-
-    def _make(
-        self, windows: Sequence[tuple[int, Window]], parts: Sequence[tuple[pa.RecordBatch, pa.BooleanArray | None]]
-    ) -> list[Loaded]:
-        """Numbered windows whose rows are `parts`: `where` applied, permuted, prepared together."""
-        rows_of = [self._permuted(number, window) for number, window in windows]
-        begins = np.cumsum([0, *map(len, rows_of)])  # among the rows of the parts
-        batch = parts[0][0] if len(parts) == 1 else pa.concat_batches([part[0] for part in parts])
-        kept_before: list[np.ndarray | None] = [None] * len(windows)
-        places = None
-        if any(mask is not None for _, mask in parts):
-            kept = np.concatenate([_as_numpy(mask, part.num_rows) for part, mask in parts])
-            batch, places = batch.filter(pa.array(kept)), np.concatenate([[0], np.cumsum(kept)])
-            for index, rows in enumerate(rows_of):
-                kept_rows = kept[begins[index] + rows]
-                kept_before[index] = np.concatenate([[0], np.cumsum(kept_rows)])
-                rows_of[index] = rows[kept_rows]
-        orders: list[np.ndarray | slice] = []
-        for rows, begin, end in zip(rows_of, begins, begins[1:], strict=False):
-            if self.key is None:
-                first, last = (begin, end) if places is None else (places[begin], places[end])
-                orders.append(slice(int(first), int(last)))
-            else:
-                orders.append(begin + rows if places is None else places[begin + rows])
-        prepared = [None] * len(windows) if self.prepare is None else self.prepare(batch, orders)
-        return [
-            Loaded(
-                Origin(window, rows.astype(np.int32)),
-                ready,
-                rows_in(batch, order) if ready is None or self.keep_rows else None,
-                before,
-            )
-            for (_, window), ready, order, rows, before in zip(windows, prepared, orders, rows_of, kept_before, strict=True)
-        ]
-
-    def _permuted(self, number: int, window: Window) -> np.ndarray:
-        """Its rows before `where`, in the order in which they are to be read."""
-        num_rows = sum(span.stop - span.start for span in window)
-        return np.arange(num_rows) if self.key is None else permutation(num_rows, *self.key, number)
-
-    def _decode(self, span: Span) -> Iterator[tuple[pa.RecordBatch, pa.BooleanArray | None]]:
-        if self.chunks is None or span.row_group != self.row_group or span.start < self.at:
-            self.close()
-            group = self.dataset.row_groups[span.row_group]
-            rows = self.dataset.rows_at_once(WINDOWS_DECODED * window_rows(group.num_rows, self.shuffle_window))
-            self.chunks = self.dataset.chunks(group, self.columns, rows)
-            self.row_group, self.at = span.row_group, 0
-        while True:
-            if self.chunk is None:
-                self.chunk = next(self.chunks)
-            batch, mask = self.chunk
-            end = self.at + batch.num_rows
-            first, last = max(span.start, self.at) - self.at, min(span.stop, end) - self.at
-            if first < last:
-                yield batch.slice(first, last - first), None if mask is None else mask.slice(first, last - first)
-            if span.stop < end:
-                return
-            self.chunk, self.at = None, end
-            if end == self.dataset.row_groups[span.row_group].num_rows:
-                self.close()  # pyarrow would hold what it decoded last
-            if span.stop == end:
-                return
-
-
-def windows_held(dataset: Dataset, num_streams: int, shuffle_window: int) -> int:
-    """So many rows, before `where`, the windows of all streams hold at most: what was decoded at once, and one read ahead."""
-
-    def decoded(row_group_rows: int) -> int:
-        if row_group_rows <= shuffle_window:  # several make a window
-            return shuffle_window
-        window = window_rows(row_group_rows, shuffle_window)
-        return min(row_group_rows, max(window, dataset.rows_at_once(WINDOWS_DECODED * window)))
-
-    most = max(map(decoded, {group.num_rows for group in dataset.row_groups}), default=0)
-    return min(dataset.num_rows, num_streams * (most + shuffle_window))
-
-
-def rows_in(batch: pa.RecordBatch, order: np.ndarray | slice) -> pa.RecordBatch:
-    """Rows of a record batch: those numbers in their order, or a range [start, stop) as it lies."""
-    if isinstance(order, slice):
-        return batch.slice(order.start, order.stop - order.start)
-    return pc.take(batch, pa.array(order.astype(np.int32)), boundscheck=False)
-
-
-def _as_numpy(mask: pa.BooleanArray | None, num_rows: int) -> np.ndarray:
-    return np.ones(num_rows, dtype=bool) if mask is None else mask.to_numpy(zero_copy_only=False)
-
-
 def _with_rows(piece: Piece) -> Piece:
     _ = piece.record_batch  # put together here, in the background
     return piece
 
 
+class _Made(NamedTuple, Generic[T]):
+    """Pieces that were put together, transformed, and what went wrong with the one after them."""
+
+    pieces: deque[T]
+    error: Exception | None
+
+
 def _assemble(
-    epoch: int, index: int, streams: Sequence[Sequence[_Slice]], schema: pa.Schema, transform: Callable[[Piece], T]
-) -> T:
-    """Waits for the windows that a piece is cut from, and puts its rows together."""
+    epoch: int,
+    numbers: Sequence[int],
+    pieces: Sequence[Sequence[Sequence[_Slice]]],
+    schema: pa.Schema,
+    transform: Callable[[Piece], T],
+) -> _Made[T]:
+    """Waits for the windows that the pieces of these numbers are cut from, and puts their rows together."""
+    made: deque[T] = deque()
+    for index, streams in zip(numbers, pieces, strict=True):
+        try:
+            made.append(transform(_cut(epoch, index, streams, schema)))
+        except Exception as error:
+            return _Made(made, error)
+    return _Made(made, None)
+
+
+def _cut(epoch: int, index: int, streams: Sequence[Sequence[_Slice]], schema: pa.Schema) -> Piece:
+    """A piece, of the slices of each stream."""
     cuts: list[Cut] = []
     stream_rows = []
     for slices in streams:
@@ -444,7 +304,7 @@ def _assemble(
             rows += stop - start
             cuts.append((loaded, start, stop))
         stream_rows.append(rows)
-    return transform(Piece(epoch, index, tuple(cuts), tuple(stream_rows), parts_of(cuts), schema))
+    return Piece(epoch, index, tuple(cuts), tuple(stream_rows), parts_of(cuts), schema)
 
 
 class _Stream:
@@ -456,7 +316,7 @@ class _Stream:
     """
 
     def __init__(
-        self, windows: Sequence[Window], skip_rows: int, begin: float, decoder: _Decoder, pool: ThreadPoolExecutor
+        self, windows: Sequence[Window], skip_rows: int, begin: float, decoder: Decoder, pool: ThreadPoolExecutor
     ) -> None:
         self.lengths = [sum(span.stop - span.start for span in window) for window in windows]
         self.begin, self.decoder, self.pool = begin, decoder, pool
@@ -478,12 +338,17 @@ class _Stream:
             slices.append((self.loads[0], self.row, stop))
             rows -= stop - self.row
             self.row = stop
-            if stop > self.begin * length and len(self.loads) == 1 and self.number + 1 < len(self.lengths):
-                self._load(self.number + 1)
             if stop == length:
                 self.loads.popleft()
                 self.number, self.row = self.number + 1, 0
         return slices
+
+    def load_ahead(self) -> None:
+        """Has the next window loaded where it is time to; for when what was taken has been asked for, which then comes first."""
+        coming = self.number + len(self.loads)
+        due = not self.loads or (len(self.loads) == 1 and self.row > self.begin * self.lengths[self.number])
+        if due and coming < len(self.lengths):
+            self._load(coming)
 
     def _load(self, number: int) -> None:
         before = self.before

@@ -17,8 +17,9 @@ from parquet_files import COLUMNS, write_files
 from mtrec import dataset as dataset_module
 from mtrec.dataset import Dataset, Source, open_dataset
 from mtrec.files import ChangedFile
-from mtrec.reader import Piece, Reader, Row, rows_in
+from mtrec.reader import Piece, Reader, Row
 from mtrec.row_order import BY_ROW, permutation
+from mtrec.windows import rows_in
 
 
 def rows(piece: Piece) -> list[int]:
@@ -270,18 +271,26 @@ def test_the_transform_runs_in_the_background_in_order(tmp_path: Path) -> None:
     assert all(name.startswith("mtrec-reader") for _, name in found)
 
 
-def test_a_consumer_that_has_to_wait_gets_several_pieces(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("shuffle_window", "num_threads", "together"), [(16_384, 1, 8), (320, 1, 5), (60, 1, 1), (16_384, 2, 1)])
+def test_small_pieces_are_put_together_several_at_a_time(
+    tmp_path: Path, shuffle_window: int, num_threads: int, together: int
+) -> None:
     made: list[int] = []
+    goes_on = threading.Event()
 
     def transform(piece: Piece) -> int:
-        time.sleep(0.05)
+        if piece.index >= together:
+            goes_on.wait(30)
         made.append(piece.index)
         return piece.index
 
-    pieces = Reader(write_files(tmp_path, SIZES), COLUMNS, batch_size=64, prefetch=4).map(transform)
-    assert next(pieces) == 0
-    assert len(made) >= 3
-    assert [*pieces] == made[1:]
+    reader = Reader(
+        write_files(tmp_path, SIZES), COLUMNS, batch_size=64, shuffle_window=shuffle_window, num_threads=num_threads
+    )
+    pieces = reader.map(transform)
+    assert [next(pieces) for _ in range(together)] == made == list(range(together))
+    goes_on.set()
+    assert list(pieces) == list(range(together, reader.num_batches))
 
 
 @pytest.mark.parametrize("bad", [0, 1, 2, 4, 5])
@@ -302,17 +311,19 @@ def test_an_error_in_the_transform_is_raised_at_its_piece(tmp_path: Path, bad: i
     assert reader_threads() == []
 
 
-def test_prefetch_bounds_what_is_read_ahead(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("shuffle_window", "first", "second"), [(10, 4, 5), (40, 4, 8), (16_384, 8, 8)])
+def test_prefetch_bounds_what_is_read_ahead(tmp_path: Path, shuffle_window: int, first: int, second: int) -> None:
     dataset = write_files(tmp_path, [[1_000]])
-    made = []
-    reader = Reader(dataset, COLUMNS, batch_size=10, num_streams=1, prefetch=3)
+    made: list[int] = []
+    reader = Reader(dataset, COLUMNS, batch_size=10, num_streams=1, prefetch=3, shuffle_window=shuffle_window)
     iterator = reader.map(lambda piece: made.append(piece.index))
-    next(iterator)
-    deadline = time.monotonic() + 30
-    while len(made) < 4 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.05)  # time in which a fifth would be made
-    assert made == [0, 1, 2, 3]
+    for expected in (first, second):
+        next(iterator)
+        deadline = time.monotonic() + 30
+        while len(made) < expected and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)  # time in which one more would be made
+        assert made == list(range(expected))
     iterator.close()
 
 
@@ -330,7 +341,7 @@ def test_no_batch_has_to_load_the_next_windows_of_all_streams(tmp_path: Path) ->
     loads = [len(each) for each in "".join("w" if what == "window" else "p" for what in done).split("p")]
     assert sum(loads) == 8
     assert loads[0] == 4  # the first windows of all
-    assert loads[1:] == [1, 0, 1, 0, 1, 0, 1, *[0] * 9]  # then at one, three, five and seven eighths of them
+    assert loads[1:] == [0, 1, 0, 1, 0, 1, 0, 1, *[0] * 8]  # then at one, three, five and seven eighths; two pieces at once
 
 
 def test_windows_of_a_large_row_group_are_decoded_and_prepared_four_at_a_time(

@@ -12,7 +12,8 @@ from parquet_files import write_files
 
 from mtrec import dataset as dataset_module
 from mtrec.dataset import Source, open_dataset
-from mtrec.reader import Reader, windows_held
+from mtrec.reader import Reader
+from mtrec.windows import windows_held
 
 
 def peak_bytes(path: Path, rows_total: int, row_group_size: int) -> int:

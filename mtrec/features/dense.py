@@ -325,8 +325,10 @@ class DenseEncoding:
                 high = ((np.maximum.reduce(values).astype(np.float64) - shift) * factor).max().item()
         if not (low >= -_FLOAT32_MAX and high <= _FLOAT32_MAX):  # nor where there is a NaN, which both hand on
             return False
-        scaled = np.subtract(values, shift, dtype=np.float64)
-        np.multiply(scaled, factor, out=out, casting="same_kind")
+        scaled = values.astype(np.float64)  # first, and narrowed last: operators that convert do so block by block
+        scaled -= shift
+        scaled *= factor
+        out[...] = scaled
         if low < self._bounds[0] or high > self._bounds[1]:
             np.clip(out, *self._bounds, out=out)  # np.minimum with a number takes more than twice as long
         return True
