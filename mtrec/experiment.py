@@ -91,7 +91,7 @@ class Data(Section):
     num_streams: PositiveInt = Field(8, description="logical streams; the largest number of workers")
     shuffle: bool = True
     shuffle_window: PositiveInt = Field(16_384, description="rows of a stream that are permuted together")
-    prefetch: PositiveInt = Field(4, description="batches that the reading thread keeps ready, at least")
+    prefetch: PositiveInt = Field(4, description="batches that the reading thread makes ahead, at least")
     sample_weight: str | None = Field(None, description="column with a non-negative weight a row; null counts as 1")
     on_bad_rows: Literal["error", "skip"] = Field(
         "error", description="labels out of range and the like: error names the row, skip leaves it out and counts it"

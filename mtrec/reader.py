@@ -17,6 +17,7 @@ a few large ones. Rows that `where` drops leave their place empty: positions cou
 without reading.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -94,9 +95,9 @@ class Reader:
     Every rank gets the same number of pieces, `num_batches - start_batch`; the pieces may differ in rows, down to none.
     Reading goes on in background threads (pyarrow and numpy only), `prefetch` pieces ahead; they end with the iteration, also
     when it is left early. Small pieces are put together several at a time, where one thread reads: up to eight, of at most
-    `shuffle_window` rows. What goes wrong there is raised at the piece it belongs to, or where what was decoded with it begins.
-    Memory: for each owned stream up to five windows of `shuffle_window` rows (as they are, or as `prepare` made them, or both),
-    four being decoded for each thread, `prefetch` pieces and those that are put together with the last of them.
+    `shuffle_window` rows, and at least as many ahead. What goes wrong there is raised at the piece it belongs to, or where what
+    was decoded with it begins. Memory: for each owned stream up to five windows of `shuffle_window` rows (as they are, or as
+    `prepare` made them, or both), four being decoded for each thread, the pieces ahead and those put together with the last one.
 
     Args:
         dataset: what to read.
@@ -108,7 +109,7 @@ class Reader:
         shuffle: False keeps the order of the files within each stream; V = 1 then keeps it altogether.
         shuffle_window: rows among which a row's place is drawn.
         epoch, start_batch: the position to begin at; with `dataset.fingerprint`, all that a checkpoint must hold.
-        prefetch: pieces kept ready.
+        prefetch: pieces that are made ahead, at least.
         num_threads: background threads; 2 let decoding overlap with what `map` does.
 
     Raises ValueError where `batch_size`, `num_streams`, `world_size` or `start_batch` do not go together.
@@ -161,7 +162,7 @@ class Reader:
         self._spans = plan_streams(self._row_group_rows, num_streams, seed=seed, epoch=epoch, shuffle=shuffle)
         self._stream_rows = [sum(span.stop - span.start for span in spans) for spans in self._spans]
         self.owned = tuple(stream for stream in range(num_streams) if stream * world_size // num_streams == rank)
-        # within as many rows as a window has no more than one stream comes to where its next window is loaded
+        # within as many rows as a window has hardly more than one stream comes to where its next window is loaded
         together = min(MOST_TOGETHER, shuffle_window // (self.piece_rows * len(self.owned)))
         self._together = max(1, together) if num_threads == 1 else 1
         if not 0 <= start_batch <= self.num_batches:
@@ -194,26 +195,36 @@ class Reader:
         # their windows end together: begun at different places, the next ones are not all loaded within the same batches
         begin = [(place + 0.5) / len(self.owned) for place in range(len(self.owned))]
         streams = [self._stream(*each, pool, prepare, keep_rows) for each in zip(self.owned, begin, strict=True)]
-        pending: deque[Future[_Made[T]]] = deque()
-        made, asked = _Made[T](deque(), None), self.start_batch  # pieces at hand; how many were asked for
+        groups: deque[_Group[T]] = deque()
+        asked = self.start_batch
+        ahead = max(self.prefetch, self._together)  # else hardly one is left when the next ones are begun
         try:
             for index in range(self.start_batch, self.num_batches):
-                while asked < self.num_batches and asked - index <= self.prefetch:
-                    numbers = range(asked, min(asked + self._together, self.num_batches))
-                    pieces = ([stream.take(self.piece_rows) for stream in streams] for _ in numbers)
-                    pending.append(pool.submit(_assemble, self.epoch, numbers, [*pieces], schema, transform))
-                    asked = numbers.stop
+                while asked < self.num_batches and asked - index <= ahead:
+                    pieces = self._taken(streams, min(self._together, self.num_batches - asked))
+                    made: deque[T] = deque()
+                    done = pool.submit(_assemble, self.epoch, asked, pieces, schema, transform, made)
+                    groups.append(_Group(made, done))
+                    asked += len(pieces)
+                    del pieces, done  # these hold windows, and perhaps an error, whose traceback leads here
                     for stream in streams:
                         stream.load_ahead()
-                while not made.pieces:
-                    if made.error is not None:
-                        raise made.error
-                    made = pending.popleft().result()
-                yield made.pieces.popleft()
+                while not groups[0].made:
+                    groups[0].done.exception()  # waits for all: for each piece the thread would give up the interpreter
+                    if not groups[0].made:
+                        groups.popleft().done.result()  # raises what went wrong with the next piece
+                yield groups[0].made.popleft()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             for stream in streams:
                 stream.decoder.close()
+
+    def _taken(self, streams: "Sequence[_Stream]", most: int) -> "list[list[list[_Slice]]]":
+        """The slices of the next piece, and of those after it that need no further windows: each then waits for its own alone."""
+        pieces = [[stream.take(self.piece_rows) for stream in streams]]
+        while len(pieces) < most and all(stream.rows_asked_for() >= self.piece_rows for stream in streams):
+            pieces.append([stream.take(self.piece_rows) for stream in streams])
+        return pieces
 
     def _stream(
         self, stream: int, begin: float, pool: ThreadPoolExecutor, prepare: Prepare | None, keep_rows: bool
@@ -267,28 +278,24 @@ def _with_rows(piece: Piece) -> Piece:
     return piece
 
 
-class _Made(NamedTuple, Generic[T]):
-    """Pieces that were put together, transformed, and what went wrong with the one after them."""
+class _Group(NamedTuple, Generic[T]):
+    """Pieces that are put together one after the other: those that are there, and what is done when all are, or one cannot be."""
 
-    pieces: deque[T]
-    error: Exception | None
+    made: deque[T]
+    done: "Future[None]"
 
 
 def _assemble(
     epoch: int,
-    numbers: Sequence[int],
+    first: int,
     pieces: Sequence[Sequence[Sequence[_Slice]]],
     schema: pa.Schema,
     transform: Callable[[Piece], T],
-) -> _Made[T]:
-    """Waits for the windows that the pieces of these numbers are cut from, and puts their rows together."""
-    made: deque[T] = deque()
-    for index, streams in zip(numbers, pieces, strict=True):
-        try:
-            made.append(transform(_cut(epoch, index, streams, schema)))
-        except Exception as error:
-            return _Made(made, error)
-    return _Made(made, None)
+    made: deque[T],
+) -> None:
+    """Waits for the windows that pieces (from number `first` on) are cut from, and adds each, put together, to `made`."""
+    for index, streams in enumerate(pieces, first):
+        made.append(transform(_cut(epoch, index, streams, schema)))
 
 
 def _cut(epoch: int, index: int, streams: Sequence[Sequence[_Slice]], schema: pa.Schema) -> Piece:
@@ -342,6 +349,11 @@ class _Stream:
                 self.loads.popleft()
                 self.number, self.row = self.number + 1, 0
         return slices
+
+    def rows_asked_for(self) -> float:
+        """How many of the next rows lie in windows that are being loaded; all, where there are no more windows."""
+        end = self.number + len(self.loads)
+        return sum(self.lengths[self.number : end]) - self.row if end < len(self.lengths) else math.inf
 
     def load_ahead(self) -> None:
         """Has the next window loaded where it is time to; for when what was taken has been asked for, which then comes first."""

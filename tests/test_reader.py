@@ -2,10 +2,15 @@
 
 import collections
 import dataclasses
+import gc
 import os
+import re
 import threading
 import time
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +20,7 @@ from hypothesis import strategies as st
 from parquet_files import COLUMNS, write_files
 
 from mtrec import dataset as dataset_module
+from mtrec import reader as reader_module
 from mtrec.dataset import Dataset, Source, open_dataset
 from mtrec.files import ChangedFile
 from mtrec.reader import Piece, Reader, Row
@@ -271,29 +277,47 @@ def test_the_transform_runs_in_the_background_in_order(tmp_path: Path) -> None:
     assert all(name.startswith("mtrec-reader") for _, name in found)
 
 
-@pytest.mark.parametrize(("shuffle_window", "num_threads", "together"), [(16_384, 1, 8), (320, 1, 5), (60, 1, 1), (16_384, 2, 1)])
+@pytest.mark.parametrize(
+    ("shuffle_window", "num_threads", "together"),
+    [
+        (16_384, 1, [8, 3]),
+        (320, 1, [5, 5, 1]),
+        (60, 1, [1] * 11),
+        (16_384, 2, [1] * 11),
+        (130, 1, [2, 2, 2, 2, 2, 1]),
+    ],
+)
 def test_small_pieces_are_put_together_several_at_a_time(
-    tmp_path: Path, shuffle_window: int, num_threads: int, together: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shuffle_window: int, num_threads: int, together: list[int]
 ) -> None:
-    made: list[int] = []
-    goes_on = threading.Event()
+    asked: list[range] = []
+    original = reader_module._assemble
 
-    def transform(piece: Piece) -> int:
-        if piece.index >= together:
-            goes_on.wait(30)
-        made.append(piece.index)
-        return piece.index
+    def noted(epoch: int, first: int, pieces: Any, *arguments: Any) -> Any:
+        asked.append(range(first, first + len(pieces)))
+        return original(epoch, first, pieces, *arguments)
 
-    reader = Reader(
-        write_files(tmp_path, SIZES), COLUMNS, batch_size=64, shuffle_window=shuffle_window, num_threads=num_threads
-    )
-    pieces = reader.map(transform)
-    assert [next(pieces) for _ in range(together)] == made == list(range(together))
-    goes_on.set()
-    assert list(pieces) == list(range(together, reader.num_batches))
+    monkeypatch.setattr(reader_module, "_assemble", noted)
+    dataset = write_files(tmp_path, SIZES)
+    reader = Reader(dataset, COLUMNS, batch_size=64, shuffle_window=shuffle_window, num_threads=num_threads)
+    assert list(reader.map(lambda piece: piece.index)) == list(range(reader.num_batches))
+    assert [index for each in sorted(asked, key=min) for index in each] == list(range(reader.num_batches))
+    assert [len(each) for each in sorted(asked, key=min)] == together
 
 
-@pytest.mark.parametrize("bad", [0, 1, 2, 4, 5])
+class BadLabel(ValueError):
+    """One that can be referred to weakly."""
+
+
+def error_of(iterator: Iterator[Any]) -> BadLabel:
+    try:
+        next(iterator)
+    except BadLabel as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+@pytest.mark.parametrize("bad", [0, 1, 4, 7, 8, 10])  # eight are put together, then three
 def test_an_error_in_the_transform_is_raised_at_its_piece(tmp_path: Path, bad: int) -> None:
     dataset = write_files(tmp_path, SIZES)
     reader = Reader(dataset, COLUMNS, batch_size=64)
@@ -301,17 +325,24 @@ def test_an_error_in_the_transform_is_raised_at_its_piece(tmp_path: Path, bad: i
     def transform(piece: Piece) -> int:
         if piece.index == bad:
             path, row_group, row = reader.locate(piece, 0)
-            raise ValueError(f"bad label in {path}, row group {row_group}, row {row}")
+            raise BadLabel(f"bad label in {path}, row group {row_group}, row {row}")
         return piece.index
 
     iterator = reader.map(transform)
     assert [next(iterator) for _ in range(bad)] == list(range(bad))
-    with pytest.raises(ValueError, match=r"bad label in .*\.parquet, row group \d, row \d+"):
-        next(iterator)
-    assert reader_threads() == []
+    gc.disable()
+    try:
+        error = error_of(iterator)
+        assert re.search(r"bad label in .*\.parquet, row group \d, row \d+", str(error))
+        assert reader_threads() == []
+        raised = weakref.ref(error)
+        del error
+        assert raised() is None  # nor what it leads to: windows are large
+    finally:
+        gc.enable()
 
 
-@pytest.mark.parametrize(("shuffle_window", "first", "second"), [(10, 4, 5), (40, 4, 8), (16_384, 8, 8)])
+@pytest.mark.parametrize(("shuffle_window", "first", "second"), [(10, 4, 5), (40, 8, 8), (16_384, 16, 16)])
 def test_prefetch_bounds_what_is_read_ahead(tmp_path: Path, shuffle_window: int, first: int, second: int) -> None:
     dataset = write_files(tmp_path, [[1_000]])
     made: list[int] = []

@@ -65,6 +65,7 @@ class _Ready:
         ([[60, 0, 20]], 100, 1, False),  # fewer rows than there may be
         ([[110, 100, 100, 100, 100]], 100, 1, True),  # windows of 55 and 100 rows, one by one
         ([[110] * 5], 100, 1, False),  # no more than a row group is decoded at once
+        ([[100, 10] * 20], 100, 1, False),  # short windows between long ones
     ],
 )
 def test_readers_hold_no_more_rows_than_is_told(

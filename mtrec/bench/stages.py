@@ -91,6 +91,7 @@ def _whole_pass(rows_of: Callable[[], Iterable[int]]) -> Found:
     """
     for _ in rows_of():
         pass
+    parallel.barrier()
     rows, started, cpu_started = 0, time.perf_counter(), time.process_time()
     for each in rows_of():
         rows += each
