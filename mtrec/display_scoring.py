@@ -30,6 +30,10 @@ class ScoreDisplay:
         if self._progress is not None:
             self._progress.stop()
 
+    def say(self, line: str) -> None:
+        """Prints a line as it is."""
+        say(self._console, line)
+
     def start(self, facts: Mapping[str, Any]) -> None:
         """Says what there is to do: the argument of `score_files`' `on_start`."""
         chosen = f" to look through for those with {facts['where']}" if facts["where"] is not None else ""

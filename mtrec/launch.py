@@ -84,6 +84,7 @@ def launch(
                 use_gpu=gpus > 0,
                 max_failures=experiment.training.max_failures,
                 watch=display.poll,
+                say=display.say,
             )
         display.close()
     metrics_file = run.folder / METRICS
@@ -204,7 +205,7 @@ def score_run(asked: Asked, workers: str, local: bool) -> dict[str, Any]:
             return score_files(asked, on_start=display.start, on_rows=display.advance)
         from mtrec.jobs.score import score_on_ray, scoring_workers
 
-        count = scoring_workers(None if workers == "auto" else int(workers))
+        count = scoring_workers(None if workers == "auto" else int(workers), display.say)
         return score_files(
             asked, score_on_ray(count), workers=count, on_start=display.start, on_rows=display.advance
         )

@@ -33,7 +33,7 @@ def conduct_on_ray(
 
     Raises Failed (ValueError for a user's mistake) with the first cause, after all other runs have ended.
     """
-    slot = slot_on_ray(workers, parallel)
+    slot = slot_on_ray(workers, parallel, say)
     from ray import tune
 
     configs = [{"name": name, "run": str(folder_of(folder.absolute(), name)), **slot.spec()} for name in names]
@@ -81,7 +81,7 @@ def _trial(config: dict[str, Any]) -> None:
     device = enter(spec)
 
     def on_workers(run: Run) -> None:
-        train_on_ray(run.folder, spec["workers"], spec["gpu"], run.experiment.training.max_failures, lambda: None)
+        train_on_ray(run.folder, spec["workers"], spec["gpu"], run.experiment.training.max_failures)
 
     conduct(Path(spec["run"]), device, on_workers if spec["workers"] > 1 else None)
     tune.report({"done": 1})

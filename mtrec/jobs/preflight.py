@@ -23,8 +23,8 @@ from mtrec.check import check_experiment
 from mtrec.config import parse_experiment, to_yaml
 from mtrec.experiment import Experiment
 from mtrec.jobs.cluster import check_workers
-from mtrec.jobs.connection import connect
 from mtrec.jobs.packing import SOURCES, pin, user_modules
+from mtrec.jobs.resources import wait_note, whole_cluster
 from mtrec.run import check_resumable, open_run
 
 JOB_FILE = "job.json"
@@ -51,18 +51,16 @@ def check_job(job: dict[str, Any]) -> None:
             f"The cluster has mtrec {here}, the submitting machine {job['mtrec']}. Install the same on both "
             "(deploy/README.md), or submit with --with-code."
         )
-    connect()
+    cluster = whole_cluster()
     import ray
 
     try:
-        resources = ray.cluster_resources()
-        gpus = int(resources.get("GPU", 0))
-        check_workers(job["least_workers"], int(resources.get("CPU", 0)), gpus, "The cluster")
+        check_workers(job["least_workers"], cluster.cpus, cluster.gpus, "The cluster")
         check_storage(None if "://" in job["output"] else Path(job["output"]), job["needed"])
         if job["command"] == "train":
-            _check_training(job, "cuda" if gpus else "cpu")
+            _check_training(job, "cuda" if cluster.gpus else "cpu")
         elif job["command"] == "compare":
-            _check_comparison(job, "cuda" if gpus else "cpu")
+            _check_comparison(job, "cuda" if cluster.gpus else "cpu")
     finally:
         ray.shutdown()
 
@@ -168,6 +166,9 @@ def _checked(job: dict[str, Any], device: str) -> Experiment:
     import ray
 
     print("checking the experiment and its data on a worker ...", flush=True)
+    note = wait_note(1, "CPU")
+    if note is not None:
+        print(note, flush=True)
     check = ray.remote(num_cpus=1, scheduling_strategy="SPREAD", max_retries=0)(check_on_worker)
     try:
         answer = ray.get(check.remote(job["experiment"], device))

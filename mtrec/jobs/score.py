@@ -4,14 +4,14 @@ import contextlib
 import logging
 import socket
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from mtrec.events import Failed
 from mtrec.formula import ranking_formula
-from mtrec.jobs.connection import connect
+from mtrec.jobs.resources import wait_note, whole_cluster
 from mtrec.run import open_run
 from mtrec.score import Scorer, check_golden, check_memory, free_memory, open_scorer
 from mtrec.scored_files.inputs import Piece
@@ -20,16 +20,18 @@ from mtrec.scored_files.job import Done, Event, Progress, Spread, Work, scored
 MAX_DEATHS = 3  # of actors at one piece, or as they load the model: what kills a process (memory, as a rule) kills the next, too
 
 
-def scoring_workers(asked: int | None) -> int:
-    """How many actors: as many as asked, else one a GPU of the cluster, or one a CPU. Raises ValueError where there are fewer."""
-    connect()
-    import ray
+def scoring_workers(asked: int | None, say: Callable[[str], None] = lambda line: None) -> int:
+    """How many actors: as many as asked, else one a GPU of the cluster, or one a CPU. Raises ValueError where there are fewer.
 
-    resources = ray.cluster_resources()
-    kind = "GPU" if resources.get("GPU", 0) >= 1 else "CPU"
-    there = int(resources.get(kind, 0))
+    `say` gets a line where the first one has to wait for other jobs.
+    """
+    cluster = whole_cluster()
+    there = cluster.of(cluster.kind)
     if asked is not None and asked > there:
-        raise ValueError(f"--workers {asked} needs {asked} {kind}s. The Ray cluster has {there}.")
+        raise ValueError(f"--workers {asked} needs {asked} {cluster.kind}s. The Ray cluster has {there}.")
+    note = wait_note(1, cluster.kind)
+    if note is not None:
+        say(note)
     return asked if asked is not None else max(1, there)
 
 
@@ -70,14 +72,12 @@ class _Crew:
     """The actors of one job. An actor that dies is replaced and its piece begun anew; what it had finished stays."""
 
     def __init__(self, work: Work, pieces: Sequence[Piece], workers: int) -> None:
-        connect()
+        cluster = whole_cluster()
         import ray
 
-        resources = ray.cluster_resources()
-        encoder = open_run(work.run).encoder
-        memory, use_gpu = int(resources.get("memory", 0)), resources.get("GPU", 0) >= 1
-        if memory and not use_gpu:  # each actor looks at its own GPU's
-            check_memory(encoder, memory, "the Ray cluster", workers)
+        encoder, use_gpu = open_run(work.run).encoder, cluster.gpus >= 1
+        if cluster.memory and not use_gpu:  # each actor looks at its own GPU's
+            check_memory(encoder, cluster.memory, "the Ray cluster", workers)
         self._class = ray.remote(_Actor).options(num_cpus=0 if use_gpu else 1, num_gpus=1 if use_gpu else 0)
         self._work, self._pieces, self._workers = work, pieces, workers
         self._left = deque(range(len(pieces)))

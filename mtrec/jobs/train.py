@@ -12,7 +12,8 @@ from typing import Any
 from mtrec import hang, parallel
 from mtrec.checkpoint import newest_validation, to_resume
 from mtrec.events import TrainingFailed
-from mtrec.jobs.connection import connect, set_environment
+from mtrec.jobs.connection import set_environment
+from mtrec.jobs.resources import Kind, wait_note, whole_cluster
 from mtrec.locking import LockedError, locked
 from mtrec.run import Run, open_run
 from mtrec.stopping import listening
@@ -25,10 +26,9 @@ LEAST_HEALTH_CHECK_SECONDS = 60  # a worker that computes may leave Ray's questi
 def cluster_gpus() -> int:
     """GPUs of the cluster this process is connected to (starts an embedded Ray if there is none)."""
     set_environment()
-    import ray.train.torch  # takes a second or more, while Ray may still be starting
+    import ray.train.torch  # noqa: F401  (takes a second or more, while Ray may still be starting)
 
-    connect()
-    return int(ray.cluster_resources().get("GPU", 0))
+    return whole_cluster().gpus
 
 
 def train_on_ray(
@@ -36,7 +36,8 @@ def train_on_ray(
     workers: int | tuple[int, int],
     use_gpu: bool,
     max_failures: int,
-    watch: Callable[[], None],
+    watch: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Trains a prepared run on Ray workers; returns when it has ended.
 
@@ -45,26 +46,29 @@ def train_on_ray(
         workers: how many, or (least, most): goes on with what the cluster has.
         max_failures: how often dead workers are restarted, from the newest valid checkpoint.
         watch: called about ten times a second meanwhile (shows progress).
+        say: gets a line where the workers have to wait for other jobs.
 
     SIGTERM to this process, to a worker, or a node that is about to be taken away: all workers end with a checkpoint, and
     the log's last event says `stopped`. Raises ValueError for a user's mistake that only showed in a worker, TrainingFailed with
     the first cause, not Ray's stack, where workers failed more than `max_failures` times. Workers that die with a node which Ray
     knows to have been taken away do not count, unless `max_failures` is 0.
     """
-    connect()
+    there = whole_cluster()
     import ray
 
     from mtrec.jobs import recovery
 
     for name in ("ray.train", "ray.data", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    cpus = int(ray.cluster_resources().get("CPU", 0))
-    gpus = int(ray.cluster_resources().get("GPU", 0))
     least = workers if isinstance(workers, int) else workers[0]
-    if least > (gpus if use_gpu else cpus):
+    kind: Kind = "GPU" if use_gpu else "CPU"
+    if least > there.of(kind):
         raise ValueError(
-            f"--workers {least} needs {least} {'GPUs' if use_gpu else 'CPUs'}. The Ray cluster has {cpus} CPUs and {gpus} GPUs."
+            f"--workers {least} needs {least} {kind}s. The Ray cluster has {there.cpus} CPUs and {there.gpus} GPUs."
         )
+    note = wait_note(least, kind)
+    if note is not None:
+        say(note)
     _start_coordinator()
     trainer = _trainer(run_folder, workers, use_gpu, max_failures)
     recovery.clear(run_folder)

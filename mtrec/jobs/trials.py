@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mtrec.jobs.connection import connect
+from mtrec.jobs.resources import wait_note, whole_cluster
 
 MAX_FAILURES = 3  # restarts of a trial
 STOP_SECONDS = 600  # a stopped trial may take so long to end (2 by default), or the one after it in its process would fail
@@ -37,26 +37,32 @@ class Slot:
         return {"workers": self.workers, "gpu": self.gpu, "path": [each for each in sys.path if each]}
 
 
-def slot_on_ray(workers: int, parallel: int | None) -> Slot:
-    """Connects to Ray (or starts it). `parallel`: trials at a time; None: as many as the cluster's CPUs (or GPUs) allow.
+def slot_on_ray(workers: int, parallel: int | None, say: Callable[[str], None]) -> Slot:
+    """Connects to Ray (or starts it).
+
+    Args:
+        workers: of each trial.
+        parallel: trials at a time; None: as many as the cluster's CPUs (or GPUs) allow.
+        say: gets a line where the first trial has to wait for other jobs.
 
     Raises ValueError where the cluster has too few for one trial.
     """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Tune's takes Ctrl-C for the end of what was asked
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other one prints a banner whatever its verbosity
-    connect()
-    import ray
-
+    cluster = whole_cluster()
     for name in ("ray.tune", "ray.train", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    cpus, gpus = (int(ray.cluster_resources().get(each, 0)) for each in ("CPU", "GPU"))
-    if workers > (gpus or cpus):
-        raise ValueError(f"--workers {workers}: the Ray cluster has {cpus} CPUs and {gpus} GPUs.")
+    there, with_gpu = cluster.of(cluster.kind), cluster.gpus > 0
+    if workers > there:
+        raise ValueError(f"--workers {workers}: the Ray cluster has {cluster.cpus} CPUs and {cluster.gpus} GPUs.")
+    note = wait_note(workers, cluster.kind)
+    if note is not None:
+        say(note)
     # with workers of its own the trial only waits; if it held a CPU, they might never start
-    resources = {"CPU": 0.0, "memory": 1.0} if workers > 1 else {"CPU": 1.0, "GPU": 1.0} if gpus else {"CPU": 1.0}
-    most = max(1, (gpus or cpus) // workers)
-    return Slot(workers, gpus > 0, resources, min(parallel or most, most))
+    resources = {"CPU": 0.0, "memory": 1.0} if workers > 1 else {"CPU": 1.0, "GPU": 1.0} if with_gpu else {"CPU": 1.0}
+    most = max(1, there // workers)
+    return Slot(workers, with_gpu, resources, min(parallel or most, most))
 
 
 def run_trials(

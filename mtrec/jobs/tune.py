@@ -67,7 +67,7 @@ def search_on_ray(
     numbers = [*unfinished, *fresh]
     if not numbers:
         return
-    slot = slot_on_ray(workers, parallel)
+    slot = slot_on_ray(workers, parallel, say)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     spec = {**slot.spec(), "objectives": [[each.name, each.larger] for each in plan.objectives]}
     asha = plan.asha
@@ -230,7 +230,7 @@ def _on_workers(spec: dict[str, Any]) -> Callable[[Run, Callable[[], None]], Non
 
         def go() -> None:
             try:
-                train_on_ray(run.folder, spec["workers"], spec["gpu"], run.experiment.training.max_failures, lambda: None)
+                train_on_ray(run.folder, spec["workers"], spec["gpu"], run.experiment.training.max_failures)
             except BaseException as error:  # raised again below, in the trial's own thread
                 errors.append(error)
 

@@ -3,7 +3,8 @@
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mtrec.checkpoint import CheckpointError
 from mtrec.dataset import Source
 from mtrec.events import Failed
 from mtrec.jobs.score import score_on_ray, scoring_workers
+from mtrec.jobs.trials import slot_on_ray
 from mtrec.launch import score_run
 from mtrec.run import Run, open_run
 from mtrec.scored_files import Asked, score_files
@@ -120,3 +122,38 @@ def test_more_workers_than_the_cluster_has(run: Run) -> None:
     assert scoring_workers(None) == 2
     with pytest.raises(ValueError, match=r"--workers 3 needs 3 CPUs\. The Ray cluster has 2"):
         scoring_workers(3)
+
+
+class Holder:
+    """Another job's actor."""
+
+    def begun(self) -> bool:
+        return True
+
+
+def test_it_says_that_it_waits_for_other_jobs(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    holder = ray.remote(Holder).options(num_cpus=2).remote()
+    assert ray.get(holder.begun.remote())
+    wait_for(lambda: ray.available_resources().get("CPU", 0) == 0)
+    said: list[str] = []
+    assert scoring_workers(2, said.append) == 2
+    assert not said  # an embedded Ray is this command's alone
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    scoring_workers(2, said.append)
+    slot_on_ray(2, None, said.append)
+    assert [line.partition(" (")[0] for line in said] == [
+        "other jobs hold 2 of the Ray cluster's 2 CPUs: this one waits until 1 is free",
+        "other jobs hold 2 of the Ray cluster's 2 CPUs: this one waits until 2 are free",
+    ]
+    ray.kill(holder)
+    assert score_files(asked(run, tmp_path / "out"), score_on_ray(2), workers=2)["complete"]
+    wait_for(lambda: ray.available_resources().get("CPU", 0) == 2)
+    assert scoring_workers(2, said.append) == 2
+    assert len(said) == 2
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
