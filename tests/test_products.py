@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mtrec.architectures import ARCHITECTURES, products
 from mtrec.architectures import fan_out as fan_out_module
-from mtrec.architectures import products
 from mtrec.architectures.experts import Abreast, BatchedLinear, BatchedMLP, mix
 from mtrec.architectures.fan_out import Maps, apart, fan_out
 from mtrec.architectures.products import backward_to, linear, linears
@@ -142,6 +142,22 @@ def test_without_a_gradient_several_readers_are_one_product_in_bf16_too(
         z = z if bias is None else z + bias.bfloat16().double().unsqueeze(1)
         assert y.dtype == torch.bfloat16
         torch.testing.assert_close(y.double(), z.relu() if relu else z, rtol=2e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_what_is_not_finite_reaches_every_task_of_its_row(kind: str, bad: float, precision: str) -> None:
+    """oneDNN's own ReLU would make a 0 of a NaN, and the row a prediction."""
+    model = ARCHITECTURES[kind](45, ["click", "dwell"], expert_layers=(64, 16))
+    x = drawn(300, 45)
+    x[7, 3] = bad
+    for gradient in (False, True):
+        with torch.set_grad_enabled(gradient), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            for h in model(x).values():
+                finite = h.isfinite().all(1)
+                assert finite.sum() == 299
+                assert not finite[7]
 
 
 @pytest.mark.parametrize("readers", ["aliased", "several"])
