@@ -7,8 +7,10 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -185,12 +187,20 @@ def test_work_that_could_not_be_done_ends_with_one_line_too(
     assert capsys.readouterr().err == "error: 4 processes died: take fewer --workers\n"
 
 
-def test_no_more_workers_than_streams_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_workers_than_streams_by_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked: list[int] = []
+
+    def train_on_ray(folder: Path, workers: int, *, say: Callable[[str], None], **options: Any) -> None:
+        asked.append(workers)
+        say("0 of 8 are free")
+
     monkeypatch.setattr("mtrec.jobs.train.cluster_gpus", lambda: 16)
-    monkeypatch.setattr("mtrec.jobs.train.train_on_ray", lambda folder, workers, **options: asked.append(workers))
+    monkeypatch.setattr("mtrec.jobs.train.train_on_ray", train_on_ray)
     launch(parse_experiment(experiment_tree(write_log(tmp_path / "log", rows=1_000))), output=tmp_path / "run")
     assert asked == [8]
+    assert "0 of 8 are free\n" in capsys.readouterr().out
 
 
 def test_inspect_leaves_out_the_known_ids_of_a_table_that_counts_none(capsys: pytest.CaptureFixture[str]) -> None:

@@ -147,8 +147,7 @@ def test_without_a_gradient_several_readers_are_one_product_in_bf16_too(
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_what_is_not_finite_reaches_every_task_of_its_row(kind: str, bad: float, precision: str) -> None:
-    """oneDNN's own ReLU would make a 0 of a NaN, and the row a prediction."""
+def test_what_is_not_finite_reaches_every_task_of_its_row(kind: str, bad: float, precision: str, library: bool) -> None:
     model = ARCHITECTURES[kind](45, ["click", "dwell"], expert_layers=(64, 16))
     x = drawn(300, 45)
     x[7, 3] = bad
@@ -158,6 +157,17 @@ def test_what_is_not_finite_reaches_every_task_of_its_row(kind: str, bad: float,
                 finite = h.isfinite().all(1)
                 assert finite.sum() == 299
                 assert not finite[7]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_nan_goes_through_experts_whatever_gates_say(gradient: bool, precision: str, library: bool) -> None:
+    """oneDNN's own ReLU would make a 0 of it."""
+    x = drawn(300, 45)
+    x[7, 3] = torch.nan
+    with torch.set_grad_enabled(gradient), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        nan_NB = Abreast(BatchedMLP(3, 45, (64, 16)), mixed=True)(x).isnan().any(2)
+    assert nan_NB.nonzero().tolist() == [[0, 7], [1, 7], [2, 7]]
 
 
 @pytest.mark.parametrize("readers", ["aliased", "several"])

@@ -29,7 +29,7 @@ def conduct_on_ray(
     Args:
         workers: a run trains on so many.
         parallel: runs at a time; None: as many as the cluster's CPUs (or GPUs) allow.
-        say: gets a line whenever a run is done.
+        say: gets a line whenever a run is done, and where the first one has to wait until something is free.
 
     Raises Failed (ValueError for a user's mistake) with the first cause, after all other runs have ended.
     """

@@ -24,7 +24,7 @@ from mtrec.config import parse_experiment, to_yaml
 from mtrec.experiment import Experiment
 from mtrec.jobs.cluster import check_workers
 from mtrec.jobs.packing import SOURCES, pin, user_modules
-from mtrec.jobs.resources import wait_note, whole_cluster
+from mtrec.jobs.resources import tell_wait, whole_cluster
 from mtrec.run import check_resumable, open_run
 
 JOB_FILE = "job.json"
@@ -166,9 +166,7 @@ def _checked(job: dict[str, Any], device: str) -> Experiment:
     import ray
 
     print("checking the experiment and its data on a worker ...", flush=True)
-    note = wait_note(1, "CPU")
-    if note is not None:
-        print(note, flush=True)
+    tell_wait({"CPU": 1}, lambda line: print(line, flush=True))
     check = ray.remote(num_cpus=1, scheduling_strategy="SPREAD", max_retries=0)(check_on_worker)
     try:
         answer = ray.get(check.remote(job["experiment"], device))

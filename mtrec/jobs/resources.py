@@ -1,11 +1,14 @@
-"""What the Ray cluster of this process has, and what of it other jobs leave free."""
+"""What the Ray cluster of this process has, and what of it is free."""
 
+import time
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 from mtrec.jobs.connection import cluster_address, connect
 from mtrec.kinds import counted
 
 Kind = Literal["CPU", "GPU"]
+LAG_SECONDS = 2.0
 
 
 class Resources(NamedTuple):
@@ -37,22 +40,27 @@ def whole_cluster() -> Resources:
     return _resources(ray.cluster_resources())
 
 
-def wait_note(needed: int, kind: Kind) -> str | None:
-    """A line for the user where other jobs leave fewer than `needed` free, for which this one waits; None where they do not.
+def tell_wait(needed: Mapping[Kind, int], say: Callable[[str], None]) -> None:
+    """Says a line for what fewer of are free than `needed`, so that the user knows what this command waits for.
 
-    An embedded Ray has no other jobs.
+    Ray knows a moment late what has become free, so it is asked again for `LAG_SECONDS` first. An embedded Ray is this
+    command's alone: nothing is waited for.
     """
     if cluster_address() is None:
-        return None
+        return
     import ray
 
-    there, free = whole_cluster().of(kind), _resources(ray.available_resources()).of(kind)
-    if free >= needed:
-        return None
-    return (
-        f"other jobs hold {there - free} of the Ray cluster's {counted(there, kind)}: this one waits until "
-        f"{needed} {'is' if needed == 1 else 'are'} free (`ray status` tells more)"
-    )
+    until = time.monotonic() + LAG_SECONDS
+    while short := {kind: n for kind, n in needed.items() if _resources(ray.available_resources()).of(kind) < n}:
+        if time.monotonic() > until:
+            break
+        time.sleep(0.1)
+    for kind, n in short.items():
+        there, free = whole_cluster().of(kind), _resources(ray.available_resources()).of(kind)
+        say(
+            f"{free} of the Ray cluster's {counted(there, kind)} {'is' if free == 1 else 'are'} free: waiting until "
+            f"{n} {'is' if n == 1 else 'are'} (`ray status` tells more)"
+        )
 
 
 def _resources(found: dict[str, float]) -> Resources:

@@ -11,7 +11,7 @@ import torch
 
 from mtrec.events import Failed
 from mtrec.formula import ranking_formula
-from mtrec.jobs.resources import wait_note, whole_cluster
+from mtrec.jobs.resources import tell_wait, whole_cluster
 from mtrec.run import open_run
 from mtrec.score import Scorer, check_golden, check_memory, free_memory, open_scorer
 from mtrec.scored_files.inputs import Piece
@@ -23,15 +23,13 @@ MAX_DEATHS = 3  # of actors at one piece, or as they load the model: what kills 
 def scoring_workers(asked: int | None, say: Callable[[str], None] = lambda line: None) -> int:
     """How many actors: as many as asked, else one a GPU of the cluster, or one a CPU. Raises ValueError where there are fewer.
 
-    `say` gets a line where the first one has to wait for other jobs.
+    `say` gets a line where the first one has to wait until something is free.
     """
     cluster = whole_cluster()
     there = cluster.of(cluster.kind)
     if asked is not None and asked > there:
         raise ValueError(f"--workers {asked} needs {asked} {cluster.kind}s. The Ray cluster has {there}.")
-    note = wait_note(1, cluster.kind)
-    if note is not None:
-        say(note)
+    tell_wait({cluster.kind: 1}, say)
     return asked if asked is not None else max(1, there)
 
 

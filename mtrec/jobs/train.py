@@ -13,7 +13,7 @@ from mtrec import hang, parallel
 from mtrec.checkpoint import newest_validation, to_resume
 from mtrec.events import TrainingFailed
 from mtrec.jobs.connection import set_environment
-from mtrec.jobs.resources import Kind, wait_note, whole_cluster
+from mtrec.jobs.resources import Kind, tell_wait, whole_cluster
 from mtrec.locking import LockedError, locked
 from mtrec.run import Run, open_run
 from mtrec.stopping import listening
@@ -46,7 +46,7 @@ def train_on_ray(
         workers: how many, or (least, most): goes on with what the cluster has.
         max_failures: how often dead workers are restarted, from the newest valid checkpoint.
         watch: called about ten times a second meanwhile (shows progress).
-        say: gets a line where the workers have to wait for other jobs.
+        say: gets a line where the workers have to wait until something is free.
 
     SIGTERM to this process, to a worker, or a node that is about to be taken away: all workers end with a checkpoint, and
     the log's last event says `stopped`. Raises ValueError for a user's mistake that only showed in a worker, TrainingFailed with
@@ -66,9 +66,7 @@ def train_on_ray(
         raise ValueError(
             f"--workers {least} needs {least} {kind}s. The Ray cluster has {there.cpus} CPUs and {there.gpus} GPUs."
         )
-    note = wait_note(least, kind)
-    if note is not None:
-        say(note)
+    tell_wait({kind: least}, say)
     _start_coordinator()
     trainer = _trainer(run_folder, workers, use_gpu, max_failures)
     recovery.clear(run_folder)

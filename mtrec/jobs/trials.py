@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mtrec.jobs.resources import wait_note, whole_cluster
+from mtrec.jobs.resources import tell_wait, whole_cluster
 
 MAX_FAILURES = 3  # restarts of a trial
 STOP_SECONDS = 600  # a stopped trial may take so long to end (2 by default), or the one after it in its process would fail
@@ -43,7 +43,7 @@ def slot_on_ray(workers: int, parallel: int | None, say: Callable[[str], None]) 
     Args:
         workers: of each trial.
         parallel: trials at a time; None: as many as the cluster's CPUs (or GPUs) allow.
-        say: gets a line where the first trial has to wait for other jobs.
+        say: gets a line where the first trial has to wait until something is free.
 
     Raises ValueError where the cluster has too few for one trial.
     """
@@ -56,9 +56,7 @@ def slot_on_ray(workers: int, parallel: int | None, say: Callable[[str], None]) 
     there, with_gpu = cluster.of(cluster.kind), cluster.gpus > 0
     if workers > there:
         raise ValueError(f"--workers {workers}: the Ray cluster has {cluster.cpus} CPUs and {cluster.gpus} GPUs.")
-    note = wait_note(workers, cluster.kind)
-    if note is not None:
-        say(note)
+    tell_wait({cluster.kind: workers} if workers > 1 or not with_gpu else {"CPU": 1, "GPU": 1}, say)
     # with workers of its own the trial only waits; if it held a CPU, they might never start
     resources = {"CPU": 0.0, "memory": 1.0} if workers > 1 else {"CPU": 1.0, "GPU": 1.0} if with_gpu else {"CPU": 1.0}
     most = max(1, there // workers)

@@ -54,7 +54,7 @@ def search_on_ray(
     Args:
         workers: a trial trains on so many.
         parallel: trials at a time; None: as many as the cluster's CPUs (or GPUs) allow.
-        say: gets a line whenever a trial is over.
+        say: gets a line whenever a trial is over, and where the first one has to wait until something is free.
 
     A trial that fails is written down as failed, and the search goes on. Raises CheckpointError, before any trial starts, where
     one is to go on and none of its checkpoints can be trusted.

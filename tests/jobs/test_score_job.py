@@ -3,9 +3,11 @@
 import dataclasses
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -14,10 +16,14 @@ import ray
 from runs import small_run, train_on
 
 import mtrec.jobs.score
+import mtrec.jobs.train
 from mtrec.checkpoint import CheckpointError
 from mtrec.dataset import Source
+from mtrec.display_scoring import ScoreDisplay
 from mtrec.events import Failed
+from mtrec.jobs import resources
 from mtrec.jobs.score import score_on_ray, scoring_workers
+from mtrec.jobs.train import train_on_ray
 from mtrec.jobs.trials import slot_on_ray
 from mtrec.launch import score_run
 from mtrec.run import Run, open_run
@@ -131,25 +137,78 @@ class Holder:
         return True
 
 
-def test_it_says_that_it_waits_for_other_jobs(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    holder = ray.remote(Holder).options(num_cpus=2).remote()
-    assert ray.get(holder.begun.remote())
-    wait_for(lambda: ray.available_resources().get("CPU", 0) == 0)
-    said: list[str] = []
-    assert scoring_workers(2, said.append) == 2
-    assert not said  # an embedded Ray is this command's alone
+@pytest.fixture
+def holder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An actor of another job that holds both CPUs of a cluster that this process has not started."""
+    monkeypatch.setattr(resources, "LAG_SECONDS", 0.3)
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    scoring_workers(2, said.append)
-    slot_on_ray(2, None, said.append)
-    assert [line.partition(" (")[0] for line in said] == [
-        "other jobs hold 2 of the Ray cluster's 2 CPUs: this one waits until 1 is free",
-        "other jobs hold 2 of the Ray cluster's 2 CPUs: this one waits until 2 are free",
-    ]
-    ray.kill(holder)
-    assert score_files(asked(run, tmp_path / "out"), score_on_ray(2), workers=2)["complete"]
+    actor = ray.remote(Holder).options(num_cpus=2).remote()
+    assert ray.get(actor.begun.remote())
+    wait_for(lambda: ray.available_resources().get("CPU", 0) == 0)
+    yield actor
+    ray.kill(actor)
     wait_for(lambda: ray.available_resources().get("CPU", 0) == 2)
-    assert scoring_workers(2, said.append) == 2
-    assert len(said) == 2
+
+
+def line(needed: str) -> str:
+    return f"0 of the Ray cluster's 2 CPUs are free: waiting until {needed} (`ray status` tells more)"
+
+
+def test_scoring_says_what_it_waits_for(run: Run, tmp_path: Path, holder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def say(display: ScoreDisplay, text: str) -> None:
+        said.append(text)
+        ray.kill(holder)
+
+    monkeypatch.setattr(ScoreDisplay, "say", say)
+    at_last = threading.Timer(60, ray.kill, [holder])  # where nothing is said: it would wait for ever
+    at_last.start()
+    assert score_run(asked(run, tmp_path / "out"), "2", local=False)["complete"]
+    at_last.cancel()
+    assert said == [line("1 is")]
+
+
+def test_training_and_trials_say_what_they_wait_for(run: Run, holder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    slot_on_ray(1, None, said.append)
+    slot_on_ray(2, None, said.append)
+    ended = SimpleNamespace(fit=lambda: None)
+    monkeypatch.setattr(mtrec.jobs.train, "_trainer", lambda *arguments: ended)
+    train_on_ray(run.folder, (2, 2), use_gpu=False, max_failures=0, say=said.append)
+    assert said == [line("1 is"), line("2 are"), line("2 are")]
+
+
+def test_who_has_the_cluster_alone_waits_for_nothing(holder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS")
+    said: list[str] = []
+    resources.tell_wait({"CPU": 1}, said.append)
+    assert not said
+
+
+def test_what_becomes_free_a_moment_later_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    answers = iter([{"CPU": 1.5, "GPU": 1.0}, {"CPU": 2.0}, {"CPU": 2.0, "GPU": 1.0}])
+    monkeypatch.setattr(ray, "available_resources", lambda: next(answers))
+    said: list[str] = []
+    resources.tell_wait({"CPU": 2}, said.append)
+    resources.tell_wait({"GPU": 1}, said.append)
+    assert not said
+    assert next(answers, None) is None
+
+
+def test_a_trial_on_a_gpu_waits_for_a_cpu_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "LAG_SECONDS", 0.0)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": 2.0})
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 0.5, "GPU": 1.0})
+    said: list[str] = []
+    slot_on_ray(1, None, said.append)
+    slot_on_ray(2, None, said.append)
+    assert [text.partition(" (")[0] for text in said] == [
+        "0 of the Ray cluster's 4 CPUs are free: waiting until 1 is",
+        "1 of the Ray cluster's 2 GPUs is free: waiting until 2 are",
+    ]
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
