@@ -83,7 +83,7 @@ def gate_statistics(state: TrainState, x_BD: Tensor | None) -> dict[str, float]:
     """
     if x_BD is None or not hasattr(state.model.dense.architecture, "gates"):
         return {}
-    with torch.no_grad():
+    with torch.no_grad(), state.autocast():
         state.model.dense.eval()  # not the tables, which are many modules
         sums = {name: gate_BE.sum(0) for name, gate_BE in state.model.dense.gates(x_BD).items()}
         state.model.dense.train()

@@ -103,6 +103,10 @@ class TrainState:
     told: tuple[bool, ...] = ()
     mark: Callable[[str], None] = lambda phase: None  # told the name of each phase of a step as it ends; for `mtrec bench`
 
+    def autocast(self) -> torch.autocast:
+        """The precision in which the dense part is trained."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+
     def read_flags(self, *, wait: bool = False) -> None:
         """Takes note of the flags that can be read without waiting for the device; of all, if `wait`."""
         for known in self.flags.read(wait=wait):
@@ -399,11 +403,8 @@ def _shares(
     state: TrainState, leaf_BD: Tensor, stream_rows: Sequence[int], counting: _Counting
 ) -> tuple[Tensor, Tensor]:
     """(share_K, counts_K): this rank's share of each task's global mean loss times its weight, and the global counts."""
-    model, device = state.model, state.device
-    with (
-        stream_dropout(state.seed, state.step, state.streams, stream_rows, device),
-        torch.autocast(device.type, dtype=torch.bfloat16, enabled=state.bf16),
-    ):
+    model = state.model
+    with stream_dropout(state.seed, state.step, state.streams, stream_rows, state.device), state.autocast():
         logits = model.dense(leaf_BD)
     loss_BK = model.objectives.losses_at(logits, counting.target_BK)
     counting.work.wait()

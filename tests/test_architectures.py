@@ -256,6 +256,19 @@ def test_gates_sum_to_one_and_look_without_touching(variant):
     assert len({weights[0, 0].item() for weights in gates.values()}) == len(gates)
 
 
+@each_gated_variant
+def test_gates_are_those_that_the_forward_pass_mixes_by(variant, monkeypatch):
+    model, x, seen = build(variant), torch.randn(17, D), []
+    rest = Gates.rest
+    monkeypatch.setattr(Gates, "rest", lambda self, logits: seen.append(rest(self, logits)) or seen[-1])
+    model(x)
+    mixed_by = [gate_BE for gates_GBE in seen for gate_BE in gates_GBE]
+    found = list(model.gates(x).values())
+    assert len(found) == len(mixed_by)
+    for gate_BE, expected_BE in zip(found, mixed_by, strict=True):
+        torch.testing.assert_close(gate_BE, expected_BE, rtol=1e-5, atol=1e-6)
+
+
 def _options(variant: str) -> set[str]:
     return set(option_types(ARCHITECTURES[VARIANTS[variant][0]]))
 

@@ -63,21 +63,27 @@ class ExtractionLevel(nn.Module):
         mixed_BGH = mix(torch.cat([gates_GBE, *shared_gate]), *experts)
         return mixed_BGH, gates_KBE, shared_gate[0] if shared_gate else None
 
+    def gates(self, x: Tensor) -> list[Tensor]:
+        """The weights of the tasks' gates and of the shared one, if any, as in `forward`; no expert runs."""
+        inputs = (x, x) if x.dim() == 2 else (x[:-1], x[-1:])
+        return [gate(of) for gate, of in zip(self._all_gates, inputs, strict=False)]
+
+    @property
+    def _all_gates(self) -> list[Gates]:
+        return [self.task_gates] if self.shared_gate is None else [self.task_gates, self.shared_gate]
+
     def _blocks(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The weights of the tasks' gates and of the shared one, if any; all experts, in one tensor where they run as one."""
-        gates = [self.task_gates] if self.shared_gate is None else [self.task_gates, self.shared_gate]
+        """The weights of the gates, as `gates`; all experts, in one tensor where they run as one."""
         own, shared = self.task_experts, self.shared_experts
         first, as_many = x.dim() == 2, self._split[0] == self._split[1]  # maps of unlike inputs run as one in groups of one size
         as_one = (first or as_many) and not blocks_are_apart()
         experts = [Abreast(own, shared, mixed=True)] if as_one else [Abreast(own, mixed=True), Abreast(shared, mixed=True)]
         if first:
+            gates = self._all_gates
             found = together(x, *gates, *experts)
             return found[: len(gates)], found[len(gates) :]
-        inputs = (x[:-1], x[-1:])
-        return (
-            [gate(of) for gate, of in zip(gates, inputs, strict=False)],
-            [block(of) for block, of in zip(experts, (x,) if as_one else inputs, strict=True)],
-        )
+        inputs = (x,) if as_one else (x[:-1], x[-1:])
+        return self.gates(x), [block(of) for block, of in zip(experts, inputs, strict=True)]
 
     def flops_per_row(self) -> int:
         """Of the matrix products of forward, the zeros in the mixture included."""

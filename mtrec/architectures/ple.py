@@ -81,23 +81,27 @@ class PLE(nn.Module):
 
     def forward(self, x_BD: Tensor) -> dict[str, Tensor]:
         """{task: (B, H)}."""
-        return self._run(x_BD)[0]
+        x = x_BD
+        for level in self.levels:
+            x = level(packed(x))[0].transpose(0, 1)
+        return dict(zip(self.tasks, x.unbind(0), strict=True))
 
     def gates(self, x_BD: Tensor) -> dict[str, Tensor]:
         """{"level1/click": (B, M + S), "level1/shared": (B, K M + S), ...}, without dropout and without gradient."""
-        with torch.no_grad(), without_dropout():
-            return self._run(x_BD)[1]
-
-    def _run(self, x_BD: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        found: dict[str, Tensor] = {}
         x = x_BD
-        gates: dict[str, Tensor] = {}
-        for number, level in enumerate(self.levels, start=1):
-            mixed_BGH, gates_KBE, shared_1BE = level(packed(x))
-            x = mixed_BGH.transpose(0, 1)
-            gates |= {f"level{number}/{task}": gate for task, gate in zip(self.tasks, gates_KBE, strict=True)}
-            if shared_1BE is not None:
-                gates[f"level{number}/shared"] = shared_1BE.squeeze(0)
-        return dict(zip(self.tasks, x.unbind(0), strict=True)), gates
+        with torch.no_grad(), without_dropout():
+            for number, level in enumerate(self.levels, start=1):
+                assert isinstance(level, ExtractionLevel)
+                if number == len(self.levels):  # whose experts nothing asks for
+                    gates_KBE, shared_1BE = *level.gates(packed(x)), None
+                else:
+                    mixed_BGH, gates_KBE, shared_1BE = level(packed(x))
+                    x = mixed_BGH.transpose(0, 1)
+                found |= {f"level{number}/{task}": gate for task, gate in zip(self.tasks, gates_KBE, strict=True)}
+                if shared_1BE is not None:
+                    found[f"level{number}/shared"] = shared_1BE.squeeze(0)
+        return found
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """Shared experts and shared gates; the task experts below the last level, which the shared gate hands on to all
