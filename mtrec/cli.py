@@ -95,7 +95,7 @@ def train(
     local: Annotated[bool, typer.Option("--local", help="train in this process, without Ray")] = False,
     json_: Annotated[Path | None, typer.Option("--json", help="also write the last validation's metrics here")] = None,
 ) -> None:
-    """Train an experiment. Exit code 75: stopped by SIGTERM, with a checkpoint; run it again with --resume."""
+    """Train an experiment. Exit code 75: stopped by Ctrl-C or SIGTERM, with a checkpoint; run it again with --resume."""
     from mtrec.config import load_experiment
 
     loaded = load_experiment(experiment, set_ or ())

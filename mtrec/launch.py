@@ -30,7 +30,7 @@ LOCK = "train.lock"  # held by the command that trains the run
 
 
 class Stopped(Exception):
-    """The training was asked to stop (SIGTERM, a node about to be taken away) and did, with a checkpoint."""
+    """The training was asked to stop (Ctrl-C, SIGTERM, a node about to be taken away) and did, with a checkpoint."""
 
 
 def launch(
@@ -45,7 +45,7 @@ def launch(
 ) -> Run:
     """Prepares a run (or takes one up again), trains it, shows progress and the last metrics; returns the run.
 
-    Raises ValueError for a mistake in experiment, data or arguments, before any worker starts; Stopped after SIGTERM.
+    Raises ValueError for a mistake in experiment, data or arguments, before any worker starts; Stopped after Ctrl-C or SIGTERM.
     """
     from mtrec.jobs.connection import cluster_address
 
@@ -165,7 +165,7 @@ def _train_here(run: Run, resume_from: checkpoint.Checkpoint | None, display: Tr
     recorder = Recorder(run.folder)
     try:
         recorder.catch_up(checkpoint.newest_validation(resume_from))
-        with listening(asked.set):
+        with listening(asked.set, display.say):
             training = train(run, device=local_device(), resume_from=resume_from, stop_requested=asked.is_set)
             with closing(training) as events:  # ends it here where an event cannot be written: its own error says more
                 for event in events:

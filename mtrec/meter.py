@@ -85,7 +85,7 @@ def gate_statistics(state: TrainState, x_BD: Tensor | None) -> dict[str, float]:
         return {}
     with torch.no_grad(), state.autocast():
         state.model.dense.eval()  # not the tables, which are many modules
-        sums = {name: gate_BE.sum(0) for name, gate_BE in state.model.dense.gates(x_BD).items()}
+        sums = {name: gate_BE.sum(0, dtype=torch.float32) for name, gate_BE in state.model.dense.gates(x_BD).items()}
         state.model.dense.train()
     if not sums:
         return {}

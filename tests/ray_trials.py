@@ -129,10 +129,24 @@ def train_workers(driver: int) -> list[int]:
     return sorted(pid for pid, command in children(driver).items() if "RayTrainWorker" in command)
 
 
+HEEDING_CTRL_C = ("env", "--default-signal=INT")
+"""Before a command that is sent SIGINT: it would ignore it where the tests themselves were started in the background."""
+
+
 @contextlib.contextmanager
-def started(arguments: list[str], env: dict[str, str] | None = None) -> Iterator["subprocess.Popen[str]"]:
+def started(
+    arguments: list[str], env: dict[str, str] | None = None, group: int | None = None
+) -> Iterator["subprocess.Popen[str]"]:
+    """A process that is killed in the end; `group=0`: with a process group of its own, as a terminal's command has."""
     environ = {**os.environ, **(env or {})}
-    driver = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ)
+    driver = subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environ,
+        process_group=group,
+    )
     try:
         yield driver
     finally:

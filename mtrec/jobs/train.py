@@ -46,12 +46,12 @@ def train_on_ray(
         workers: how many, or (least, most): goes on with what the cluster has.
         max_failures: how often dead workers are restarted, from the newest valid checkpoint.
         watch: called about ten times a second meanwhile (shows progress).
-        say: gets a line where the workers have to wait until something is free.
+        say: gets a line where the workers have to wait until something is free, and at Ctrl-C.
 
-    SIGTERM to this process, to a worker, or a node that is about to be taken away: all workers end with a checkpoint, and
-    the log's last event says `stopped`. Raises ValueError for a user's mistake that only showed in a worker, TrainingFailed with
-    the first cause, not Ray's stack, where workers failed more than `max_failures` times. Workers that die with a node which Ray
-    knows to have been taken away do not count, unless `max_failures` is 0.
+    Ctrl-C once the workers train, SIGTERM to this process or to a worker, or a node that is about to be taken away: all workers
+    end with a checkpoint, and the log's last event says `stopped`. Raises ValueError for a user's mistake that only showed in a
+    worker, TrainingFailed with the first cause, not Ray's stack, where workers failed more than `max_failures` times. Workers
+    that die with a node which Ray knows to have been taken away do not count, unless `max_failures` is 0.
     """
     there = whole_cluster()
     import ray
@@ -73,8 +73,9 @@ def train_on_ray(
     ended = threading.Event()
     watcher = threading.Thread(target=_watch, args=(watch, ended), daemon=True)
     watcher.start()
+    stop, begun = (run_folder / recovery.STOP).touch, (run_folder / recovery.WORKERS).exists
     try:
-        with warnings.catch_warnings(), listening((run_folder / recovery.STOP).touch):
+        with warnings.catch_warnings(), listening(stop, say, begun):
             warnings.simplefilter("ignore")
             trainer.fit()
     except ray.train.TrainingFailedError as error:
@@ -112,7 +113,7 @@ def _trainer(run_folder: Path, workers: int | tuple[int, int], use_gpu: bool, ma
     timeout = open_run(run_folder).experiment.training.collective_timeout_seconds
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(timeout)  # Ray hands both on to its controller and workers
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(max(timeout, LEAST_HEALTH_CHECK_SECONDS))
-    return TorchTrainer(
+    trainer = TorchTrainer(
         _worker,
         train_loop_config={"run": str(run_folder)},
         scaling_config=ScalingConfig(
@@ -128,6 +129,8 @@ def _trainer(run_folder: Path, workers: int | tuple[int, int], use_gpu: bool, ma
             callbacks=[recovery.FailureNotes(run_folder)],
         ),
     )
+    trainer._register_sigint_handler = lambda controller: None  # Ray's would end the workers without a checkpoint, at Ctrl-C
+    return trainer
 
 
 def _watch(watch: Callable[[], None], ended: threading.Event) -> None:
